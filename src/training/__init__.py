@@ -1,0 +1,1 @@
+"""Training and evaluation of dense CLIP models (``python -m training.main``)."""
