@@ -1,0 +1,171 @@
+"""CLIP with dense and region embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .image_tower import ImageTower
+from .regions import box_masks, mask_features, roi_features
+from .text_tower import TextTower
+
+
+class CLIP(nn.Module):
+    """Image tower, text tower and temperature, with the calls of OpenCLIP plus dense and region embeddings.
+
+    Images are float ``[B, 3, H, W]``, normalised with :attr:`visual` ``.image_mean`` / ``.image_std``; both sides any
+    multiple of ``visual.patch_size``. D is the joint dimension. ``normalize=True`` returns vectors of unit length.
+
+    Args:
+        visual: image tower.
+        text: text tower.
+        init_logit_scale: initial log temperature (``log(1 / 0.07)`` in CLIP).
+        init_logit_bias: initial bias of a sigmoid-loss model (SigLIP); None for a softmax one.
+        output_dict: whether :meth:`forward` returns a dict instead of a tuple.
+    """
+
+    def __init__(
+        self,
+        visual: ImageTower,
+        text: TextTower,
+        *,
+        init_logit_scale: float = 2.6592600369327779,  # log(1 / 0.07)
+        init_logit_bias: float | None = None,
+        output_dict: bool = False,
+    ) -> None:
+        super().__init__()
+        self.visual, self.text = visual, text
+        self.logit_scale = nn.Parameter(torch.tensor(init_logit_scale))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
+        self.output_dict = output_dict
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that the text tower takes at most."""
+        return self.text.context_length
+
+    @property
+    def embed_dim(self) -> int:
+        """Joint dimension D."""
+        return self.visual.embed_dim
+
+    # -- whole images and texts -----------------------------------------------------------------------------------
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Global image embedding ``[B, D]``."""
+        features = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Text embedding ``[B, D]`` of token ids ``[B, L]``."""
+        features = self.text(text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> tuple | dict:
+        """Normalised image and text embeddings and the temperature, as OpenCLIP returns them.
+
+        Returns:
+            ``(image_features, text_features, exp(logit_scale)[, logit_bias])``, or a dict with these names when
+            ``output_dict`` is set. Features of an argument that is None are None.
+        """
+        out = {
+            "image_features": None if image is None else self.encode_image(image, normalize=True),
+            "text_features": None if text is None else self.encode_text(text, normalize=True),
+            "logit_scale": self.logit_scale.exp(),
+        }
+        if self.logit_bias is not None:
+            out["logit_bias"] = self.logit_bias
+        return out if self.output_dict else tuple(out.values())
+
+    # -- dense and region embeddings ------------------------------------------------------------------------------
+
+    def encode_dense(self, image: Tensor, normalize: bool = False, keep_shape: bool = True) -> Tensor:
+        """Dense embedding on the value path: ``[B, D, h, w]``, or ``[B, h*w, D]`` when the shape is not kept.
+
+        Every cell has unit length in any case; ``normalize`` is accepted because callers of the published code pass it.
+        """
+        features = self.visual.encode_dense(image, keep_shape=keep_shape)
+        return F.normalize(features, dim=1 if keep_shape else -1) if normalize else features
+
+    def encode_pseudo_boxes(
+        self, image: Tensor, normed_boxes: Sequence[Tensor], normalize: bool = False, extract_type: str = "v2"
+    ) -> Tensor:
+        """Embedding of each box.
+
+        Args:
+            image: ``[B, 3, H, W]``.
+            normed_boxes: one ``[K_i, 4]`` per image, xyxy in 0..1 of the (padded) input image; ``K_i`` may be 0.
+            extract_type: ``"v2"`` (RoIAlign of the dense map) or ``"v1"`` (one masked token per box; CLIP ViT only).
+
+        Returns:
+            ``[sum K_i, D]``, images one after the other.
+
+        Raises:
+            ValueError: another extract type, or "v1" with a trunk that is not a CLIP ViT.
+        """
+        if extract_type == "v2":
+            features = roi_features(self.encode_dense(image), normed_boxes)
+        elif extract_type == "v1":
+            features = self.visual.encode_region_tokens(image, box_masks(normed_boxes, self.visual.grid(image)))
+        else:
+            raise ValueError(f'extract_type is "{extract_type}": use "v2" or "v1"')
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_masks(
+        self, image: Tensor, masks: Sequence[Tensor], normalize: bool = False, mask_attn: bool = False
+    ) -> Tensor:
+        """Embedding ``[sum K_i, D]`` of each mask.
+
+        Args:
+            masks: one bool ``[K_i, h, w]`` per image on the grid of cells.
+            mask_attn: one token per mask that attends inside it (CLIP ViT only) instead of the mean of the dense map.
+        """
+        if mask_attn:
+            features = self.visual.encode_region_tokens(image, masks)
+        else:
+            features = mask_features(self.encode_dense(image), masks)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_regions(
+        self,
+        image: Tensor,
+        normed_boxes: Sequence[Tensor] | None = None,
+        masks: Sequence[Tensor] | None = None,
+        normalize: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Boxes and masks from one dense pass: (``[sum K_i, D]`` or None, ``[sum M_i, D]`` or None)."""
+        dense = self.encode_dense(image)
+        boxes = None if normed_boxes is None else roi_features(dense, normed_boxes)
+        pooled = None if masks is None else mask_features(dense, masks)
+        if normalize:
+            boxes, pooled = (None if f is None else F.normalize(f, dim=-1) for f in (boxes, pooled))
+        return boxes, pooled
+
+    def encode_rois_and_image(self, image: Tensor, normed_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Box embeddings ``[sum K_i, D]`` and global embeddings ``[B, D]``, both of unit length."""
+        return self.encode_pseudo_boxes(image, normed_boxes, normalize=True), self.encode_image(image, normalize=True)
+
+    # -- training -------------------------------------------------------------------------------------------------
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the image tower except its last ``unlocked_groups`` groups; 0 freezes all of it.
+
+        EVA: a group is a block. CLIP ViT: {patch embedding, class token, pre-norm}, {positions}, then each block. The
+        final norm and projection stay frozen. ``freeze_bn_stats`` has nothing to act on (these trunks have no batch
+        norm) and is accepted for OpenCLIP's callers.
+        """
+        self.visual.lock(unlocked_groups)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Freeze the whole text tower. ValueError for ``unlocked_layers`` other than 0: distillation never trains it."""
+        if unlocked_layers:
+            raise ValueError(f"unlocked_layers is {unlocked_layers}: the text tower can only be frozen as a whole")
+        self.text.requires_grad_(False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute block activations in the backward pass, on the global, dense and text paths."""
+        self.visual.grad_checkpointing = enable
+        self.text.set_grad_checkpointing(enable)

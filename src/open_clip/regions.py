@@ -1,0 +1,73 @@
+"""Boxes and masks to embeddings, from a dense map: RoIAlign and mask pooling (extraction "v2")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchvision.ops import roi_align
+
+
+def _check_count(regions: Sequence[Tensor], dense_map: Tensor, kind: str) -> None:
+    if len(regions) != len(dense_map):
+        raise ValueError(f"{len(regions)} lists of {kind} for {len(dense_map)} images: give one (possibly empty) each")
+
+
+def roi_features(dense_map: Tensor, normed_boxes: Sequence[Tensor]) -> Tensor:
+    """RoIAlign to 1x1 of each box on a dense map.
+
+    Args:
+        dense_map: ``[B, D, h, w]``.
+        normed_boxes: one ``[K_i, 4]`` per image, xyxy, in 0..1 of the input image. ``K_i`` may be 0.
+
+    Returns:
+        ``[sum K_i, D]``, images one after the other, float32 (float64 for a float64 map): boxes in bfloat16 would move
+        by more than a pixel at 1024, and the cosine that follows deserves the precision.
+    """
+    _check_count(normed_boxes, dense_map, "boxes")
+    height, width = dense_map.shape[-2:]
+    scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=dense_map.device)
+    boxes = [b.to(dense_map.device, torch.float32).reshape(-1, 4) * scale for b in normed_boxes]
+    with torch.autocast(dense_map.device.type, enabled=False):
+        # float64 maps stay float64, so that the operator can be checked in double precision.
+        features = dense_map if dense_map.dtype == torch.float64 else dense_map.float()
+        pooled = roi_align(features, [b.to(features.dtype) for b in boxes], (1, 1), 1.0, -1, True)
+    return pooled[..., 0, 0]
+
+
+def mask_features(dense_map: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    """Mean of a dense map over each mask; an empty mask gives zeros.
+
+    Args:
+        dense_map: ``[B, D, h, w]``.
+        masks: one bool ``[K_i, h, w]`` per image. ``K_i`` may be 0.
+
+    Returns:
+        ``[sum K_i, D]``, images one after the other.
+    """
+    _check_count(masks, dense_map, "masks")
+    pooled = []
+    for features, mask in zip(dense_map, masks, strict=True):
+        if mask.shape[-2:] != features.shape[-2:]:
+            raise ValueError(f"masks of {tuple(mask.shape[-2:])} cells for a dense map of {tuple(features.shape[-2:])}")
+        weights = mask.to(features.device).flatten(1).to(features.dtype)  # [K_i, h*w]
+        sums = weights @ features.flatten(1).T  # [K_i, D]
+        area = mask.to(features.device).flatten(1).sum(1, keepdim=True).clamp(min=1)
+        pooled.append(sums / area.to(sums.dtype))
+    return torch.cat(pooled)
+
+
+def box_masks(normed_boxes: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
+    """Cells inside each box, for extraction "v1": bool ``[K_i, h, w]``; box corners are truncated to whole cells."""
+    height, width = grid
+    masks = []
+    for boxes in normed_boxes:
+        boxes = boxes.reshape(-1, 4)
+        corners = (boxes.float() * boxes.new_tensor([width, height, width, height], dtype=torch.float32)).long()
+        x1, y1, x2, y2 = corners[:, :, None].unbind(1)  # each [K, 1]
+        columns, rows = (torch.arange(n, device=boxes.device)[None] for n in (width, height))
+        inside_x = (columns >= x1) & (columns < x2)
+        inside_y = (rows >= y1) & (rows < y2)
+        masks.append(inside_y[:, :, None] & inside_x[:, None, :])
+    return masks

@@ -1,0 +1,307 @@
+"""State dicts in and out: every layout in the wild -> this package's layout -> any layout again.
+
+The package's own layout is that of OpenCLIP with a timm trunk: ``visual.trunk.*``, ``text.*``, ``logit_scale``.
+The others:
+
+========  ==============================================================================================
+``eva``      EVA-CLIP: ``visual.blocks.N.attn.q_proj.weight``, ``visual.blocks.N.mlp.w1.weight``, ``text.*``
+``openai``   OpenAI and OpenCLIP ViT: ``visual.transformer.resblocks.N...``; the text tower without prefix
+``timm``     OpenCLIP with timm: the package's own
+========  ==============================================================================================
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from timm.models.eva import Eva
+from torch import Tensor, nn
+
+from .image_tower import resize_positions
+
+log = logging.getLogger(__name__)
+
+LAYOUTS = ("eva", "openai", "timm")
+_CONTAINERS = ("state_dict", "model", "module")
+_TEXT_ROOTS = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
+# Values that some files carry beside the weights: sizes, the causal mask, and rotary tables of the native grid.
+_NOT_WEIGHTS = re.compile(
+    r"^(input_resolution|context_length|vocab_size|(text\.)?attn_mask|text\.position_ids|visual\..*rope\.freqs_(cos|sin))$"
+)
+
+# (pattern in the foreign layout, replacement in the package's), applied in order to names after "visual.".
+_EVA_IN = [
+    (r"\.mlp\.ffn_ln\.", ".mlp.norm."),
+    (r"\.attn\.inner_attn_ln\.", ".attn.norm."),
+    (r"\.mlp\.w1\.", ".mlp.fc1_g."),
+    (r"\.mlp\.w2\.", ".mlp.fc1_x."),
+    (r"\.mlp\.w3\.", ".mlp.fc2."),
+]
+_EVA_SPLIT_BIAS_IN = [(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias")]
+_VIT_IN = [
+    (r"^conv1\.", "patch_embed.proj."),
+    (r"^class_embedding$", "cls_token"),
+    (r"^positional_embedding$", "pos_embed"),
+    (r"^ln_pre\.", "norm_pre."),
+    (r"^ln_post\.", "norm."),
+    (r"^proj$", "head.weight"),
+    (r"^transformer\.resblocks\.", "blocks."),
+    (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.ls_([12])\.", r".ls\1."),
+    (r"\.attn\.in_proj_(weight|bias)$", r".attn.qkv.\1"),
+    (r"\.attn\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+]
+_EVA_OUT = [
+    (r"\.mlp\.norm\.", ".mlp.ffn_ln."),
+    (r"\.attn\.norm\.", ".attn.inner_attn_ln."),
+    (r"\.mlp\.fc1_g\.", ".mlp.w1."),
+    (r"\.mlp\.fc1_x\.", ".mlp.w2."),
+    (r"\.attn\.([qv])_proj\.bias$", r".attn.\1_bias"),
+]
+_EVA_SWIGLU_OUT = [(r"\.mlp\.fc2\.", ".mlp.w3.")]
+_VIT_OUT = [
+    (r"^patch_embed\.proj\.", "conv1."),
+    (r"^cls_token$", "class_embedding"),
+    (r"^pos_embed$", "positional_embedding"),
+    (r"^norm_pre\.", "ln_pre."),
+    (r"^norm\.", "ln_post."),
+    (r"^head\.weight$", "proj"),
+    (r"^blocks\.", "transformer.resblocks."),
+    (r"\.norm([12])\.", r".ln_\1."),
+    (r"\.ls([12])\.", r".ls_\1."),
+    (r"\.attn\.qkv\.(weight|bias)$", r".attn.in_proj_\1"),
+    (r"\.attn\.proj\.", ".attn.out_proj."),
+    (r"\.mlp\.fc1\.", ".mlp.c_fc."),
+    (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+]
+
+
+def _rename(name: str, rules: list[tuple[str, str]]) -> str:
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file in whatever layout it has; nothing in the file is executed.
+
+    Takes ``.safetensors``, or a torch file that is a state dict or a dict with one under ``state_dict``, ``model`` or
+    ``module``; a ``module.`` prefix is removed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        RuntimeError: not a checkpoint, damaged, or one that needs code to be unpickled.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist: check the path")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(str(path))
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged file
+        if "weights_only" in str(error).lower() or "TorchScript" in str(error):
+            remedy = "it holds Python objects or TorchScript, which would run code; save its state dict alone, or as .safetensors"
+        else:
+            remedy = "it is damaged or no checkpoint; fetch it again"
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise RuntimeError(f"weights file {path} cannot be loaded: {remedy} ({type(error).__name__}: {reason})") from error
+    state = _find_state(content)
+    if not state:
+        raise RuntimeError(f"weights file {path} holds no state dict: expected tensors by name, or one under {_CONTAINERS}")
+    return state
+
+
+def _find_state(content: object) -> dict[str, Tensor]:
+    for _ in range(3):  # containers may be nested, e.g. {"model": {"state_dict": ...}}
+        if not isinstance(content, dict):
+            return {}
+        inner = next((content[k] for k in _CONTAINERS if isinstance(content.get(k), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
+    if state and all(k.startswith("module.") for k in state):
+        state = {k[len("module.") :]: v for k, v in state.items()}
+    return state
+
+
+def detect_layout(state: dict[str, Tensor]) -> str:
+    """``"timm"``, ``"eva"`` or ``"openai"``; ValueError when the names fit none."""
+    if any(k.startswith("visual.trunk.") for k in state):
+        return "timm"
+    if any(k.startswith("visual.transformer.resblocks.") for k in state):
+        return "openai"
+    if any(k.startswith("visual.blocks.") for k in state):
+        return "eva"
+    some = ", ".join(sorted(state)[:4])
+    raise ValueError(f"no image tower among the {len(state)} tensors ({some}, ...): not a CLIP checkpoint")
+
+
+# -- in ---------------------------------------------------------------------------------------------------------------
+
+
+def to_internal(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict of any layout in the package's own names and shapes. Sizes, masks and rotary tables are dropped."""
+    layout = detect_layout(state)
+    # EVA-02 has separate projections with biases of their own, EVA-01 a fused one with q_bias and v_bias beside it.
+    rules = {"timm": [], "openai": _VIT_IN, "eva": list(_EVA_IN)}[layout]
+    if layout == "eva" and any(".attn.q_proj." in k for k in state):
+        rules += _EVA_SPLIT_BIAS_IN
+    out = {}
+    for name, value in state.items():
+        if _NOT_WEIGHTS.match(name):
+            continue
+        if name.startswith("visual.") and layout != "timm":
+            name = "visual.trunk." + _rename(name[len("visual.") :], rules)
+            if layout == "openai":
+                value = _vit_shape_in(name, value)
+        elif name.startswith(_TEXT_ROOTS):
+            name = "text." + name
+        out[name] = value
+    return out
+
+
+def _vit_shape_in(name: str, value: Tensor) -> Tensor:
+    if name == "visual.trunk.cls_token":
+        return value.reshape(1, 1, -1)
+    if name == "visual.trunk.pos_embed":
+        return value[None]
+    if name == "visual.trunk.head.weight":
+        return value.T.contiguous()
+    return value
+
+
+def load_weights(model: nn.Module, path: str | Path, *, resize: bool = False) -> None:
+    """Load a checkpoint file of any layout into a :class:`~open_clip.model.CLIP`, strictly.
+
+    Args:
+        resize: resize position embeddings of another grid (for a model built at another native size).
+
+    Raises:
+        ValueError: names or shapes differ from the model's; the message lists which, and nothing has been loaded.
+    """
+    load_state(model, load_state_dict_file(path), source=str(path), resize=resize)
+
+
+def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "state dict", resize: bool = False) -> None:
+    """As :func:`load_weights`, from a state dict of any layout; ``source`` names it in messages."""
+    try:
+        state = to_internal(state)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    own = model.state_dict()
+    _reconcile(state, own, model, resize)
+    missing = sorted(set(own) - set(state))
+    unexpected = sorted(set(state) - set(own))
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in sorted(set(own) & set(state))
+        if state[k].shape != own[k].shape
+    ]
+    if missing or unexpected or shapes:
+        parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
+        text = "; ".join(f"{len(p)} {what}: {_some(p)}" for p, what in parts if p)
+        raise ValueError(f"{source} does not fit the model (another architecture?): {text}")
+    model.load_state_dict(state)
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _reconcile(state: dict[str, Tensor], own: dict[str, Tensor], model: nn.Module, resize: bool) -> None:
+    """Differences of form, not of content: scalar shapes, an all-zero bias, a position grid that was asked to change."""
+    for name in ("logit_scale", "logit_bias"):
+        if name in state and name in own:
+            state[name] = state[name].reshape(own[name].shape)
+    bias = "visual.trunk.head.bias"
+    if bias in state and bias not in own and not state[bias].any():
+        del state[bias]
+    name = "visual.trunk.pos_embed"
+    if resize and name in state and state[name].shape != own.get(name, state[name]).shape:
+        trunk = model.visual.trunk
+        prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
+        side = round((state[name].shape[1] - prefix) ** 0.5)
+        log.info("resizing position embeddings from %dx%d to %s cells", side, side, model.visual.native_grid)
+        patches = resize_positions(state[name][:, prefix:], (side, side), model.visual.native_grid)
+        state[name] = torch.cat([state[name][:, :prefix], patches], dim=1)
+
+
+# -- out --------------------------------------------------------------------------------------------------------------
+
+
+def reference_layout(model: nn.Module) -> str:
+    """Layout in which the published code (and its detector) keeps this model: ``eva``, ``openai``, or else ``timm``."""
+    trunk = model.visual.trunk
+    if trunk.cls_token is None or trunk.reg_token is not None:
+        return "timm"
+    if isinstance(trunk, Eva):
+        return "eva"
+    return "openai" if isinstance(trunk.norm_pre, nn.LayerNorm) else "timm"
+
+
+def export_state_dict(
+    model: nn.Module, layout: str | None = None, state: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The model's weights by the names and shapes of another layout.
+
+    Args:
+        model: gives the architecture (and the weights when ``state`` is None).
+        layout: one of :data:`LAYOUTS`; None for :func:`reference_layout`.
+        state: tensors by the package's names to export instead (an ensemble, gradients); may be a part of the model's.
+
+    Raises:
+        ValueError: unknown layout, or one that cannot hold this model.
+    """
+    layout = layout or reference_layout(model)
+    if layout not in LAYOUTS:
+        raise ValueError(f'layout is "{layout}": use one of {", ".join(LAYOUTS)}')
+    state = model.state_dict() if state is None else state
+    complete = set(model.state_dict()) <= set(state)
+    if layout == "timm":
+        return dict(state)
+    if layout != reference_layout(model):
+        raise ValueError(f'this model has no "{layout}" layout: use "{reference_layout(model)}" or "timm"')
+    eva_rules = _EVA_OUT + (_EVA_SWIGLU_OUT if any(".mlp.fc1_g." in k for k in model.state_dict()) else [])
+    out = {}
+    for name, value in state.items():
+        if name.startswith("visual.trunk."):
+            short = name[len("visual.trunk.") :]
+            if layout == "openai":
+                value = _vit_shape_out(short, value)
+            name = "visual." + _rename(short, _VIT_OUT if layout == "openai" else eva_rules)
+        elif name.startswith("text.") and layout == "openai":
+            name = name[len("text.") :]
+        out[name] = value
+    if layout == "eva" and complete:
+        out |= _rotary_tables(model)
+    return out
+
+
+def _vit_shape_out(name: str, value: Tensor) -> Tensor:
+    if name == "cls_token":
+        return value.reshape(-1)
+    if name == "pos_embed":
+        return value[0]
+    return value.T.contiguous() if name == "head.weight" else value
+
+
+def _rotary_tables(model: nn.Module) -> dict[str, Tensor]:
+    """EVA-CLIP files repeat the rotary tables of the native grid ``[cells, head_dim]``, once and in every block."""
+    trunk = model.visual.trunk
+    if getattr(trunk, "rope", None) is None:
+        return {}
+    sin, cos = trunk.rope.get_embed(shape=list(model.visual.native_grid)).detach().chunk(2, dim=-1)
+    places = ["visual.rope"] + [f"visual.blocks.{i}.attn.rope" for i in range(len(trunk.blocks))]
+    return {f"{p}.{n}": t.clone() for p in places for n, t in (("freqs_cos", cos), ("freqs_sin", sin))}
