@@ -62,7 +62,9 @@ def add_model_config(path: str | Path, name: str | None = None) -> None:
         config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg", {})}
     missing = [k for k in ("embed_dim", "vision_cfg", "text_cfg") if not isinstance(config, dict) or k not in config]
     if missing:
-        raise ValueError(f"model config {path} lacks {', '.join(missing)}: see src/open_clip/model_configs for examples")
+        raise ValueError(
+            f"model config {path} lacks {', '.join(missing)}: see src/open_clip/model_configs for examples"
+        )
     _configs[name or (path.parent.name if path.stem == "config" else path.stem)] = config
 
 
@@ -153,7 +155,9 @@ def _timm_trunk(cfg: dict, embed_dim: int) -> nn.Module:
     if proj not in ("", "none"):
         raise ValueError(f'timm_proj is "{proj}": only the trunk\'s own head ("") or none ("none") is supported')
     if not timm.is_model(name):
-        raise ValueError(f'timm has no model "{name}" (timm {timm.__version__}): upgrade timm or correct timm_model_name')
+        raise ValueError(
+            f'timm has no model "{name}" (timm {timm.__version__}): upgrade timm or correct timm_model_name'
+        )
     kwargs = {"global_pool": cfg["timm_pool"]} if cfg.get("timm_pool") else {}
     return timm.create_model(
         name,
@@ -242,9 +246,7 @@ def create_model(
     return model.to(device=device, dtype=_PRECISIONS[precision])
 
 
-def _weights_file(
-    name: str, pretrained: str | Path | None, cache_dir: str | Path | None, config: dict
-) -> Path | None:
+def _weights_file(name: str, pretrained: str | Path | None, cache_dir: str | Path | None, config: dict) -> Path | None:
     """The checkpoint file that ``pretrained`` means, downloaded if need be; None for random weights.
 
     A tag whose weights were trained with QuickGELU or with another pixel normalisation changes ``config`` accordingly.

@@ -76,7 +76,9 @@ def value_block(block: nn.Module, x: Tensor) -> Tensor:
     if isinstance(block, Block):
         x = x + block.ls1(value_attention(block.attn, block.norm1(x)))
         return x + block.ls2(block.mlp(block.norm2(x)))
-    raise TypeError(f"no dense reading for a block of type {type(block).__name__}; use an Eva or VisionTransformer trunk")
+    raise TypeError(
+        f"no dense reading for a block of type {type(block).__name__}; use an Eva or VisionTransformer trunk"
+    )
 
 
 def pool_each_token(pool: nn.Module, x: Tensor) -> Tensor:

@@ -115,10 +115,14 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
         else:
             remedy = "it is damaged or no checkpoint; fetch it again"
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise RuntimeError(f"weights file {path} cannot be loaded: {remedy} ({type(error).__name__}: {reason})") from error
+        raise RuntimeError(
+            f"weights file {path} cannot be loaded: {remedy} ({type(error).__name__}: {reason})"
+        ) from error
     state = _find_state(content)
     if not state:
-        raise RuntimeError(f"weights file {path} holds no state dict: expected tensors by name, or one under {_CONTAINERS}")
+        raise RuntimeError(
+            f"weights file {path} holds no state dict: expected tensors by name, or one under {_CONTAINERS}"
+        )
     return state
 
 

@@ -120,7 +120,14 @@ def tiny(schema: str) -> open_clip.CLIP:
         "eva01": {**eva, "mlp_ratio": 4.3637},
         "eva_postnorm": {**eva, "postnorm": True},
         "vit": {"image_size": 32, "layers": 3, "width": 48, "head_width": 12, "patch_size": 8},
-        "layerscale": {"image_size": 32, "layers": 3, "width": 48, "head_width": 12, "patch_size": 8, "ls_init_value": 0.5},
+        "layerscale": {
+            "image_size": 32,
+            "layers": 3,
+            "width": 48,
+            "head_width": 12,
+            "patch_size": 8,
+            "ls_init_value": 0.5,
+        },
         "siglip": {"timm_model_name": "test_vit4", "image_size": 32, "timm_pool": "map", "timm_proj": "none"},
     }[schema]
     dim = 64 if schema == "siglip" else 24
@@ -147,7 +154,8 @@ def test_attention_pooled_dense_is_pooling_of_one_token():
     image = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     tokens, _ = model.visual.dense_tokens(image)
     trunk = model.visual.trunk
-    expected = torch.nn.functional.normalize(trunk.forward_head(trunk.norm(tokens.reshape(-1, 1, tokens.shape[-1]))), dim=-1)
+    pooled = trunk.head(trunk.fc_norm(trunk.attn_pool(trunk.norm(tokens.reshape(-1, 1, tokens.shape[-1])))))
+    expected = torch.nn.functional.normalize(pooled, dim=-1)
     actual = model.encode_dense(image, keep_shape=False)
     torch.testing.assert_close(actual.reshape(expected.shape), expected)
 
@@ -217,7 +225,7 @@ def test_regions_of_one_pass_and_empty_lists():
         assert model.encode_pseudo_boxes(image, [boxes[1], boxes[1]]).shape == (0, 24)
     with pytest.raises(ValueError, match="1 lists of boxes for 2 images"):
         model.encode_pseudo_boxes(image, boxes[:1])
-    with pytest.raises(ValueError, match='needs a CLIP ViT'):
+    with pytest.raises(ValueError, match="needs a CLIP ViT"):
         model.encode_pseudo_boxes(image, boxes, extract_type="v1")
     with pytest.raises(ValueError, match="multiples of the patch size 8"):
         model.encode_dense(torch.randn(1, 3, 30, 32))
