@@ -1,7 +1,7 @@
 """Write a checkpoint in another layout, so that a model trained here loads in other programs.
 
 Examples:
-    python tools/convert_weights.py --model EVA02-CLIP-B-16 logs/run/checkpoints/clipself.pt out.safetensors --layout timm
+    python tools/convert_weights.py --model EVA02-CLIP-B-16 clipself.pt openclip.safetensors --layout timm
     python tools/convert_weights.py --model ViT-B-16-quickgelu open_clip.safetensors reference.pt --layout openai
 """
 
@@ -45,8 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--layout",
         choices=(*LAYOUTS, "reference"),
         default="reference",
-        help="eva: EVA-CLIP and the published code's EVA models; openai: OpenAI and OpenCLIP ViTs; timm: OpenCLIP with a "
-        "timm trunk; reference (default): whichever of eva and openai the model has",
+        help="eva: EVA-CLIP and the published code's EVA models; openai: OpenAI and OpenCLIP ViTs; timm: OpenCLIP with "
+        "a timm trunk; reference (default): whichever of eva and openai the model has",
     )
     parser.add_argument("--half", action="store_true", help="store float16 weights")
     parser.add_argument("--force", action="store_true", help="replace an existing target")

@@ -40,7 +40,7 @@ def add_model_config(path: str | Path, name: str | None = None) -> None:
     """Register a model config file, or every ``*.json`` of a folder.
 
     Args:
-        path: json in the EVA-CLIP, OpenCLIP ViT or OpenCLIP-timm schema; also OpenCLIP's hub form ``{"model_cfg": ...}``.
+        path: json in the EVA-CLIP, OpenCLIP ViT or OpenCLIP-timm schema; or OpenCLIP's hub form with ``model_cfg``.
         name: name of the model; the file's stem when None (a file called ``config.json`` takes its folder's name).
 
     Raises:
@@ -170,7 +170,7 @@ def _timm_trunk(cfg: dict, embed_dim: int) -> nn.Module:
 
 
 def build_image_tower(config: dict) -> ImageTower:
-    """Image tower of a config; the schema is told by its keys. ValueError when a key is missing or the trunk unknown."""
+    """Image tower of a config; its keys tell the schema. ValueError when a key is missing or the trunk unknown."""
     cfg, embed_dim = config["vision_cfg"], config["embed_dim"]
     cfg.setdefault("image_size", 224)
     try:
@@ -277,8 +277,8 @@ def create_model_and_transforms(
 ) -> tuple[CLIP, Callable, Callable]:
     """(model, preprocess_train, preprocess_val), as OpenCLIP. Keyword arguments are those of :func:`create_model`.
 
-    Both transforms turn a PIL image (or uint8 ``[3, H, W]``) into a normalised float ``[3, n, n]`` of the native size n;
-    the training one crops at random (90 to 100 % of the area).
+    Both transforms turn a PIL image (or uint8 ``[3, H, W]``) into a normalised float ``[3, n, n]`` of native size n; the
+    training one crops at random (90 to 100 % of the area).
     """
     model = create_model(name, pretrained, **kwargs)
     visual = model.visual

@@ -196,7 +196,7 @@ class ImageTower(nn.Module):
     # -- global reading -------------------------------------------------------------------------------------------
 
     def forward(self, image: Tensor) -> Tensor:
-        """Global embedding ``[B, D]`` of normalised images ``[B, 3, H, W]``, any size that is a multiple of the patch."""
+        """Global embedding ``[B, D]`` of normalised images ``[B, 3, H, W]``; sides are multiples of the patch."""
         x, rope = self.embed(image)
         for i in range(len(self.trunk.blocks)):
             x = self.run_block(i, x, rope)

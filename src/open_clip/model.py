@@ -160,7 +160,7 @@ class CLIP(nn.Module):
         self.visual.lock(unlocked_groups)
 
     def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the whole text tower. ValueError for ``unlocked_layers`` other than 0: distillation never trains it."""
+        """Freeze the whole text tower. ValueError for ``unlocked_layers`` other than 0."""
         if unlocked_layers:
             raise ValueError(f"unlocked_layers is {unlocked_layers}: the text tower can only be frozen as a whole")
         self.text.requires_grad_(False)

@@ -111,7 +111,7 @@ def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged file
         if "weights_only" in str(error).lower() or "TorchScript" in str(error):
-            remedy = "it holds Python objects or TorchScript, which would run code; save its state dict alone, or as .safetensors"
+            remedy = "it holds Python objects or TorchScript, which would run code; save only its state dict"
         else:
             remedy = "it is damaged or no checkpoint; fetch it again"
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
@@ -225,7 +225,7 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _reconcile(state: dict[str, Tensor], own: dict[str, Tensor], model: nn.Module, resize: bool) -> None:
-    """Differences of form, not of content: scalar shapes, an all-zero bias, a position grid that was asked to change."""
+    """Mend differences of form: scalar shapes, an all-zero bias, a position grid that was asked to change."""
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in own:
             state[name] = state[name].reshape(own[name].shape)
