@@ -1,0 +1,51 @@
+# Sourced by the entry points: one virtual environment, .venv in the clone, made and filled once.
+#   source scripts/_venv.sh; ensure_venv [EXTRA]     EXTRA: a key of setup.py's extras_require, such as test
+# Afterwards $PY is the environment's Python. PYTHON names another base interpreter, CLIPSELF_VENV another folder.
+
+ensure_venv() {
+    local extra="${1:-}" base="${PYTHON:-python3}" root venv stamp state
+    root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+    venv="${CLIPSELF_VENV:-$root/.venv}"
+    PY="$venv/bin/python"
+    if [ ! -x "$PY" ]; then
+        command -v "$base" >/dev/null || {
+            echo "error: $base is not installed; install Python 3.10 or newer, or name it with PYTHON=/path/to/python3" >&2
+            return 2
+        }
+        "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "error: $base is $("$base" -V 2>&1), this needs Python 3.10 or newer; name one with PYTHON=/path/to/python3" >&2
+            return 2
+        }
+        echo "Making the virtual environment $venv"
+        "$base" -m venv "$venv" || {
+            echo "error: '$base -m venv' failed; install the venv module (Debian and Ubuntu: apt install python3-venv)" >&2
+            return 2
+        }
+    fi
+    # The stamp holds what was installed, and from which folder: a changed requirement or a moved clone installs again.
+    state="$root $(cat "$root/setup.py" "$root/requirements.txt" | cksum)"
+    stamp="$venv/.installed${extra:+-$extra}"
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$state" ]; then
+        echo "Installing the project into $venv (a few minutes the first time)"
+        install_project "$root" "$extra" || {
+            echo "error: the installation failed; the lines above say why (a network to the package index is needed once)" >&2
+            return 2
+        }
+        echo "$state" >"$stamp"
+    fi
+}
+
+# Without an NVIDIA GPU on Linux the CPU build of PyTorch is enough: 0.2 GB instead of 3 GB. TORCH_INDEX overrides the index.
+install_project() {
+    local root="$1" extra="$2" index="${TORCH_INDEX:-}"
+    if [ -z "$index" ] && [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
+        index=https://download.pytorch.org/whl/cpu
+    fi
+    # --isolated: this index alone, without mirrors of the user's pip settings that would mix other builds in.
+    if [ -n "$index" ] && ! "$PY" -c 'import torch, torchvision' 2>/dev/null; then
+        "$PY" -m pip --isolated install -q --disable-pip-version-check torch torchvision \
+            --index-url "$index" --retries 0 --timeout 10 2>/dev/null ||
+            echo "No CPU build of PyTorch from $index: taking the default one"
+    fi
+    "$PY" -m pip install -q --disable-pip-version-check -e "$root${extra:+[$extra]}"
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Runs the tests in the clone's own virtual environment. Arguments go to pytest; --slow adds the slow tests.
+#   bash scripts/test.sh                          everything but the slow ones
+#   bash scripts/test.sh --slow                   all
+#   bash scripts/test.sh tests/open_clip -x       a part of them
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/_venv.sh
+ensure_venv test
+
+args=()
+for arg in "$@"; do
+    if [ "$arg" = --slow ]; then args+=(-m ""); else args+=("$arg"); fi
+done
+# No test may need a network: a missing file must fail at once instead of waiting for the hub.
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+exec "$PY" -m pytest "${args[@]+"${args[@]}"}"
