@@ -1,0 +1,183 @@
+"""Training samples: an image with its regions, as uint8. Everything random comes from (seed, epoch, index)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from open_clip.transform import crop_region, detection_size, random_crop_box, resize, resize_longest
+from training.data.annotations import Annotations
+from training.data.grid import grid_regions
+from training.data.images import ImageError, read_image, resolve
+from training.data.proposals import proposal_regions
+from training.data.samples import Sample, Skipped
+
+MIN_SIDE = 2  # pixels; smaller images have no regions worth the name
+
+
+@dataclass(frozen=True)
+class RegionOptions:
+    """How samples are made.
+
+    Attributes:
+        image_size: side of the square input, pixels; the longest side of an image is brought to it.
+        crop_size: side of a region crop (the teacher's native size), pixels.
+        crop_on: ``"worker"`` (crops and resized image are made here) or ``"device"`` (the original image travels).
+        max_boxes, max_split, crop_scale: see :func:`~training.data.grid.grid_regions`.
+        min_size, max_size: see :func:`~training.data.proposals.proposal_regions`.
+        seed: of all random choices.
+    """
+
+    image_size: int
+    crop_size: int
+    crop_on: str = "worker"
+    max_boxes: int = 20
+    max_split: int = 6
+    crop_scale: float = 1.0
+    min_size: float = 8
+    max_size: float = 1024
+    seed: int = 0
+
+
+class RegionDataset(Dataset):
+    """Base of the datasets whose samples are an image and its regions; a key is ``(epoch, index)``.
+
+    A sample has ``image`` (uint8 ``[3, h, w]``: resized, or the original for crops on the device), ``boxes`` (float32
+    ``[K, 4]`` xyxy over the side of the padded input) and ``image_id``; distillation adds ``crops`` (uint8
+    ``[K, 3, n, n]``) or ``crop_boxes`` (float32 ``[K, 4]``, pixels of the original).
+    """
+
+    def __init__(
+        self, annotations: Annotations, root: str, indices: np.ndarray, options: RegionOptions
+    ) -> None:
+        self.annotations, self.root, self.indices, self.options = annotations, root, indices, options
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Boxes and, for distillation, crop boxes of an image: ``{"boxes": ..., "crop_boxes": ..., ...}`` in pixels."""
+        raise NotImplementedError
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Skipped:
+        epoch, index = key
+        row = int(self.indices[index])
+        name = self.annotations.file_name(row)
+        try:
+            image = read_image(resolve(self.root, name))
+        except ImageError as error:
+            return Skipped(error.file, error.reason)
+        height, width = image.shape[-2:]
+        if min(height, width) < MIN_SIDE:
+            return Skipped(name, f"the image has {width} x {height} pixels")
+        rng = np.random.default_rng([self.options.seed, epoch, row])
+        regions = self.regions(row, width, height, rng)
+        if len(regions["boxes"]) == 0:
+            return Skipped(name, "the image has no region")
+        return self._sample(image, row, index, regions)
+
+    def _sample(self, image: Tensor, row: int, index: int, regions: dict[str, np.ndarray]) -> Sample:
+        options = self.options
+        _, _, scale = detection_size(*image.shape[-2:], options.image_size)
+        sample: Sample = {
+            "image": image if options.crop_on == "device" else resize_longest(image, options.image_size),
+            "boxes": torch.from_numpy(regions["boxes"] * np.float32(scale / options.image_size)),
+            "image_id": int(self.annotations.image_ids[row]),
+            "index": index,
+        }
+        if "crop_boxes" in regions:
+            if options.crop_on == "device":
+                sample["crop_boxes"] = torch.from_numpy(regions["crop_boxes"])
+            else:
+                crops = [crop_region(image, box, options.crop_size) for box in regions["crop_boxes"]]
+                sample["crops"] = torch.stack(crops)
+        if "labels" in regions:
+            sample["labels"] = torch.from_numpy(regions["labels"])
+        return sample
+
+
+class GridDistill(RegionDataset):
+    """Cells of a random grid (``--dataset-type grid_distill``); needs images only."""
+
+    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        options = self.options
+        boxes, crops = grid_regions(
+            width, height, rng,
+            max_split=options.max_split, max_boxes=options.max_boxes, crop_scale=options.crop_scale,
+        )  # fmt: skip
+        return {"boxes": boxes, "crop_boxes": crops}
+
+
+class ProposalsDistill(RegionDataset):
+    """Random annotations with enlarged crops (``--dataset-type proposals_distill``)."""
+
+    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        options, own = self.options, self.annotations.of(row)
+        boxes, crops = proposal_regions(
+            self.annotations.boxes[own], width, height, rng,
+            max_boxes=options.max_boxes, min_size=options.min_size, max_size=options.max_size,
+        )  # fmt: skip
+        return {"boxes": boxes, "crop_boxes": crops}
+
+
+class RegionText(RegionDataset):
+    """The first annotations of an image with their labels (``--dataset-type region_clip``); no crops."""
+
+    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        own = self.annotations.of(row)
+        boxes, labels = self.annotations.boxes[own], self.annotations.labels[own]
+        known = np.flatnonzero(labels >= 0)[: self.options.max_boxes]
+        return {"boxes": boxes[known].astype(np.float32), "labels": labels[known].astype(np.int64)}
+
+
+class ImageText(Dataset):
+    """An image at the model's native size and one of its captions (``--dataset-type contrastive``).
+
+    Args:
+        files: file names below ``root``.
+        captions: captions of each file, at least one.
+        image_ids: ids for messages.
+        tokenize: text -> ids ``[1, L]``; runs in the worker.
+        size: side of the image, pixels.
+        scale: share of the area that the random crop covers.
+    """
+
+    def __init__(
+        self,
+        *,
+        files: list[str],
+        captions: list[list[str]],
+        image_ids: np.ndarray,
+        root: str,
+        tokenize: Callable[[list[str]], Tensor],
+        size: int,
+        seed: int = 0,
+        scale: tuple[float, float] = (0.9, 1.0),
+    ) -> None:
+        self.files, self.captions, self.image_ids, self.root = files, captions, image_ids, root
+        self.tokenize, self.size, self.seed, self.scale = tokenize, size, seed, scale
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Skipped:
+        epoch, index = key
+        try:
+            image = read_image(resolve(self.root, self.files[index]))
+        except ImageError as error:
+            return Skipped(error.file, error.reason)
+        rng = np.random.default_rng([self.seed, epoch, index])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        top, left, h, w = random_crop_box(*image.shape[-2:], self.scale, generator)
+        text = self.captions[index][int(rng.integers(len(self.captions[index])))]
+        return {
+            "image": resize(image[:, top : top + h, left : left + w], self.size, self.size),
+            "text": self.tokenize([text])[0],
+            "image_id": int(self.image_ids[index]),
+            "index": index,
+        }

@@ -1,0 +1,110 @@
+"""Image files to RGB uint8 tensors, safely: bounded size, inside their root, one kind of error."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+import re
+import warnings
+
+import fsspec
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit: a gigabyte of memory at 6 bytes a pixel
+_URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
+
+
+class ImageError(Exception):
+    """An image that cannot be used: ``file`` names it and ``reason`` says why, in one line."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file}: {reason}")
+        self.file, self.reason = str(file), reason
+
+    def __reduce__(self) -> tuple:  # exceptions with two arguments do not survive a worker's pickle otherwise
+        return type(self), (self.file, self.reason)
+
+
+def is_url(path: str) -> bool:
+    """True for a path that fsspec reads (``s3://...``), False for one on disk."""
+    return bool(_URL.match(path))
+
+
+def resolve(root: str, file_name: str) -> str:
+    """Path of a file that an annotation names, inside its root.
+
+    Raises:
+        ImageError: an absolute name, a URL, or one that climbs out of the root with ``..``.
+    """
+    name = file_name.replace("\\", "/")
+    normal = posixpath.normpath(name) if name else ""
+    if not name or name.startswith("/") or re.match(r"^[a-zA-Z]:", name) or is_url(name) or "\0" in name:
+        raise ImageError(file_name, "file names in annotations must be relative to the image root")
+    if normal.split("/")[0] == ".." or normal == ".":
+        raise ImageError(file_name, "the file name leads out of the image root")
+    return f"{root.rstrip('/')}/{normal}" if root else normal
+
+
+def read_bytes(path: str) -> bytes:
+    """Content of a file on disk, or of a URL through fsspec. ImageError when it cannot be read."""
+    try:
+        opened = fsspec.open(path, "rb") if is_url(path) else open(path, "rb")
+        with opened as file:
+            return file.read()
+    except FileNotFoundError:
+        raise ImageError(path, "no such file") from None
+    except Exception as error:  # fsspec's backends raise whatever their libraries do
+        raise ImageError(path, f"cannot be read ({type(error).__name__}: {_first_line(error)})") from None
+
+
+def read_image(path: str) -> Tensor:
+    """RGB uint8 ``[3, H, W]``. EXIF orientation is ignored, as annotations refer to the stored pixels.
+
+    8-bit grey and RGB files are decoded by torchvision (libjpeg-turbo, libpng); all other modes (CMYK, palette, 16 bit,
+    alpha, animations, other formats) by Pillow, converted to RGB.
+
+    Raises:
+        ImageError: missing, unreadable, damaged, or above :data:`MAX_PIXELS`.
+    """
+    return decode(read_bytes(path), path)
+
+
+def decode(content: bytes, path: str) -> Tensor:
+    """As :func:`read_image`, from the file's content; ``path`` names it in errors."""
+    if not content:
+        raise ImageError(path, "the file is empty")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(content)) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise ImageError(path, f"{width} x {height} pixels are more than {MAX_PIXELS}: refused")
+                plain = image.mode in ("RGB", "L") and not image.info.get("transparency")
+                # Truncated JPEGs: Pillow refuses what libjpeg fills with grey, so completeness is checked below.
+                if plain and image.format == "JPEG" and content.rstrip(b"\0")[-2:] != b"\xff\xd9":
+                    plain = False
+                if plain and image.format in ("JPEG", "PNG"):
+                    return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+                return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()
+    except ImageError:
+        raise
+    except Exception as error:  # decoders raise a dozen kinds for damaged files
+        raise ImageError(path, f"not a readable image ({type(error).__name__}: {_first_line(error)})") from None
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """First frame as uint8 ``[H, W, 3]``. 16-bit grey is scaled down; Pillow's own conversion would clip it."""
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        values = np.asarray(image).astype(np.float64)
+        grey = np.clip(values / (257.0 if values.max(initial=0) > 255 else 1.0), 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    return np.array(image.convert("RGB"))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:150]

@@ -1,0 +1,189 @@
+"""From command-line arguments to the training data: dataset, order and worker processes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.data.annotations import Annotations, load_annotations, parse, read_json
+from training.data.collate import Collate
+from training.data.datasets import GridDistill, ImageText, ProposalsDistill, RegionOptions, RegionText
+from training.data.images import ImageError, is_url, resolve
+from training.data.sampler import EpochBatchSampler
+from training.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_DATASETS = {"grid_distill": GridDistill, "proposals_distill": ProposalsDistill, "region_clip": RegionText}
+_PROBES = 16  # files looked for before training starts
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)  # workers share the cores with each other and with the model
+
+
+class TrainData:
+    """Training data of one process.
+
+    Attributes:
+        dataset: map-style, keys ``(epoch, index)``.
+        sampler: order of the data.
+        loader: collated batches of the chosen epoch, from its chosen batch on.
+        class_names: of a labelled dataset, by label; None otherwise.
+        skipped: bad annotation entries that were left out, by reason.
+    """
+
+    def __init__(
+        self, dataset: Dataset, sampler: EpochBatchSampler, loader: DataLoader, annotations: Annotations, labelled: bool
+    ) -> None:
+        self.dataset, self.sampler, self.loader = dataset, sampler, loader
+        self.class_names = annotations.names if labelled else None
+        self.num_classes = len(annotations.names) if labelled else 0
+        self.num_images, self.num_regions = len(dataset), len(annotations.boxes)
+        self.skipped = annotations.skipped
+
+    def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
+        """Choose what the next iteration over ``loader`` gives."""
+        self.sampler.set_epoch(epoch, start_batch)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of a whole epoch, for each process."""
+        return self.sampler.batches_per_epoch
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.loader)
+
+
+def build_train_data(
+    args: argparse.Namespace,
+    *,
+    image_size: int,
+    crop_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+) -> TrainData:
+    """Training data of ``args.dataset_type`` for one process.
+
+    Args:
+        args: the program's arguments.
+        image_size: side of the input (the native size for contrastive training).
+        crop_size: side of a region crop.
+        tokenizer: texts -> ids ``[N, L]``; contrastive training only.
+
+    Raises:
+        UserError: annotation file or images missing, or nothing to train on.
+    """
+    kind = args.dataset_type
+    if kind == "contrastive":
+        annotations, dataset = _image_text(args, image_size, tokenizer)
+    else:
+        annotations = load_annotations(args.train_data, cache_dir=args.annotation_cache)
+        dataset = _region_dataset(args, annotations, image_size, crop_size)
+    check_image_root(args.train_image_root, _some_names(dataset), args.train_data, "--train-image-root")
+    sampler = EpochBatchSampler(
+        size=len(dataset), batch_size=args.batch_size, rank=rank, world_size=world_size, seed=args.seed
+    )
+    context_length = tokenizer(["a"]).shape[1] if kind == "contrastive" else 0
+    collate = Collate(
+        image_size=image_size, crop_size=crop_size, crop_on=args.crop_on, kind=kind, context_length=context_length
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=args.workers,
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=args.workers > 0,
+        prefetch_factor=4 if args.workers > 0 else None,
+        worker_init_fn=_one_thread,
+    )
+    log.info("%s: %d images for %s", args.train_data, len(dataset), kind)
+    return TrainData(dataset, sampler, loader, annotations, labelled=kind == "region_clip")
+
+
+def _share(count: int, ratio: float, seed: int) -> np.ndarray:
+    """A random share of ``range(count)``, ascending; all of it when the ratio is 1."""
+    if ratio >= 1:
+        return np.arange(count)
+    chosen = np.random.default_rng([seed, 7]).permutation(count)[: max(int(count * ratio), 1)]
+    return np.sort(chosen)
+
+
+def _region_dataset(args: argparse.Namespace, annotations: Annotations, image_size: int, crop_size: int) -> Dataset:
+    rows = np.arange(len(annotations))
+    if args.dataset_type == "region_clip":
+        rows = np.flatnonzero(np.diff(annotations.offsets) > 0)  # images with annotations
+        if len(rows) == 0 or not annotations.names:
+            raise UserError(f"--train-data {args.train_data}: no annotation with a category; region_clip needs labels")
+    rows = rows[_share(len(rows), args.train_ratio, args.seed)]
+    options = RegionOptions(
+        image_size=image_size, crop_size=crop_size, crop_on=args.crop_on, max_boxes=args.max_boxes,
+        max_split=args.max_split, crop_scale=args.crop_scale, min_size=args.min_size, max_size=args.max_size,
+        seed=args.seed,
+    )  # fmt: skip
+    return _DATASETS[args.dataset_type](annotations, args.train_image_root, rows, options)
+
+
+def _image_text(
+    args: argparse.Namespace, image_size: int, tokenizer: Callable | None
+) -> tuple[Annotations, ImageText]:
+    content = read_json(args.train_data, "--train-data")
+    annotations = parse({**content, "annotations": []}, args.train_data)
+    row = {int(i): r for r, i in enumerate(annotations.image_ids)}
+    captions: list[list[str]] = [[] for _ in range(len(annotations))]
+    for entry in content.get("annotations") or []:
+        text = entry.get("caption") if isinstance(entry, dict) else None
+        if isinstance(text, str) and text.strip() and entry.get("image_id") in row:
+            captions[row[entry["image_id"]]].append(text)
+    with_caption = np.array([r for r, c in enumerate(captions) if c], np.int64)
+    if len(with_caption) == 0:
+        raise UserError(f"--train-data {args.train_data}: no image with a caption; contrastive training needs them")
+    rows = with_caption[_share(len(with_caption), args.train_ratio, args.seed)].tolist()
+    dataset = ImageText(
+        files=[annotations.file_name(r) for r in rows],
+        captions=[captions[r] for r in rows],
+        image_ids=annotations.image_ids[rows],
+        root=args.train_image_root,
+        tokenize=tokenizer,
+        size=image_size,
+        seed=args.seed,
+    )
+    return annotations, dataset
+
+
+def _some_names(dataset: Dataset) -> list[str]:
+    """Names of a few files, evenly spread over the dataset."""
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, _PROBES).astype(int))
+    if isinstance(dataset, ImageText):
+        return [dataset.files[i] for i in chosen]
+    return [dataset.annotations.file_name(int(dataset.indices[i])) for i in chosen]
+
+
+def check_image_root(root: str, names: list[str], annotation_file: str, flag: str) -> None:
+    """UserError when none of the named files is under the root (URLs are not probed)."""
+    if is_url(root):
+        return
+    if not Path(root).is_dir():
+        raise UserError(f"{flag} {root}: no such folder")
+    missing = None
+    for name in names:
+        try:
+            path = resolve(root, name)
+        except ImageError:
+            continue  # refused again, and counted, when it is read
+        if os.path.isfile(path):
+            return
+        missing = missing or path
+    if missing:
+        raise UserError(f"{flag} {root}: the images of {annotation_file} are not there, e.g. {missing}")

@@ -1,0 +1,121 @@
+"""Training samples against those that the reference makes of the same six images."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from open_clip.transform import crop_region, pad_to, resize_longest
+from training.data.annotations import load_annotations
+from training.data.datasets import RegionOptions, RegionText
+from training.data.grid import grid_choices, grid_regions, grid_template
+from training.data.images import read_image
+from training.data.proposals import proposal_regions
+from training.data.resample import device_crops, device_image
+
+SIZE, CROP = 128, 32
+# The reference pads CMYK with white and resizes palette images by nearest neighbour; only boxes compare for these.
+OTHER_MODES = (3, 4)
+
+
+def need(golden, name):
+    if not (golden / "data" / name).exists():
+        pytest.skip(f"{name} is not among the golden files kept in the repository")
+    return golden / "data" / name
+
+
+def check_pixels(actual: torch.Tensor, expected: np.ndarray) -> None:
+    difference = (actual.to(torch.int16) - torch.from_numpy(expected).to(torch.int16)).abs().float()
+    assert difference.max() <= 2 and difference.mean() <= 0.2
+
+
+def check_sample(data, i: int, image: torch.Tensor, boxes: np.ndarray, crops: np.ndarray) -> None:
+    expected = data[f"{i}.boxes"]
+    slots = np.flatnonzero(expected[:, 4] > 0.5)
+    assert len(slots) == len(boxes)
+    scale = SIZE / max(image.shape[-2:])
+    np.testing.assert_allclose(boxes * scale / SIZE, expected[slots, :4], atol=1e-5)
+    if i in OTHER_MODES:
+        return
+    if f"{i}.image" in data:
+        check_pixels(pad_to(resize_longest(image, SIZE), SIZE), data[f"{i}.image"])
+        check_pixels(device_image(image, SIZE), data[f"{i}.image"])
+    made = device_crops(image, torch.from_numpy(crops), CROP)
+    for slot, box, other in zip(slots, crops, made, strict=True):
+        check_pixels(crop_region(image, box, CROP), data[f"{i}.crops"][slot])
+        check_pixels(other, data[f"{i}.crops"][slot])
+
+
+@pytest.mark.parametrize(("name", "scale", "most"), [("grid.npz", 1.0, 20), ("grid_cs.npz", 1.4, 8)])
+def test_grid_samples(golden, name, scale, most):
+    data = np.load(need(golden, name))
+    annotations = load_annotations(str(need(golden, "instances.json")))
+    for i in range(len(annotations)):
+        image = read_image(str(golden / "data" / "images" / annotations.file_name(i)))
+        height, width = image.shape[-2:]
+        expected = data[f"{i}.boxes"]
+        rows, columns = data[f"{i}.choice"].tolist()
+        # The order of the cells is the order drawn: found by matching the boxes.
+        padded = max(width, height)
+        cells = grid_template(rows, columns) * np.array([width, height, width, height]) / padded
+        valid = expected[expected[:, 4] > 0.5, :4]
+        order = np.abs(valid[:, None] - cells[None]).sum(-1).argmin(1)
+        assert len(set(order.tolist())) == len(order) == min(rows * columns, most)
+        boxes, crops = grid_regions(
+            width, height, np.random.default_rng(0),
+            max_boxes=most, crop_scale=scale, choice=(rows, columns), order=order,
+        )  # fmt: skip
+        check_sample(data, i, image, boxes, crops)
+
+
+@pytest.mark.parametrize(("name", "limits"), [("proposals.npz", (8, 1024)), ("proposals_max60.npz", (12, 60))])
+def test_proposal_samples(golden, name, limits):
+    data = np.load(need(golden, name))
+    annotations = load_annotations(str(need(golden, "proposals.json")))
+    for i in range(len(annotations)):
+        image = read_image(str(golden / "data" / "images" / annotations.file_name(i)))
+        own = annotations.of(i)
+        boxes, crops = proposal_regions(
+            annotations.boxes[own], image.shape[-1], image.shape[-2], np.random.default_rng(0), min_size=limits[0], max_size=limits[1], order=data[f"{i}.order"],
+        )  # fmt: skip
+        check_sample(data, i, image, boxes, crops)
+
+
+def test_region_text_samples(golden):
+    data = np.load(need(golden, "region_clip.npz"))
+    meta = json.loads(need(golden, "data.json").read_text())
+    annotations = load_annotations(str(need(golden, "instances.json")))
+    labels = {int(c): label for label, c in enumerate(annotations.category_ids)}
+    assert labels == {int(k): v for k, v in meta["region_clip_cat_id2label"].items()}
+    rows = np.flatnonzero(np.diff(annotations.offsets) > 0)
+    assert annotations.image_ids[rows].tolist() == meta["region_clip_image_ids"]
+    options = RegionOptions(image_size=SIZE, crop_size=CROP)
+    dataset = RegionText(annotations, str(golden / "data" / "images"), rows, options)
+    recorded = sorted({int(k.split(".")[0]) for k in data.files})
+    assert len(recorded) == len(dataset)
+    for index, i in enumerate(recorded):
+        expected = data[f"{i}.boxes"]
+        expected = expected[expected[:, 5] > 0.5]
+        sample = dataset[(0, index)]
+        np.testing.assert_allclose(sample["boxes"].numpy(), expected[:, :4], atol=1e-5)
+        assert sample["labels"].tolist() == expected[:, 4].astype(int).tolist()
+
+
+def test_grid_choices_and_templates(golden):
+    for most, expected in json.loads(need(golden, "grid_choices.json").read_text()).items():
+        assert [list(c) for c in grid_choices(int(most))] == expected
+    templates = np.load(need(golden, "grid_templates_6.npz"))
+    for name in templates.files:
+        rows, columns = (int(v) for v in name.split("x"))
+        np.testing.assert_allclose(grid_template(rows, columns), templates[name], atol=1e-6)
+
+
+def test_decoded_pixels(golden):
+    data = np.load(need(golden, "decoded.npz"))
+    for name in data.files:
+        image = read_image(str(golden / "data" / "images" / name))
+        difference = (image.permute(1, 2, 0).to(torch.int16) - torch.from_numpy(data[name]).to(torch.int16)).abs()
+        assert difference.max() <= 3 and difference.float().mean() < 0.1
