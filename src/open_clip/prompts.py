@@ -1,0 +1,74 @@
+"""Class names to class embeddings, by an ensemble of prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+#: The 63 templates of the published class embeddings: ``{article}`` and ``{}`` stand for "a" / "an" and the name.
+PROMPT_TEMPLATES: tuple[str, ...] = tuple(
+    json.loads((Path(__file__).parent / "prompt_templates.json").read_text(encoding="utf-8"))
+)
+
+
+def article(name: str) -> str:
+    """ "an" before a, e, i, o, u of the raw name, else "a". Lower case only, as in the published embeddings."""
+    return "an" if name[:1] in tuple("aeiou") else "a"
+
+
+def process_name(name: str, remove_dot: bool = True) -> str:
+    """A class name as it stands in a prompt: lower case, ``_`` to space, ``/`` to " or ", without a trailing dot."""
+    name = name.replace("_", " ").replace("/", " or ").lower()
+    return name.rstrip(".") if remove_dot else name
+
+
+def class_prompts(name: str, templates: Sequence[str] = PROMPT_TEMPLATES) -> list[str]:
+    """Prompts of a class name, one per template; those that begin with "a" or "the" become "This is a ..."."""
+    prompts = [t.replace("{article}", article(name)).replace("{}", process_name(name)) for t in templates]
+    return ["This is " + p if p.startswith(("a", "the")) else p for p in prompts]
+
+
+def average_prompts(features: Tensor) -> Tensor:
+    """Text embeddings ``[C, T, D]`` of T prompts a class -> ``[C, D]``: each normalised, averaged, normalised again."""
+    return F.normalize(F.normalize(features, dim=-1).mean(1), dim=-1)
+
+
+@torch.no_grad()
+def class_embeddings(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    names: Sequence[str],
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+    templates: Sequence[str] = PROMPT_TEMPLATES,
+    progress: bool = False,
+) -> Tensor:
+    """Class embeddings from a model's text tower.
+
+    Args:
+        model: anything with ``encode_text``; its text tower is used where it is, or moved to ``device`` and back.
+        names: class names, in the order of the rows.
+        batch_size: prompts embedded at a time.
+        progress: show a bar.
+
+    Returns:
+        float32 ``[C, D]`` on the CPU, unit length.
+    """
+    prompts = [p for name in names for p in class_prompts(name, templates)]
+    text = getattr(model, "text", model)
+    home = next(text.parameters()).device
+    device = torch.device(device) if device is not None else home
+    text.to(device)
+    rows = []
+    starts = range(0, len(prompts), batch_size)
+    for start in tqdm(starts, desc="class embeddings", unit="batch", disable=not progress):
+        rows.append(model.encode_text(tokenizer(prompts[start : start + batch_size]).to(device)).float().cpu())
+    text.to(home)
+    return average_prompts(torch.cat(rows).unflatten(0, (len(names), len(templates))))
