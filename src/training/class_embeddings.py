@@ -22,6 +22,8 @@ from training.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+Tokenizer = Callable[[list[str]], Tensor]  # texts to token ids [N, L]
+
 CACHE_FOLDER = "~/.cache/open_clip/class_embeddings"
 REMEDY = "make a fitting file with tools/generate_text_embeddings.py, or leave the flag out to compute and cache one"
 
@@ -29,7 +31,7 @@ REMEDY = "make a fitting file with tools/generate_text_embeddings.py, or leave t
 def load_or_compute(
     args: Namespace,
     model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor] | None,
+    tokenizer: Tokenizer | None,
     class_names: Sequence[str],
     *,
     embed_dim: int | None = None,
@@ -65,6 +67,8 @@ def load_or_compute(
     path = getattr(args, flag.lstrip("-").replace("-", "_"), None)
     if path:
         return load_class_embeddings(path, class_names, embed_dim, flag=flag, names_file=names_file)
+    if tokenizer is None:
+        raise ValueError("class embeddings are to be computed, but there is no tokenizer")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         return _compute_on_one(model, tokenizer, class_names, embed_dim, device, cache_folder, progress)
     return _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress)
@@ -120,13 +124,13 @@ def load_class_embeddings(
 
 def _compute_or_cached(
     model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor] | None,
+    tokenizer: Tokenizer,
     class_names: Sequence[str],
     device: torch.device | str | None,
     cache_folder: str | Path,
     progress: bool,
 ) -> Tensor:
-    file = Path(cache_folder).expanduser() / f"{cache_key(model, class_names)}.npy"
+    file = Path(cache_folder).expanduser() / f"{cache_key(model, tokenizer, class_names)}.npy"
     if file.is_file():
         try:
             cached = torch.from_numpy(np.load(file, allow_pickle=False))
@@ -135,11 +139,15 @@ def _compute_or_cached(
                 return cached
         except (OSError, ValueError):
             logger.warning("%s is damaged; computing the class embeddings anew", file)
-    if tokenizer is None:
-        raise ValueError("class embeddings are to be computed, but there is no tokenizer")
     logger.info("computing class embeddings of %d classes", len(class_names))
     with torch.inference_mode():
-        embeddings = compute_class_embeddings(model, tokenizer, list(class_names), device=device, progress=progress)
+        embeddings = compute_class_embeddings(
+            model,
+            _without_padding(tokenizer, model.text),
+            list(class_names),
+            device=device,
+            progress=progress,
+        )
     embeddings = embeddings.float().cpu().clone()
     _save(file, embeddings.numpy())
     return embeddings
@@ -147,7 +155,7 @@ def _compute_or_cached(
 
 def _compute_on_one(
     model: nn.Module,
-    tokenizer: Callable[[list[str]], Tensor] | None,
+    tokenizer: Tokenizer,
     class_names: Sequence[str],
     embed_dim: int,
     device: torch.device | str | None,
@@ -164,13 +172,29 @@ def _compute_on_one(
     return carrier.cpu()
 
 
-def cache_key(model: nn.Module, class_names: Sequence[str]) -> str:
-    """Hash of everything that the embeddings depend on: the text tower's weights, the names and the templates."""
+def cache_key(model: nn.Module, tokenizer: Tokenizer, class_names: Sequence[str]) -> str:
+    """Hash of what the embeddings depend on: the text tower's weights, the names, their tokens and the templates."""
     digest = hashlib.sha256(json.dumps([list(class_names), list(PROMPT_TEMPLATES)]).encode())
+    digest.update(tokenizer(list(class_names)).numpy().tobytes())
     for name, tensor in sorted(model.text.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:32]
+
+
+def _without_padding(tokenizer: Tokenizer, text_tower: nn.Module) -> Tokenizer:
+    """A tokenizer whose rows end with the longest text.
+
+    A causal tower that is read at the end token never sees what follows it, and prompts fill a fifth of the context.
+    """
+    if not (getattr(text_tower, "causal", False) and getattr(text_tower, "pool", None) == "argmax"):
+        return tokenizer
+
+    def tokenize(texts: list[str]) -> Tensor:
+        tokens = tokenizer(texts)
+        return tokens[:, : int(tokens.argmax(1).max()) + 1]  # the end token has the largest id
+
+    return tokenize
 
 
 def _save(file: Path, array: np.ndarray) -> None:

@@ -98,7 +98,7 @@ def test_computed_once_and_cached(tmp_path, caplog):
     again = load_or_compute(args, model, tokenize, NAMES, cache_folder=tmp_path)
     assert torch.equal(again, computed) and model.texts == texts and not computed.requires_grad
     [file] = tmp_path.iterdir()  # one file, no temporary left
-    assert file.name == f"{cache_key(model, NAMES)}.npy"
+    assert file.name == f"{cache_key(model, tokenize, NAMES)}.npy"
 
     file.write_bytes(file.read_bytes()[:60])
     assert torch.equal(load_or_compute(args, model, tokenize, NAMES, cache_folder=tmp_path), computed)
@@ -106,7 +106,7 @@ def test_computed_once_and_cached(tmp_path, caplog):
 
     with torch.no_grad():
         model.text.weight[5] += 1e-3  # other weights, other names: other entries
-    keys = {cache_key(model, NAMES), cache_key(model, NAMES[::-1]), file.stem}
+    keys = {cache_key(model, tokenize, NAMES), cache_key(model, tokenize, NAMES[::-1]), file.stem}
     assert len(keys) == 3
     not_a_folder = tmp_path / "file"
     not_a_folder.touch()

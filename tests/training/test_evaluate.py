@@ -20,7 +20,7 @@ from torchvision.ops import roi_align
 from open_clip.factory import build_model
 from open_clip.regions import mask_features, roi_features
 from open_clip.weights import load_state
-from training.data.panoptic import build_eval_data
+from training.data.panoptic import build_eval_data, collate_panoptic
 from training.errors import UserError
 from training.evaluate import evaluate, format_table
 
@@ -175,8 +175,8 @@ def naive_accuracy(model, dataset, embeddings, size: int) -> dict[str, float]:
         torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std)
     )
     hits: dict[tuple, list[int]] = {}
-    for sample in (dataset[i] for i in range(len(dataset))):
-        image = ((sample["images"][size].double() / 255 - mean) / std)[None]
+    for sample in (collate_panoptic([dataset[i]]) for i in range(len(dataset))):
+        image = (sample["images"][size].double() / 255 - mean) / std
         dense = model.encode_dense(image)
         for k, label in enumerate(sample["labels"].tolist()):
             box = sample["boxes"][size][k].double() * dense.shape[-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
 from argparse import Namespace
 from collections.abc import Sequence
@@ -11,16 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from open_clip.transform import crop_region, pad_to, resize_longest
+from open_clip.transform import crop_region, resize_longest
+from training.data.annotations import read_json
 from training.data.images import ImageError, read_image, resolve
+from training.data.loader import check_image_root
 from training.data.samples import Skipped
 from training.data.segment_masks import grid_masks, read_segment_ids, tight_box
 from training.errors import UserError
 
 MAX_SEGMENTS = 100  # per image, counted before the area limits, as in the published evaluation
-FILES_TRIED = 50  # when a folder is checked before the start
+PROBES = 16  # files looked for before the start
 CROP_ENLARGEMENT = 1.5  # of a thing's box, about its centre
 
 
@@ -57,26 +60,18 @@ def load_panoptic(path: str, *, flag: str = "--val-data") -> PanopticAnnotations
     Raises:
         UserError: no such file, not JSON, not a panoptic annotation file, or without a segment.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{flag} {path}: no such file; name a COCO panoptic annotation file")
-    try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{flag} {path}: not a readable JSON file ({error}); fetch or write it again") from None
-    missing = [key for key in ("images", "annotations", "categories") if key not in (content or ())]
+    content = read_json(path, flag)
+    missing = [key for key in ("annotations", "categories") if not content.get(key)]
     if missing:
-        raise UserError(
-            f"{flag} {path}: no {', '.join(map(repr, missing))}; it must be a COCO panoptic annotation file"
-        )
-    if content["annotations"] and "segments_info" not in content["annotations"][0]:
+        raise UserError(f"{flag} {path}: no {' and no '.join(missing)}; it must be a COCO panoptic annotation file")
+    if "segments_info" not in content["annotations"][0]:
         raise UserError(
             f"{flag} {path}: annotations without 'segments_info'; it looks like an instance file, "
             "name the panoptic one (panoptic_val2017.json)"
         )
     try:
         annotations = _to_arrays(path, content)
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"{flag} {path}: {reason}; it must be a COCO panoptic annotation file") from None
     if not len(annotations.segment_ids):
@@ -127,10 +122,11 @@ def _to_arrays(path: str, content: dict[str, Any]) -> PanopticAnnotations:
 class PanopticDataset(Dataset):
     """Evaluation samples of a panoptic annotation file.
 
-    An item is a dict: ``images`` {S: uint8 [3, S, S]}, ``boxes`` {S: float32 [K, 4]} (xyxy in 0..1 of the padded
-    image), ``masks`` {S: bool [K, S/p, S/p]}, ``crops`` uint8 [K, 3, n, n], ``labels`` int64 [K], ``is_thing`` bool
-    [K], ``areas`` float32 [K] (of the box, in square pixels of the file), ``image_id`` and ``absent_segments`` (those
-    annotated without a pixel in the PNG). An image that cannot be used is a ``Skipped`` with the reason.
+    An item is a dict: ``images`` {S: uint8 [3, h, w] with longest side S, not padded yet}, ``boxes`` {S: float32
+    [K, 4]} (xyxy in 0..1 of the padded image), ``masks`` {S: bool [K, S/p, S/p]}, ``crops`` uint8 [K, 3, n, n],
+    ``labels`` int64 [K], ``is_thing`` bool [K], ``areas`` float32 [K] (of the box, in square pixels of the file),
+    ``image_id`` and ``absent_segments`` (those annotated without a pixel in the PNG). An image that cannot be used is
+    a ``Skipped`` with the reason.
 
     Things use their annotated box, and a crop 1.5 times as large, clipped; stuff uses the tight box of its mask for
     both. Boxes with an area outside ``min_size``^2..``max_size``^2 are left out.
@@ -187,13 +183,13 @@ class PanopticDataset(Dataset):
         # The sides of the resized image are rounded, the boxes are not: they follow the exact scale.
         normed = (torch.tensor(boxes, dtype=torch.float64) / max(height, width)).float()
         return {
-            "images": {size: pad_to(resize_longest(image, size), size) for size in self.image_sizes},
+            "images": {size: resize_longest(image, size) for size in self.image_sizes},
             "boxes": {size: normed for size in self.image_sizes},
             "masks": {
                 size: grid_masks(ids, number, size // self.patch_size, antialias=self.mask_antialias)
                 for size in self.image_sizes
             },
-            "crops": torch.stack([crop_region(image, box, self.crop_size) for box in crop_boxes]),
+            "crops": _crops(image, crop_boxes, self.crop_size),
             "labels": torch.tensor(labels),
             "is_thing": torch.tensor(is_thing),
             "areas": torch.tensor(areas, dtype=torch.float32),
@@ -212,11 +208,11 @@ class PanopticDataset(Dataset):
         start, stop = annotations.offsets[index : index + 2].tolist()
         for entry in range(start, min(stop, start + MAX_SEGMENTS)):
             label, number = int(annotations.labels[entry]), int(annotations.segment_ids[entry])
-            tight = tight_box(ids == number)
-            if tight is None:
+            is_thing = annotations.is_thing[label]
+            tight = None if is_thing else tight_box(ids == number)
+            if not (tight or (is_thing and _occurs(ids, number, annotations.boxes[entry]))):
                 absent += 1
                 continue
-            is_thing = annotations.is_thing[label]
             if is_thing:
                 x, y, w, h = annotations.boxes[entry].tolist()
                 centre_x, centre_y = x + w / 2, y + h / 2
@@ -237,6 +233,21 @@ class PanopticDataset(Dataset):
         return segments, absent
 
 
+def _occurs(ids: np.ndarray, number: int, box: np.ndarray) -> bool:
+    """Whether a segment has a pixel: looked for inside its annotated box (xywh) first, where it nearly always is."""
+    x1, y1 = np.maximum(box[:2], 0).astype(int)
+    x2, y2 = np.maximum(box[:2] + box[2:], 0).astype(int)
+    return bool((ids[y1:y2, x1:x2] == number).any() or (ids == number).any())
+
+
+def _crops(image: Tensor, boxes: Sequence[Sequence[float]], size: int) -> Tensor:
+    """:func:`open_clip.transform.crop_region` of every box, in one tensor: uint8 ``[K, 3, size, size]``."""
+    crops = torch.empty(len(boxes), 3, size, size, dtype=torch.uint8)
+    for crop, box in zip(crops, boxes, strict=True):
+        crop.copy_(crop_region(image, box, size))
+    return crops
+
+
 def collate_panoptic(samples: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
     """Samples to one batch: regions of all images one after the other, with ``counts`` per image.
 
@@ -252,12 +263,34 @@ def collate_panoptic(samples: Sequence[dict[str, Any] | Skipped]) -> dict[str, A
     }
     if usable:
         sizes = list(usable[0]["images"])
-        batch["images"] = {size: torch.stack([sample["images"][size] for sample in usable]) for size in sizes}
+        batch["images"] = {size: _stack_padded([sample["images"][size] for sample in usable], size) for size in sizes}
         for key in ("boxes", "masks"):
             batch[key] = {size: torch.cat([sample[key][size] for sample in usable]) for size in sizes}
-        for key in ("crops", "labels", "is_thing", "areas"):
+        for key in ("labels", "is_thing", "areas"):
             batch[key] = torch.cat([sample[key] for sample in usable])
+        crops = [sample["crops"] for sample in usable]
+        batch["crops"] = torch.cat(crops, out=_new_batch(sum(map(len, crops)), *crops[0].shape[1:]))
         batch["image_ids"] = torch.tensor([sample["image_id"] for sample in usable])
+    return batch
+
+
+def _new_batch(*shape: int) -> Tensor:
+    """A black uint8 tensor. In a loader's worker it lies in shared memory from the start, which saves a copy."""
+    if get_worker_info() is None:
+        return torch.zeros(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does; zero when new
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _stack_padded(images: Sequence[Tensor], size: int) -> Tensor:
+    """Images uint8 ``[3, h_i, w_i]`` padded right and bottom with black: ``[B, 3, size, size]``.
+
+    The colour channel is innermost in memory, as decoders and resizing leave it; turning that round would cost as much
+    time as the resizing itself.
+    """
+    batch = _new_batch(len(images), size, size, 3).permute(0, 3, 1, 2)
+    for canvas, image in zip(batch, images, strict=True):
+        canvas[:, : image.shape[1], : image.shape[2]] = image
     return batch
 
 
@@ -318,8 +351,14 @@ def build_eval_data(
         max_size=getattr(args, "max_size", 1024),
         mask_antialias=getattr(args, "mask_antialias", False),
     )
-    _check_root(args.val_image_root, annotations.image_files, annotations.file, "--val-image-root")
-    _check_root(segm_root, annotations.segment_files, annotations.file, "--val-segm-root")
+    probes = [dataset.files(index) for index in range(0, len(dataset), max(1, len(dataset) // PROBES))]
+    for root, names, flag in zip(
+        (args.val_image_root or "", segm_root),
+        zip(*probes, strict=True),
+        ("--val-image-root", "--val-segm-root"),
+        strict=True,
+    ):
+        check_image_root(root, names, annotations.file, flag)
     share = range(rank, len(dataset), world_size)
     loader = DataLoader(
         dataset,
@@ -341,19 +380,3 @@ def build_eval_data(
         image_sizes=list(dataset.image_sizes),
         max_skipped=getattr(args, "max_skipped", 0.1),
     )
-
-
-def _check_root(root: str, files: np.ndarray, annotation_file: str, flag: str) -> None:
-    """Stop when a local folder holds none of the files (a few tried): single missing ones are skipped later on."""
-    if "://" in (root or ""):
-        return
-    tried = [name.decode() for name in files[:: max(1, len(files) // FILES_TRIED)]]
-    try:
-        found = any(os.path.isfile(resolve(root or "", name)) for name in tried)
-    except ImageError as error:
-        raise UserError(f"{annotation_file}: {error.file}: {error.reason}; mend its file names") from None
-    if not found:
-        raise UserError(
-            f"{flag} {root or '(empty)'}: has none of the files of {annotation_file} (such as {tried[0]}); "
-            "name the folder that holds them"
-        )

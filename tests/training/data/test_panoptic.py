@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.data.panoptic import PanopticDataset, build_eval_data, load_panoptic
+from training.data.panoptic import PanopticDataset, build_eval_data, collate_panoptic, load_panoptic
 from training.data.segment_masks import grid_masks, read_segment_ids, tight_box
 from training.errors import UserError
 
@@ -61,7 +61,7 @@ def test_samples_are_the_recorded_ones(golden, antialias):
     dataset = dataset_of(golden / "data", mask_antialias=antialias)
     vanished = 0
     for index in range(len(dataset)):
-        sample = dataset[index]
+        sample = collate_panoptic([dataset[index]])
         boxes = expected[f"{index}.boxes"]  # xyxy, label, valid, area, is thing; a skipped segment leaves its row empty
         rows = np.flatnonzero(boxes[:, 5])
         assert len(rows) == 5  # the sixth is 6 x 6 pixels
@@ -76,7 +76,7 @@ def test_samples_are_the_recorded_ones(golden, antialias):
         assert (sample["masks"][128].numpy()[empty].sum((1, 2)) == 1).all()
         if index != CMYK:
             for name, ours, theirs in (
-                ("image", sample["images"][128], expected[f"{index}.image"]),
+                ("image", sample["images"][128][0], expected[f"{index}.image"]),
                 ("crops", sample["crops"], expected[f"{index}.crops"][rows]),
             ):
                 difference = np.abs(ours.numpy().astype(int) - theirs.astype(int))
@@ -122,14 +122,16 @@ def test_boxes_crops_sizes_and_limits(tmp_path):
     ]
     write_panoptic(tmp_path, [(ids, segments)])
     sample = dataset_of(tmp_path, image_sizes=[160, 64], patch_size=8, crop_size=16)[0]
+    images = collate_panoptic([sample])["images"]
     assert sample["labels"].tolist() == [1, 0, 1] and sample["is_thing"].tolist() == [True, False, True]
     assert sample["areas"].tolist() == [600, 79 * 39, 200]
     assert sample["absent_segments"] == 1
     expected = torch.tensor([[10, 5, 40, 25], [0, 0, 79, 39], [70, 0, 80, 20]]) / 80
     for size in (160, 64):
         torch.testing.assert_close(sample["boxes"][size], expected)
-        assert sample["images"][size].shape == (3, size, size) and sample["images"][size].dtype == torch.uint8
-        assert sample["images"][size][:, size // 2 :].sum() == 0  # padded below
+        assert images[size].shape == (1, 3, size, size) and images[size].dtype == torch.uint8
+        assert images[size][:, :, size // 2 :].sum() == 0  # padded below
+        assert images[size][:, :, size // 2 - 1].any()
         assert sample["masks"][size].shape == (3, size // 8, size // 8)
     # Crop of the last: 70..80 by 0..20 enlarged to 67.5..82.5 by -5..25, clipped to 12 (or 13) by 25 pixels.
     columns = (sample["crops"][2].sum((0, 1)) > 0).sum()
@@ -201,10 +203,15 @@ def test_wrong_files_get_one_line(golden, tmp_path):
 
     good = json.loads((golden / "data" / "panoptic.json").read_text())
     assert "no such file" in message(val_data=str(tmp_path / "none.json"))
-    assert "not a readable JSON" in message(val_data=json_file("{"))
-    assert "'categories'" in message(val_data=json_file({"images": [], "annotations": []}))
+    assert "not a json file" in message(val_data=json_file("{"))
+    assert "no categories" in message(val_data=json_file({**good, "categories": []}))
     assert "instance file" in message(val_data=json_file({**good, "annotations": [{"id": 1, "bbox": [0, 0, 1, 1]}]}))
-    assert "not a single segment" in message(val_data=json_file({**good, "annotations": []}))
+    assert "no annotations" in message(val_data=json_file({**good, "annotations": []}))
+    empty = [{**annotation, "segments_info": []} for annotation in good["annotations"]]
+    assert "not a single segment" in message(val_data=json_file({**good, "annotations": empty}))
+    assert "unknown" not in message(
+        val_data=json_file({**good, "annotations": [{"segments_info": 3, "image_id": 100}]})
+    )
     assert "unknown category 9" in message(val_data=json_file({**good, "categories": good["categories"][:2]}))
     assert "'file_name'" in message(
         val_data=json_file({**good, "annotations": [{"image_id": 100, "segments_info": []}]})
