@@ -277,8 +277,8 @@ def create_model_and_transforms(
 ) -> tuple[CLIP, Callable, Callable]:
     """(model, preprocess_train, preprocess_val), as OpenCLIP. Keyword arguments are those of :func:`create_model`.
 
-    Both transforms turn a PIL image (or uint8 ``[3, H, W]``) into a normalised float ``[3, n, n]`` of native size n; the
-    training one crops at random (90 to 100 % of the area).
+    Both transforms turn a PIL image (or uint8 ``[3, H, W]``) into a normalised float ``[3, n, n]`` of native size n;
+    the training one crops at random (90 to 100 % of the area).
     """
     model = create_model(name, pretrained, **kwargs)
     visual = model.visual

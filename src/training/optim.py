@@ -12,7 +12,7 @@ from torch import Tensor, nn
 def is_undecayed(name: str, parameter: Tensor) -> bool:
     """No weight decay for vectors and scalars, nor for names that contain bn, ln, bias or logit_scale.
 
-    Dimensions of size one do not count: a class token ``[1, 1, W]`` is the vector that OpenAI's layout keeps as ``[W]``.
+    Dimensions of size one do not count: a class token ``[1, 1, W]`` is the vector that OpenAI's layout has as ``[W]``.
     So the names and shapes of this package split as the published ones do; norms are vectors by whatever name.
     """
     return parameter.squeeze().ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))

@@ -14,8 +14,8 @@ class Collate:
     """Callable that packs samples (picklable, for worker processes).
 
     The batch: ``images`` (uint8 ``[B, 3, S, S]``, padded right and bottom; or a list of originals for crops on the
-    device), ``boxes`` float32 ``[K, 4]``, ``counts`` int64 ``[B]``, ``crops`` / ``crop_boxes`` / ``labels`` ``[K, ...]``,
-    ``texts`` ``[B, L]``, ``image_ids``, ``indices``, and ``skipped``: (file, reason) of samples that were left out. A
+    device), ``boxes`` float32 ``[K, 4]``, ``counts`` int64 ``[B]``, ``crops`` / ``crop_boxes`` / ``labels``
+    ``[K, ...]``, ``texts`` ``[B, L]``, ``image_ids``, ``indices``, and ``skipped``: (file, reason) of samples that were left out. A
     batch with nothing left is one black image without regions, so that every process takes part in every step.
 
     Args:

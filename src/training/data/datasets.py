@@ -52,9 +52,7 @@ class RegionDataset(Dataset):
     ``[K, 3, n, n]``) or ``crop_boxes`` (float32 ``[K, 4]``, pixels of the original).
     """
 
-    def __init__(
-        self, annotations: Annotations, root: str, indices: np.ndarray, options: RegionOptions
-    ) -> None:
+    def __init__(self, annotations: Annotations, root: str, indices: np.ndarray, options: RegionOptions) -> None:
         self.annotations, self.root, self.indices, self.options = annotations, root, indices, options
 
     def __len__(self) -> int:

@@ -135,9 +135,7 @@ def _region_dataset(args: argparse.Namespace, annotations: Annotations, image_si
     return _DATASETS[args.dataset_type](annotations, args.train_image_root, rows, options)
 
 
-def _image_text(
-    args: argparse.Namespace, image_size: int, tokenizer: Callable | None
-) -> tuple[Annotations, ImageText]:
+def _image_text(args: argparse.Namespace, image_size: int, tokenizer: Callable | None) -> tuple[Annotations, ImageText]:
     content = read_json(args.train_data, "--train-data")
     annotations = parse({**content, "annotations": []}, args.train_data)
     row = {int(i): r for r, i in enumerate(annotations.image_ids)}

@@ -72,7 +72,7 @@ class RegionCLIP(Method):
         """``loss`` (see :class:`Method`) and, detached, ``correct_sum`` (top-1 among the classes) and ``regions``.
 
         Args:
-            batch: ``images [B, 3, S, S]``, ``boxes`` list of ``[K_i, 4]``, ``labels [K]`` (rows of the noun embeddings).
+            batch: ``images [B, 3, S, S]``, ``boxes`` list of ``[K_i, 4]``, ``labels [K]`` (noun rows).
         """
         regions = self.student.encode_pseudo_boxes(
             batch["images"], batch["boxes"], normalize=True, extract_type=self.extract_type

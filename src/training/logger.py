@@ -1,0 +1,83 @@
+"""Messages to the terminal and the experiment's log file; scalars to TensorBoard; records to results.json."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+
+
+def setup_logging(rank: int, file: Path | None = None) -> None:
+    """Process 0 reports what happens, the others only warnings (with their number). ``file`` is appended to."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    for handler in list(root.handlers):
+        if getattr(handler, "of_training", False):
+            root.removeHandler(handler)
+            handler.close()
+    text = _FORMAT if rank == 0 else _FORMAT.replace("%(message)s", f"[process {rank}] %(message)s")
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if file is not None:
+        handlers.append(logging.FileHandler(file))
+    for handler in handlers:
+        handler.of_training = True
+        handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
+        root.addHandler(handler)
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is complete or not there: beside its place, flushed to disk, then renamed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Journal:
+    """TensorBoard scalars and ``results.json`` of one experiment; does nothing on processes other than 0.
+
+    Args:
+        folder: the experiment's; None for a journal that keeps nothing.
+        keep_until: records of later optimizer steps (of a run that was resumed from before them) are dropped.
+    """
+
+    def __init__(self, folder: Path | None, keep_until: int | None = None) -> None:
+        self.folder, self.writer, self.records = folder, None, []
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until)
+        if (folder / "results.json").is_file():
+            self.records = json.loads((folder / "results.json").read_text())
+        if keep_until is not None:
+            self.records = [r for r in self.records if r["step"] <= keep_until]
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Scalars by TensorBoard tag."""
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def result(self, record: dict[str, Any]) -> None:
+        """Append a record (``epoch``, ``step``, metrics) to results.json; one of the same step and kind is replaced."""
+        if self.folder is None:
+            return
+        same = ("step", "kind")
+        self.records = [r for r in self.records if any(r.get(k) != record.get(k) for k in same)] + [record]
+        write_atomically(self.folder / "results.json", json.dumps(self.records, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Flush to disk."""
+        if self.writer is not None:
+            self.writer.close()
