@@ -1,0 +1,86 @@
+# Sourced by the recipes: how many processes, where the data is, and how the program is started.
+#
+#   NPROC          processes on this machine; by default one per visible GPU, or 1 without a GPU
+#   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, as for torchrun
+#   DATA           folder of COCO (default data/coco);  LVIS: folder of LVIS annotations (default data/lvis_v1)
+#   CHECKPOINTS    folder of the start models (default checkpoints)
+#   PYTHON         interpreter; by default that of .venv if there is one
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ -z "${PYTHON:-}" ]; then
+    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+fi
+DATA="${DATA:-data/coco}"
+LVIS="${LVIS:-data/lvis_v1}"
+CHECKPOINTS="${CHECKPOINTS:-checkpoints}"
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
+
+visible_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        local list="${CUDA_VISIBLE_DEVICES//[[:space:]]/}"
+        if [ -z "$list" ] || [ "$list" = "-1" ]; then echo 0; else awk -F, '{print NF}' <<< "$list"; fi
+    elif command -v nvidia-smi > /dev/null; then
+        nvidia-smi -L 2> /dev/null | grep -c '^GPU' || true
+    else
+        echo 0
+    fi
+}
+
+# run_training ARGUMENTS...: the program under torchrun.
+run_training() {
+    local processes="${NPROC:-$(visible_gpus)}"
+    if [ "$processes" -lt 1 ]; then processes=1; fi
+    local nodes="${NNODES:-1}" where=(--standalone)
+    if [ "$nodes" != 1 ]; then
+        where=(--nnodes "$nodes" --node_rank "${NODE_RANK:?NODE_RANK is not set: the number of this machine}"
+            --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set: the address of machine 0}"
+            --master_port "${MASTER_PORT:-29500}")
+    fi
+    # Processes share the cores of the machine.
+    if [ -z "${OMP_NUM_THREADS:-}" ]; then
+        local cores; cores=$(getconf _NPROCESSORS_ONLN)
+        export OMP_NUM_THREADS=$(( cores / processes > 0 ? cores / processes : 1 ))
+    fi
+    if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
+        exec "$PYTHON" -m training.main "$@"
+    fi
+    exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${where[@]}" \
+        --max-restarts "${MAX_RESTARTS:-0}" -m training.main "$@"
+}
+
+# The two published start models: name, checkpoint, patch, size, blocks, class embeddings.
+use_vitb16() {
+    MODEL_ARGS=(--model EVA02-CLIP-B-16 --pretrained eva --cache-dir "$CHECKPOINTS/EVA02_CLIP_B_psz16_s8B.pt"
+        --det-image-size 1024 --downsample-factor 16)
+    BLOCKS=12
+    class_embeddings metadata/coco_panoptic_clip_hand_craft_EVACLIP_ViTB16.npy
+}
+
+use_vitl14() {
+    MODEL_ARGS=(--model EVA02-CLIP-L-14-336 --pretrained eva --cache-dir "$CHECKPOINTS/EVA02_CLIP_L_336_psz14_s6B.pt"
+        --det-image-size 896 --downsample-factor 14)
+    BLOCKS=24
+    class_embeddings metadata/coco_panoptic_clip_hand_craft_EVACLIP_ViTL14x336.npy
+}
+
+# The file of the published repository when it is there; otherwise the program computes the embeddings once.
+class_embeddings() {
+    if [ -f "$1" ]; then MODEL_ARGS+=(--embed-path "$1"); fi
+}
+
+VAL_ARGS=(--val-data "$DATA/annotations/panoptic_val2017.json" --val-image-root "$DATA/val2017"
+    --val-segm-root "$DATA/annotations/panoptic_val2017")
+
+# Embeddings of the 4764 nouns: read when they are there, else computed from the category names of the annotations.
+NOUN_ARGS=()
+for file in "$DATA"/coco_pseudo_4764_embeddings.npy metadata/coco_pseudo_4764_embeddings.npy; do
+    if [ -f "$file" ]; then NOUN_ARGS=(--train-embed-path "$file"); fi
+done
+
+# Shared by all training recipes: batch 2 per process, 6 epochs, AdamW 1e-5.
+recipe_args() {
+    RECIPE_ARGS=(--batch-size 2 --epochs 6 --lr 1e-5 --wd 0.1 --warmup 1000 --workers 4 --extract-type v2
+        --lock-image --lock-image-unlocked-groups "$BLOCKS" --zeroshot-frequency 1 --save-frequency 1
+        --log-every-n-steps 100)
+}
