@@ -144,4 +144,6 @@ def _verify(path: Path, repo: str, filename: str) -> None:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     if digest.hexdigest() != blob:
-        raise RuntimeError(f"{path} ({repo}, {filename}) is damaged: its SHA-256 is not {blob}; delete it and try again")
+        raise RuntimeError(
+            f"{path} ({repo}, {filename}) is damaged: its SHA-256 is not {blob}; delete it and try again"
+        )

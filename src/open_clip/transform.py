@@ -139,6 +139,4 @@ def image_transform(
         raise ValueError(f'mode is "{mode}": use shortest, longest, squash or random')
     if interpolation not in _INTERPOLATIONS:
         raise ValueError(f'interpolation is "{interpolation}": use {" or ".join(_INTERPOLATIONS)}')
-    return partial(
-        _whole_image, size=size, mean=mean, std=std, mode=mode, interpolation=interpolation, scale=scale
-    )
+    return partial(_whole_image, size=size, mean=mean, std=std, mode=mode, interpolation=interpolation, scale=scale)
