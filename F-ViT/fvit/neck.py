@@ -1,0 +1,78 @@
+"""From four ViT maps of one resolution to a feature pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def level_strides(patch_size: int) -> tuple[float, ...]:
+    """Input pixels per cell of the five pyramid levels: p/4, p/2, p, 2p, 4p (fractions for patch 14)."""
+    return tuple(patch_size * factor for factor in (0.25, 0.5, 1.0, 2.0, 4.0))
+
+
+class SimplePyramid(nn.Module):
+    """Four maps ``[B, W, h, w]`` to ``[B, W]`` x (4h, 2h, h, h/2), shallow blocks at high resolution.
+
+    Level 1: transposed convolution x2, batch norm, GELU, transposed convolution x2. Level 2: transposed convolution
+    x2. Level 3: as it is. Level 4: max pooling /2 (an odd last row or column is dropped).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up4 = nn.Sequential(
+            nn.ConvTranspose2d(width, width, 2, stride=2),
+            nn.BatchNorm2d(width),
+            nn.GELU(),
+            nn.ConvTranspose2d(width, width, 2, stride=2),
+        )
+        self.up2 = nn.ConvTranspose2d(width, width, 2, stride=2)
+        self.down = nn.MaxPool2d(2, stride=2)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        first, second, third, last = maps
+        return [self.up4(first), self.up2(second), third, self.down(last)]
+
+
+def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    """Convolution of equal size and batch norm (SyncBatchNorm after torch's ``convert_sync_batchnorm``)."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+class FeaturePyramid(nn.Module):
+    """Feature pyramid network (Lin et al. 2017) with batch norm: four maps in, five of ``channels`` out.
+
+    The fifth is the fourth taken at every second cell.
+    """
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(conv_norm(width, channels, 1) for _ in range(4))
+        self.output = nn.ModuleList(conv_norm(channels, channels, 3) for _ in range(4))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        laterals = [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]
+        for i in range(3, 0, -1):
+            laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[-2:])
+        outputs = [conv(x) for conv, x in zip(self.output, laterals, strict=True)]
+        return [*outputs, F.max_pool2d(outputs[-1], 1, stride=2)]
+
+
+class Neck(nn.Module):
+    """ViT maps to five pyramid levels ``[B, channels, h_l, w_l]`` of strides :func:`level_strides`."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        self.levels = SimplePyramid(width)
+        self.fpn = FeaturePyramid(width, channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return self.fpn(self.levels(maps))
