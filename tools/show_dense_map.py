@@ -70,8 +70,14 @@ def draw(images: list[Tensor], maps: list[list[Tensor]], titles: list[str], name
     """Figure with a row per image: the photograph, then one map per model with the names of its largest classes."""
     colours = class_colours(len(names))
     columns = 1 + len(titles)
+    heights = [0.4 + 4.5 * image.shape[1] / image.shape[2] for image in images]  # inches
     figure, axes = plt.subplots(
-        len(images), columns, figsize=(5.5 * columns, 4 * len(images)), squeeze=False, layout="constrained"
+        len(images),
+        columns,
+        figsize=(5.5 * columns, sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
     )
     for row, image, row_maps in zip(axes, images, maps, strict=True):
         picture = image.permute(1, 2, 0).numpy() / 255

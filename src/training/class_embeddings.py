@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]  # texts to token ids [N, L]
 
-CACHE_FOLDER = "~/.cache/open_clip/class_embeddings"
+CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "open_clip" / "class_embeddings"
 REMEDY = "make a fitting file with tools/generate_text_embeddings.py, or leave the flag out to compute and cache one"
 
 
@@ -38,7 +38,7 @@ def load_or_compute(
     flag: str = "--embed-path",
     names_file: str = "",
     device: torch.device | str | None = None,
-    cache_folder: str | Path = CACHE_FOLDER,
+    cache_folder: str | Path | None = CACHE_FOLDER,
     progress: bool = False,
 ) -> Tensor:
     """Unit-length class embeddings, float32 ``[C, D]`` on the CPU, in the order of ``class_names``.
@@ -56,7 +56,7 @@ def load_or_compute(
         flag: the command-line flag that names the file.
         names_file: the annotation file that ``class_names`` come from, for messages.
         device: where the text tower is; by default that of its weights.
-        cache_folder: where computed embeddings are kept.
+        cache_folder: where computed embeddings are kept; None for a text tower that trains, whose entries never recur.
         progress: show a progress bar while computing.
 
     Raises:
@@ -127,18 +127,16 @@ def _compute_or_cached(
     tokenizer: Tokenizer,
     class_names: Sequence[str],
     device: torch.device | str | None,
-    cache_folder: str | Path,
+    cache_folder: str | Path | None,
     progress: bool,
 ) -> Tensor:
-    file = Path(cache_folder).expanduser() / f"{cache_key(model, tokenizer, class_names)}.npy"
-    if file.is_file():
-        try:
-            cached = torch.from_numpy(np.load(file, allow_pickle=False))
-            if len(cached) == len(class_names):
-                logger.info("class embeddings of %d classes from %s", len(class_names), file)
-                return cached
-        except (OSError, ValueError):
-            logger.warning("%s is damaged; computing the class embeddings anew", file)
+    file = None
+    if cache_folder is not None:
+        file = Path(cache_folder).expanduser() / f"{cache_key(model, tokenizer, class_names)}.npy"
+        cached = _read(file)
+        if cached is not None:
+            logger.info("class embeddings of %d classes from %s", len(class_names), file)
+            return cached
     logger.info("computing class embeddings of %d classes", len(class_names))
     with torch.inference_mode():
         embeddings = compute_class_embeddings(
@@ -149,7 +147,8 @@ def _compute_or_cached(
             progress=progress,
         )
     embeddings = embeddings.float().cpu().clone()
-    _save(file, embeddings.numpy())
+    if file is not None:
+        _save(file, embeddings.numpy())
     return embeddings
 
 
@@ -159,7 +158,7 @@ def _compute_on_one(
     class_names: Sequence[str],
     embed_dim: int,
     device: torch.device | str | None,
-    cache_folder: str | Path,
+    cache_folder: str | Path | None,
     progress: bool,
 ) -> Tensor:
     """Process 0 computes, the others receive: on CPUs the prompts of a class list take minutes."""
@@ -195,6 +194,17 @@ def _without_padding(tokenizer: Tokenizer, text_tower: nn.Module) -> Tokenizer:
         return tokens[:, : int(tokens.argmax(1).max()) + 1]  # the end token has the largest id
 
     return tokenize
+
+
+def _read(file: Path) -> Tensor | None:
+    """A cache file; None when there is none or it is damaged."""
+    try:
+        return torch.from_numpy(np.load(file, allow_pickle=False))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("%s is damaged (%s); computing the class embeddings anew", file, error)
+        return None
 
 
 def _save(file: Path, array: np.ndarray) -> None:

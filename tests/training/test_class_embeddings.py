@@ -112,3 +112,7 @@ def test_computed_once_and_cached(tmp_path, caplog):
     not_a_folder.touch()
     load_or_compute(args, model, tokenize, NAMES, cache_folder=not_a_folder)
     assert "not cached" in caplog.text
+    texts = model.texts
+    for _ in range(2):  # a text tower that trains
+        load_or_compute(args, model, tokenize, NAMES, cache_folder=None)
+    assert model.texts == texts + 2 * 3 * 63 and len(list(tmp_path.iterdir())) == 2
