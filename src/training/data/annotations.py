@@ -13,17 +13,44 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 
+from training.data.images import first_line, is_url
 from training.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of the cache; older ones are built anew
+FORMAT = 4  # of the cache; older ones are built anew
+
+
+@dataclass
+class Strings:
+    """Many texts, utf-8, end to end in one array: text i is ``data[offsets[i]:offsets[i + 1]]``.
+
+    A list of strings would be copied into every worker as Python touches its reference counts.
+    """
+
+    data: np.ndarray  # uint8
+    offsets: np.ndarray  # int64 [N + 1]
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> Strings:
+        """Pack texts. Characters that utf-8 cannot hold (lone surrogates) become question marks."""
+        encoded = [text.encode("utf-8", "replace") for text in texts]
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), np.cumsum([0, *map(len, encoded)], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> str:
+        start, end = self.offsets[index : index + 2]
+        return self.data[start:end].tobytes().decode("utf-8")
 
 
 @dataclass
@@ -61,8 +88,7 @@ class Annotations:
 
     def file_name(self, index: int) -> str:
         """File name of image ``index``, relative to the image root."""
-        start, end = self.name_offsets[index : index + 2]
-        return bytes(self.name_bytes[start:end]).decode("utf-8")
+        return Strings(self.name_bytes, self.name_offsets)[index]
 
     def of(self, index: int) -> slice:
         """Annotations of image ``index``, in the file's order."""
@@ -70,14 +96,20 @@ class Annotations:
 
 
 def read_json(path: str, flag: str) -> dict[str, Any]:
-    """An annotation file as a dict. UserError naming the flag when it is missing, not json, or without ``images``."""
+    """An annotation file (or URL) as a dict.
+
+    Raises:
+        UserError: it is missing, not json, or without a list ``images``; names the flag.
+    """
     try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
+        with fsspec.open(path, "rb") if is_url(path) else open(path, "rb") as file:
+            content = json.loads(file.read().decode("utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file; give a COCO-style json") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{flag} {path}: not a json file ({str(error).splitlines()[0][:120]})") from None
+    except (ValueError, RecursionError) as error:  # bad json, wrong encoding, integers of thousands of digits
+        raise UserError(f"{flag} {path}: not a json file ({first_line(error)})") from None
+    except Exception as error:  # fsspec's backends raise whatever their libraries do
+        raise UserError(f"{flag} {path}: cannot be read ({type(error).__name__}: {first_line(error)})") from None
     if not isinstance(content, dict) or not isinstance(content.get("images"), list):
         raise UserError(f'{flag} {path}: no list "images" in it; give a COCO-style json')
     if not content["images"]:
@@ -97,7 +129,7 @@ def load_annotations(path: str, *, flag: str = "--train-data", cache_dir: str | 
     Raises:
         UserError: no such file, not json, or not one usable image.
     """
-    if cache_dir is None:
+    if cache_dir is None or is_url(path):
         return parse(read_json(path, flag), path, flag)
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file; give a COCO-style json")
@@ -153,22 +185,21 @@ def parse(content: dict[str, Any], path: str, flag: str = "--train-data") -> Ann
             skipped["image with a repeated id"] += 1
         else:
             rows[identity] = len(names)
-            names.append(name.encode("utf-8", "replace"))
+            names.append(name)
             sides = [_integer(image.get(k)) or 0 for k in ("width", "height")]
             sizes.append([min(max(s, 0), 2**31 - 1) for s in sides])
     if not rows:
         raise UserError(f"{flag} {path}: none of its {len(content['images'])} images has an id and a file name")
     labels, class_names = _categories(content.get("categories"), skipped)
-    table = _annotation_table(content.get("annotations"), rows, labels, skipped, path, flag)
+    table = _annotation_table(content.get("annotations"), rows, labels, sizes, skipped, path, flag)
+    packed = Strings.of(names)
     order = np.argsort(table["row"], kind="stable")
     counts = np.bincount(table["row"], minlength=len(names))
-    for reason, number in skipped.items():
-        log.warning("%s %s: %d x %s (left out)", flag, path, number, reason)
     return Annotations(
         image_ids=np.fromiter(rows, np.int64, len(rows)),
         sizes=np.array(sizes, np.int32).reshape(-1, 2),
-        name_bytes=np.frombuffer(b"".join(names), np.uint8),
-        name_offsets=np.cumsum([0, *map(len, names)], dtype=np.int64),
+        name_bytes=packed.data,
+        name_offsets=packed.offsets,
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes=table["box"][order],
         areas=table["area"][order],
@@ -194,7 +225,13 @@ def _categories(entries: Any, skipped: Counter[str]) -> tuple[dict[int, int], li
 
 
 def _annotation_table(
-    entries: Any, rows: dict[int, int], labels: dict[int, int], skipped: Counter[str], path: str, flag: str
+    entries: Any,
+    rows: dict[int, int],
+    labels: dict[int, int],
+    sizes: list[list[int]],
+    skipped: Counter[str],
+    path: str,
+    flag: str,
 ) -> dict[str, np.ndarray]:
     if entries is None:
         entries = []
@@ -204,6 +241,8 @@ def _annotation_table(
     seen: set[int] = set()
     for entry in entries:
         reason, values = _annotation(entry, rows, labels, seen)
+        if not reason and _outside(values[1], *sizes[values[0]]):
+            reason = "box outside its image"
         if reason:
             skipped[reason] += 1
             continue
@@ -234,9 +273,9 @@ def _annotation(entry: Any, rows: dict[int, int], labels: dict[int, int], seen: 
     bbox = entry.get("bbox")
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(type(v) in (int, float) for v in bbox):
         return "annotation without a box of four numbers", ()
-    x, y, w, h = (float(v) for v in bbox)
-    if not all(abs(v) < 1e7 for v in (x, y, w, h)):  # also false for NaN
+    if not all(abs(v) < 1e7 for v in bbox):  # also false for NaN
         return "box with a coordinate that is no finite pixel", ()
+    x, y, w, h = map(float, bbox)
     if w <= 0 or h <= 0:
         return "box of zero or negative size", ()
     area = entry.get("area")
@@ -245,6 +284,28 @@ def _annotation(entry: Any, rows: dict[int, int], labels: dict[int, int], seen: 
     category = entry.get("category_id")
     label = labels.get(_integer(category), -1) if category is not None else -1
     return "", (rows[image], (x, y, x + w, y + h), float(area), label)
+
+
+def _outside(box: tuple[float, float, float, float], width: int, height: int) -> bool:
+    """Whether a box shares nothing with its image; False where the file does not give the image's size."""
+    return bool(width and height) and (box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0)
+
+
+def read_captions(entries: Any, annotations: Annotations) -> list[list[str]]:
+    """Captions of each image, from the ``annotations`` of a COCO captions file; bad entries are left out, counted."""
+    row = {int(i): r for r, i in enumerate(annotations.image_ids)}
+    captions: list[list[str]] = [[] for _ in row]
+    bad = 0
+    for entry in entries if isinstance(entries, list) else []:
+        text = entry.get("caption") if isinstance(entry, dict) else None
+        image = _integer(entry.get("image_id")) if isinstance(text, str) and text.strip() else None
+        if image in row:
+            captions[row[image]].append(text)
+        else:
+            bad += 1
+    if bad:
+        annotations.skipped["caption without text or image"] = bad
+    return captions
 
 
 # -- cache ------------------------------------------------------------------------------------------------------------
@@ -261,8 +322,9 @@ def _write_cache(annotations: Annotations, folder: Path) -> None:
         for name in _ARRAYS:
             np.save(temporary / f"{name}.npy", getattr(annotations, name))
             sums[name] = _checksum(temporary / f"{name}.npy")
-        meta = {"names": annotations.names, "skipped": annotations.skipped, "sums": sums}
-        (temporary / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        meta = json.dumps({"names": annotations.names, "skipped": annotations.skipped, "sums": sums})
+        # The first line of the description is its own checksum.
+        (temporary / "meta").write_bytes(f"{_digest(meta.encode())}\n{meta}".encode())
         if not folder.exists():
             os.replace(temporary, folder)
     except OSError:
@@ -272,15 +334,19 @@ def _write_cache(annotations: Annotations, folder: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
 def _checksum(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "blake2b").hexdigest() if hasattr(hashlib, "file_digest") else (
-            hashlib.blake2b(file.read()).hexdigest()
-        )  # fmt: skip
+    return _digest(path.read_bytes())  # tens of megabytes
 
 
 def _read_cache(folder: Path, path: str) -> Annotations:
-    meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    checksum, description = (folder / "meta").read_bytes().split(b"\n", 1)
+    if _digest(description) != checksum.decode():
+        raise ValueError("its description has changed")
+    meta = json.loads(description)
     arrays = {}
     for name in _ARRAYS:
         if _checksum(folder / f"{name}.npy") != meta["sums"][name]:

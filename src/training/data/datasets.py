@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from open_clip.transform import crop_region, detection_size, random_crop_box, resize, resize_longest
-from training.data.annotations import Annotations
+from training.data.annotations import Annotations, Strings
 from training.data.grid import grid_regions
 from training.data.images import ImageError, read_image, resolve
 from training.data.proposals import proposal_regions
@@ -48,8 +48,8 @@ class RegionDataset(Dataset):
     """Base of the datasets whose samples are an image and its regions; a key is ``(epoch, index)``.
 
     A sample has ``image`` (uint8 ``[3, h, w]``: resized, or the original for crops on the device), ``boxes`` (float32
-    ``[K, 4]`` xyxy over the side of the padded input) and ``image_id``; distillation adds ``crops`` (uint8
-    ``[K, 3, n, n]``) or ``crop_boxes`` (float32 ``[K, 4]``, pixels of the original).
+    ``[K, 4]`` xyxy over the side of the padded input), ``image_id`` and ``index``; distillation adds ``crops`` (a list
+    of K uint8 ``[3, n, n]``) or ``crop_boxes`` (float32 ``[K, 4]``, pixels of the original).
     """
 
     def __init__(self, annotations: Annotations, root: str, indices: np.ndarray, options: RegionOptions) -> None:
@@ -92,8 +92,7 @@ class RegionDataset(Dataset):
             if options.crop_on == "device":
                 sample["crop_boxes"] = torch.from_numpy(regions["crop_boxes"])
             else:
-                crops = [crop_region(image, box, options.crop_size) for box in regions["crop_boxes"]]
-                sample["crops"] = torch.stack(crops)
+                sample["crops"] = [crop_region(image, box, options.crop_size) for box in regions["crop_boxes"]]
         if "labels" in regions:
             sample["labels"] = torch.from_numpy(regions["labels"])
         return sample
@@ -137,9 +136,11 @@ class ImageText(Dataset):
     """An image at the model's native size and one of its captions (``--dataset-type contrastive``).
 
     Args:
-        files: file names below ``root``.
-        captions: captions of each file, at least one.
-        image_ids: ids for messages.
+        annotations: the images.
+        root: folder or URL of the images.
+        rows: int64 ``[N]``, the images to use.
+        captions: all captions; those of ``rows[i]`` are ``offsets[i]:offsets[i + 1]``, at least one.
+        offsets: int64 ``[N + 1]``.
         tokenize: text -> ids ``[1, L]``; runs in the worker.
         size: side of the image, pixels.
         scale: share of the area that the random crop covers.
@@ -148,34 +149,37 @@ class ImageText(Dataset):
     def __init__(
         self,
         *,
-        files: list[str],
-        captions: list[list[str]],
-        image_ids: np.ndarray,
+        annotations: Annotations,
         root: str,
+        rows: np.ndarray,
+        captions: Strings,
+        offsets: np.ndarray,
         tokenize: Callable[[list[str]], Tensor],
         size: int,
         seed: int = 0,
         scale: tuple[float, float] = (0.9, 1.0),
     ) -> None:
-        self.files, self.captions, self.image_ids, self.root = files, captions, image_ids, root
+        self.annotations, self.root, self.indices = annotations, root, rows
+        self.captions, self.offsets = captions, offsets
         self.tokenize, self.size, self.seed, self.scale = tokenize, size, seed, scale
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.indices)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | Skipped:
         epoch, index = key
+        row = int(self.indices[index])
         try:
-            image = read_image(resolve(self.root, self.files[index]))
+            image = read_image(resolve(self.root, self.annotations.file_name(row)))
         except ImageError as error:
             return Skipped(error.file, error.reason)
-        rng = np.random.default_rng([self.seed, epoch, index])
+        rng = np.random.default_rng([self.seed, epoch, row])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         top, left, h, w = random_crop_box(*image.shape[-2:], self.scale, generator)
-        text = self.captions[index][int(rng.integers(len(self.captions[index])))]
+        text = self.captions[int(rng.integers(self.offsets[index], self.offsets[index + 1]))]
         return {
             "image": resize(image[:, top : top + h, left : left + w], self.size, self.size),
             "text": self.tokenize([text])[0],
-            "image_id": int(self.image_ids[index]),
+            "image_id": int(self.annotations.image_ids[row]),
             "index": index,
         }

@@ -10,7 +10,7 @@ import warnings
 import fsspec
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
@@ -58,7 +58,7 @@ def read_bytes(path: str) -> bytes:
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
     except Exception as error:  # fsspec's backends raise whatever their libraries do
-        raise ImageError(path, f"cannot be read ({type(error).__name__}: {_first_line(error)})") from None
+        raise ImageError(path, f"cannot be read ({type(error).__name__}: {first_line(error)})") from None
 
 
 def read_image(path: str) -> Tensor:
@@ -93,8 +93,10 @@ def decode(content: bytes, path: str) -> Tensor:
                 return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()
     except ImageError:
         raise
+    except UnidentifiedImageError:
+        raise ImageError(path, "not an image, or of an unknown format") from None
     except Exception as error:  # decoders raise a dozen kinds for damaged files
-        raise ImageError(path, f"not a readable image ({type(error).__name__}: {_first_line(error)})") from None
+        raise ImageError(path, f"not a readable image ({type(error).__name__}: {first_line(error)})") from None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
@@ -106,5 +108,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """First line of an error's text, shortened, for messages of one line."""
     return (str(error).strip().splitlines() or [""])[0][:150]

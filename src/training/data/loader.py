@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.data.annotations import Annotations, load_annotations, parse, read_json
+from training.data.annotations import Annotations, Strings, load_annotations, parse, read_captions, read_json
 from training.data.collate import Collate
 from training.data.datasets import GridDistill, ImageText, ProposalsDistill, RegionOptions, RegionText
 from training.data.images import ImageError, is_url, resolve
@@ -25,10 +26,14 @@ log = logging.getLogger(__name__)
 
 _DATASETS = {"grid_distill": GridDistill, "proposals_distill": ProposalsDistill, "region_clip": RegionText}
 _PROBES = 16  # files looked for before training starts
+_GRACE = 120  # seconds that a worker lives on after SIGTERM
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
     torch.set_num_threads(1)  # workers share the cores with each other and with the model
+    # A signal to the whole process group must not take the data from a training process that is about to save.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
 class TrainData:
@@ -38,7 +43,8 @@ class TrainData:
         dataset: map-style, keys ``(epoch, index)``.
         sampler: order of the data.
         loader: collated batches of the chosen epoch, from its chosen batch on.
-        class_names: of a labelled dataset, by label; None otherwise.
+        class_names: of a labelled dataset, by label; None otherwise. ``num_classes`` is their number, or 0.
+        num_images, num_regions: images, and annotations of them.
         skipped: bad annotation entries that were left out, by reason.
     """
 
@@ -48,7 +54,8 @@ class TrainData:
         self.dataset, self.sampler, self.loader = dataset, sampler, loader
         self.class_names = annotations.names if labelled else None
         self.num_classes = len(annotations.names) if labelled else 0
-        self.num_images, self.num_regions = len(dataset), len(annotations.boxes)
+        self.num_images = len(dataset)
+        self.num_regions = int(np.diff(annotations.offsets)[dataset.indices].sum())
         self.skipped = annotations.skipped
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -103,10 +110,10 @@ def build_train_data(
         batch_sampler=sampler,
         num_workers=args.workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and not str(args.device or "").startswith("cpu"),
         persistent_workers=args.workers > 0,
         prefetch_factor=4 if args.workers > 0 else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
     log.info("%s: %d images for %s", args.train_data, len(dataset), kind)
     return TrainData(dataset, sampler, loader, annotations, labelled=kind == "region_clip")
@@ -135,24 +142,22 @@ def _region_dataset(args: argparse.Namespace, annotations: Annotations, image_si
     return _DATASETS[args.dataset_type](annotations, args.train_image_root, rows, options)
 
 
-def _image_text(args: argparse.Namespace, image_size: int, tokenizer: Callable | None) -> tuple[Annotations, ImageText]:
+def _image_text(
+    args: argparse.Namespace, image_size: int, tokenizer: Callable[[list[str]], Tensor] | None
+) -> tuple[Annotations, ImageText]:
     content = read_json(args.train_data, "--train-data")
     annotations = parse({**content, "annotations": []}, args.train_data)
-    row = {int(i): r for r, i in enumerate(annotations.image_ids)}
-    captions: list[list[str]] = [[] for _ in range(len(annotations))]
-    for entry in content.get("annotations") or []:
-        text = entry.get("caption") if isinstance(entry, dict) else None
-        if isinstance(text, str) and text.strip() and entry.get("image_id") in row:
-            captions[row[entry["image_id"]]].append(text)
-    with_caption = np.array([r for r, c in enumerate(captions) if c], np.int64)
+    captions = read_captions(content.get("annotations"), annotations)
+    with_caption = np.flatnonzero([len(c) for c in captions])
     if len(with_caption) == 0:
         raise UserError(f"--train-data {args.train_data}: no image with a caption; contrastive training needs them")
-    rows = with_caption[_share(len(with_caption), args.train_ratio, args.seed)].tolist()
+    rows = with_caption[_share(len(with_caption), args.train_ratio, args.seed)]
     dataset = ImageText(
-        files=[annotations.file_name(r) for r in rows],
-        captions=[captions[r] for r in rows],
-        image_ids=annotations.image_ids[rows],
+        annotations=annotations,
         root=args.train_image_root,
+        rows=rows,
+        captions=Strings.of([text for r in rows for text in captions[r]]),
+        offsets=np.cumsum([0, *(len(captions[r]) for r in rows)]),
         tokenize=tokenizer,
         size=image_size,
         seed=args.seed,
@@ -163,8 +168,6 @@ def _image_text(args: argparse.Namespace, image_size: int, tokenizer: Callable |
 def _some_names(dataset: Dataset) -> list[str]:
     """Names of a few files, evenly spread over the dataset."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, _PROBES).astype(int))
-    if isinstance(dataset, ImageText):
-        return [dataset.files[i] for i in chosen]
     return [dataset.annotations.file_name(int(dataset.indices[i])) for i in chosen]
 
 

@@ -8,13 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from open_clip.transform import normalize
 from training.data.resample import device_crops, device_image
-
-
-def normalize_pixels(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """``(v / 255 - mean) / std`` of values 0..255 ``[..., 3, H, W]``, computed in float32, returned in ``dtype``."""
-    mean_, std_ = (torch.tensor(v, dtype=torch.float32, device=pixels.device)[:, None, None] for v in (mean, std))
-    return torch.addcmul(-mean_ / std_, pixels.float(), 1 / (255 * std_)).to(dtype)
 
 
 def prepare_batch(
@@ -46,13 +41,13 @@ def prepare_batch(
         if "crop_boxes" in batch:
             boxes = batch["crop_boxes"].split(batch["counts"].tolist())
             crops = torch.cat([device_crops(i, b, crop_size) for i, b in zip(originals, boxes, strict=True)])
-            out["crops"] = normalize_pixels(crops, mean, std, dtype)
+            out["crops"] = normalize(crops, mean, std, dtype)
             del out["crop_boxes"]
     else:
         pixels = images.to(device, non_blocking=True)
         if "crops" in batch:
-            out["crops"] = normalize_pixels(batch["crops"].to(device, non_blocking=True), mean, std, dtype)
-    out["images"] = normalize_pixels(pixels, mean, std, dtype)
+            out["crops"] = normalize(batch["crops"].to(device, non_blocking=True), mean, std, dtype)
+    out["images"] = normalize(pixels, mean, std, dtype)
     if "boxes" in batch:
         out["boxes"] = list(batch["boxes"].to(device, torch.float32, non_blocking=True).split(batch["counts"].tolist()))
     for name in ("labels", "texts", "teacher_features"):
