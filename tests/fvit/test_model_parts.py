@@ -15,7 +15,7 @@ from fvit.losses import box_loss, classification_loss, mask_loss, objectness_los
 from fvit.mask_head import mask_targets, paste_masks
 from fvit.neck import Neck, level_strides
 from torchvision.models.detection._utils import BoxCoder
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
 
 
 def random_boxes(number: int, size: float, generator: torch.Generator) -> torch.Tensor:
@@ -193,6 +193,16 @@ def test_selection():
     assert torch.allclose(found["scores"], torch.tensor([0.9, 0.7, 0.3]))
     assert torch.equal(found["boxes"], boxes[[0, 1, 2]])
     assert len(select_detections(boxes, scores, score=0.01, iou=0.5, most=2)["scores"]) == 2
+    # Many candidates are looked at in portions; the answer is that of all at once.
+    generator = torch.Generator().manual_seed(0)
+    boxes = random_boxes(300, 40, generator)
+    scores = torch.randperm(6000, generator=generator).reshape(300, 20) / 6000  # no ties
+    for iou, most in [(0.5, 10), (0.05, 200), (0.5, 5000)]:
+        found = select_detections(boxes, scores, score=0.2, iou=iou, most=most)
+        row, label = (scores > 0.2).nonzero().unbind(1)
+        best = batched_nms(boxes[row], scores[row, label], label, iou)[:most]
+        assert torch.equal(found["scores"], scores[row, label][best]) and torch.equal(found["labels"], label[best])
+        assert torch.equal(found["boxes"], boxes[row[best]])
     empty = select_detections(boxes[:0], scores[:0], score=0.0, iou=0.5, most=2)
     assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == empty["scores"].shape == (0,)
 
