@@ -45,8 +45,9 @@ run_training() {
     if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
         exec "$PYTHON" -m training.main "$@"
     fi
+    # "--" keeps torchrun from taking our --logs for an abbreviation of its --logs-specs.
     exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${where[@]}" \
-        --max-restarts "${MAX_RESTARTS:-0}" -m training.main "$@"
+        --max-restarts "${MAX_RESTARTS:-0}" -m -- training.main "$@"
 }
 
 # The two published start models: name, checkpoint, patch, size, blocks, class embeddings.

@@ -215,6 +215,8 @@ class Trainer:
         barrier()
 
     def _log_size(self) -> None:
+        for reason, number in self.data.skipped.items():
+            log.warning("%s: %d x %s (left out)", self.args.train_data, number, reason)
         trained = sum(p.numel() for g in self.optimizer.param_groups for p in g["params"])
         log.info(
             "%d images, %d steps an epoch; %.1f of %.1f million parameters train", self.data.num_images,

@@ -62,7 +62,9 @@ def read_bytes(path: str) -> bytes:
 
 
 def read_image(path: str) -> Tensor:
-    """RGB uint8 ``[3, H, W]``. EXIF orientation is ignored, as annotations refer to the stored pixels.
+    """RGB uint8 ``[3, H, W]``, the colour channel innermost in memory.
+
+    The EXIF orientation is ignored, as annotations refer to the stored pixels. Of an animation, the first frame counts.
 
     8-bit grey and RGB files are decoded by torchvision (libjpeg-turbo, libpng); all other modes (CMYK, palette, 16 bit,
     alpha, animations, other formats) by Pillow, converted to RGB.
@@ -88,15 +90,25 @@ def decode(content: bytes, path: str) -> Tensor:
                 # Truncated JPEGs: Pillow refuses what libjpeg fills with grey, so completeness is checked below.
                 if plain and image.format == "JPEG" and content.rstrip(b"\0")[-2:] != b"\xff\xd9":
                     plain = False
-                if plain and image.format in ("JPEG", "PNG"):
-                    return decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
-                return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1).contiguous()
+                pixels = _decode_fast(content) if plain and image.format in ("JPEG", "PNG") else None
+                return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1) if pixels is None else pixels
     except ImageError:
         raise
+    except Image.DecompressionBombError:
+        raise ImageError(path, f"more than {MAX_PIXELS} pixels: refused as a decompression bomb") from None
     except UnidentifiedImageError:
         raise ImageError(path, "not an image, or of an unknown format") from None
     except Exception as error:  # decoders raise a dozen kinds for damaged files
         raise ImageError(path, f"not a readable image ({type(error).__name__}: {first_line(error)})") from None
+
+
+def _decode_fast(content: bytes) -> Tensor | None:
+    """uint8 ``[3, H, W]`` by torchvision; None where that is no 8-bit image for it, and Pillow is to judge."""
+    try:
+        pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:
+        return None
+    return pixels if pixels.dtype == torch.uint8 else None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

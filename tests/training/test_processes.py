@@ -1,0 +1,92 @@
+"""Two processes against one: equal weights, equal evaluation, and nobody left waiting."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import open_clip
+from training.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(program, *extra, processes: int = 2, **flags) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command += ["-m", "--", "training.main", *program.arguments(*extra, **flags)]
+    environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HOME": str(program.logs.parent),
+                   "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("method", ["grid_distill", "region_clip", "contrastive"])
+def test_two_processes_equal_one_with_the_doubled_batch(program, method):
+    """Region counts differ between images, so this fails when losses are averaged per process or not exchanged."""
+    accumulate = 1 if method == "contrastive" else 2
+    # A large eps: AdamW would blow rounding noise in near-zero gradients up to a full step.
+    common = {"train": method, "max_steps": 3, "warmup": 1, "val": True, "eval_image_sizes": 64, "eps": 1e-3,
+              "accum_freq": accumulate}  # fmt: skip
+    two = torchrun(program, name="two", batch_size=2, **common)
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert program(name="one", batch_size=4, **common) == 0
+    a, b = (read_checkpoint(program.logs / n / "checkpoints" / "epoch_1.pt") for n in ("one", "two"))
+    assert a["step"] == b["step"] == 3
+    torch.manual_seed(0)
+    start = open_clip.create_model("tiny-eva").state_dict()
+    for name, value in a["state_dict"].items():
+        torch.testing.assert_close(b["state_dict"][name], value, rtol=0, atol=1e-6)
+    assert max(float((v - start[n]).abs().max()) for n, v in a["state_dict"].items()) > 1e-4
+    one, two = (json.loads((program.logs / n / "results.json").read_text()) for n in ("one", "two"))
+    assert one[0] == pytest.approx(two[0], abs=1e-12)  # the start model: every segment counted once
+
+
+def test_weights_are_identical_on_both_processes(program, tmp_path):
+    script = tmp_path / "compare.py"
+    script.write_text(
+        "import sys, torch, torch.distributed as dist\n"
+        "import training.trainer as t\n"
+        "original = t.Trainer._after_epoch\n"
+        "def check(self, evaluation):\n"
+        "    flat = torch.cat([p.detach().flatten() for p in self.student.parameters()])\n"
+        "    others = [torch.empty_like(flat) for _ in range(2)]\n"
+        "    dist.all_gather(others, flat)\n"
+        "    assert torch.equal(others[0], others[1])\n"
+        "    original(self, evaluation)\n"
+        "t.Trainer._after_epoch = check\n"
+        "from training.main import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", str(script)]
+    environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(
+        command + program.arguments(name="run", max_steps=4), env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_an_error_of_the_user_ends_all_processes_with_one_line(program, tmp_path):
+    done = torchrun(program, name="run", train_data=tmp_path / "none.json")
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        f"error: --train-data {tmp_path / 'none.json'}: no such file; give a COCO-style json"
+    ]
+    assert not program.logs.exists()
+
+
+def test_resuming_on_another_number_of_processes_follows_the_same_data(program):
+    """Same global batch: one process to the middle, two to the end, against one throughout."""
+    common = {"batch_size": 4, "epochs": 2, "warmup": 1}
+    assert program(name="whole", **common) == 0
+    assert program(name="half", **common, max_steps=0, save_frequency=1) == 0
+    (program.logs / "half/checkpoints/epoch_2.pt").unlink()
+    done = torchrun(program, name="half", resume="latest", **{**common, "batch_size": 2})
+    assert done.returncode == 0, done.stderr[-3000:]
+    a, b = (read_checkpoint(program.logs / n / "checkpoints" / "epoch_2.pt") for n in ("whole", "half"))
+    assert a["step"] == b["step"] == 12
+    for name, value in a["state_dict"].items():
+        torch.testing.assert_close(b["state_dict"][name], value, rtol=0, atol=2e-5)
