@@ -114,7 +114,7 @@ def _decode_fast(content: bytes) -> Tensor | None:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     """First frame as uint8 ``[H, W, 3]``. 16-bit grey is scaled down; Pillow's own conversion would clip it."""
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        values = np.asarray(image).astype(np.float64)
+        values = np.nan_to_num(np.asarray(image).astype(np.float64))
         grey = np.clip(values / (257.0 if values.max(initial=0) > 255 else 1.0), 0, 255).astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
     return np.array(image.convert("RGB"))

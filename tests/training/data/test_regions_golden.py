@@ -79,7 +79,8 @@ def test_proposal_samples(golden, name, limits):
         image = read_image(str(golden / "data" / "images" / annotations.file_name(i)))
         own = annotations.of(i)
         boxes, crops = proposal_regions(
-            annotations.boxes[own], image.shape[-1], image.shape[-2], np.random.default_rng(0), min_size=limits[0], max_size=limits[1], order=data[f"{i}.order"],
+            annotations.boxes[own], image.shape[-1], image.shape[-2], np.random.default_rng(0),
+            min_size=limits[0], max_size=limits[1], order=data[f"{i}.order"],
         )  # fmt: skip
         check_sample(data, i, image, boxes, crops)
 
