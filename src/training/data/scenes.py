@@ -2,10 +2,10 @@
 
     python -m training.data.scenes --out data/scenes --train 2000 --val 200 --size 128 --seed 0
 
-Textured regions (sky, grass, brick wall, ...) are the stuff; coloured, patterned shapes ("red circle") are the things. What
-comes out is COCO's own layout: ``train2017/``, ``val2017/``, ``annotations/instances_{train,val}2017.json`` (run-length
-masks), ``annotations/panoptic_{train,val}2017.json`` with their PNG folders, ``annotations/captions_{train,val}2017.json``,
-and for contrastive training ``pairs/`` with ``annotations/captions_pairs.json``: small pictures, cut from further scenes
+Textured regions (sky, grass, brick wall, ...) are the stuff; coloured, patterned shapes ("red striped circle") are
+the things. What comes out is COCO's own layout: ``train2017/``, ``val2017/``, ``annotations/instances_*2017.json``
+(run-length masks), ``annotations/panoptic_*2017.json`` with their PNG folders, ``annotations/captions_*2017.json``, and
+for contrastive training ``pairs/`` with ``annotations/captions_pairs.json``: small pictures, cut from further scenes
 the way regions are cut in training. ``annotations/split.json`` names the base and the novel classes.
 
 Image ``i`` of a split depends on (seed, split, i) alone, not on the number of images or of worker processes.
@@ -34,8 +34,8 @@ from training.data.scenes_draw import COLORS, PATTERNS, SHAPES, TEXTURES, camera
 
 SPLITS = ("train2017", "val2017", "pairs")
 PHRASES = (
-    "a photo of {}.", "a picture of {}.", "there is {} in the scene.", "this is a photo of {}.", "{}.", "a bad photo of {}.",
-    "this is {}.", "a close-up photo of {}.", "a blurry photo of {}.", "a cropped photo of {}.", "itap of {}.", "{} in the scene.",
+    *("a photo of {}.",) * 6, "a picture of {}.", "there is {} in the scene.", "this is a photo of {}.", "itap of {}.",
+    "{}.", "a bad photo of {}.", "this is {}.", "a close-up photo of {}.", "a cropped photo of {}.", "{} in the scene.",
 )  # fmt: skip
 
 
@@ -57,7 +57,7 @@ class SceneOptions:
 
     Attributes:
         size: longer side in pixels.
-        things, stuff: numbers of classes (at most 80 or, with ``pattern_names``, 320 things; at most 8 stuff).
+        things, stuff: numbers of classes (at most 80 and 8).
         colors: number of colours that the thing classes use (0: about the square root of ``things``).
         pattern_names: the pattern is part of the class ("red striped circle"); otherwise each object's is random.
         min_object, max_object: side of an object's square.
@@ -80,7 +80,7 @@ class SceneOptions:
 
 @dataclass
 class Segment:
-    """One thing or one stuff region of a scene; ``mask`` bool ``[H, W]`` is its visible part, ``full_area`` the whole."""
+    """One thing or one stuff region of a scene; ``mask`` bool ``[H, W]`` is what shows, ``full_area`` the whole."""
 
     category: Category
     mask: NDArray[np.bool_]
@@ -98,7 +98,8 @@ class Scene:
 def categories(options: SceneOptions) -> list[Category]:
     """Thing classes, then stuff classes, with ids from 1.
 
-    The things walk along the diagonals of the colour-by-shape table, so that any first few use many of both.
+    The things walk along the diagonals of the colour-by-shape table, so that any first few use many of both. With
+    ``pattern_names`` each pair of colour and shape also has a pattern of its own, which all its objects wear.
 
     Raises:
         ValueError: more classes are asked for than there are.
@@ -110,22 +111,27 @@ def categories(options: SceneOptions) -> list[Category]:
         raise ValueError(f"{options.stuff} stuff classes: there are 1 to {len(TEXTURES)}")
     n_colors = options.colors or min(len(COLORS), math.ceil(math.sqrt(options.things)))
     n_colors = max(n_colors, math.ceil(options.things / len(SHAPES)))
-    n_shapes = math.ceil(options.things / n_colors)
+    rows = math.ceil(options.things / n_colors)
     if n_colors > len(COLORS):
         raise ValueError(f"{n_colors} colours: there are {len(COLORS)}")
+    # With patterns in the names, 4 or 8 shapes: then colour, pattern and shape each tell something about a class.
+    n_shapes = len(SHAPES) if options.pattern_names and rows > 2 else rows
     colors, shapes = list(COLORS)[:n_colors], list(SHAPES)[:n_shapes]
-    cells = [(c, (c + d) % n_shapes) for d in range(n_shapes) for c in range(n_colors)][: options.things]
     out: list[Category] = []
-    for color, shape in sorted(cells):
-        pattern = PATTERNS[(color + shape) % len(PATTERNS)] if options.pattern_names else ""
-        words = [colors[color], *([pattern] if pattern else []), shapes[shape]]
-        out.append(Category(len(out) + 1, " ".join(words), True, colors[color], shapes[shape], pattern))
+    for number in range(options.things):
+        row, color = divmod(number, n_colors)
+        shape = shapes[(color + row) % n_shapes]
+        pattern = PATTERNS[row % len(PATTERNS)] if options.pattern_names else ""
+        name = " ".join([colors[color], *([pattern] if pattern else []), shape])
+        out.append(Category(len(out) + 1, name, True, colors[color], shape, pattern))
     for name in list(TEXTURES)[: options.stuff]:
         out.append(Category(len(out) + 1, name, False))
     return out
 
 
-def _background(rng: Generator, h: int, w: int, unit: float, stuff: Sequence[Category]) -> tuple[np.ndarray, list[Segment]]:
+def _background(
+    rng: Generator, h: int, w: int, unit: float, stuff: Sequence[Category]
+) -> tuple[np.ndarray, list[Segment]]:
     """One to three textures with irregular borders, one above the other, beside it, or anywhere."""
     count = int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2]))
     chosen = [stuff[i] for i in rng.permutation(len(stuff))[:count]]
@@ -193,8 +199,8 @@ def draw_scene(rng: Generator, options: SceneOptions, classes: Sequence[Category
 def describe(rng: Generator, segments: Sequence[tuple[Category, int, int]], pixels: int) -> str:
     """A caption of what is to be seen: up to three things, largest first, and the largest stuff.
 
-    ``segments`` are (category, visible pixels, pixels of the whole segment). A thing is mentioned when a good part of it
-    is to be seen; otherwise the caption would teach to recognise what is not there.
+    ``segments`` are (category, visible pixels, pixels of the whole segment). A thing is mentioned when a good part
+    of it is to be seen; otherwise the caption would teach to recognise what is not there.
     """
     ranked = sorted(segments, key=lambda s: -s[1])
     things = [c for c, seen, full in ranked if c.is_thing and seen >= 0.45 * full and seen > 0.03 * pixels][:3]
@@ -227,8 +233,8 @@ def _cut(scene: Scene, box: tuple[int, int, int, int], size: int) -> NDArray[np.
 def draw_pairs(rng: Generator, options: SceneOptions, classes: Sequence[Category]) -> Iterator[tuple[np.ndarray, str]]:
     """Pictures uint8 ``[pair_size, pair_size, 3]`` with captions, cut from one scene.
 
-    Every object in a loose, jittered window; three cells of random grids, as CLIPSelf cuts its patches; and now and then
-    the whole scene. So the crops that the trained model is later shown look like its training pictures.
+    Every object in a loose, jittered window; three cells of random grids, as CLIPSelf cuts its patches; and now and
+    then the whole scene. So the crops that the trained model is later shown look like its training pictures.
     """
     scene = draw_scene(rng, options, classes)
     h, w = scene.image.shape[:2]
@@ -240,7 +246,9 @@ def draw_pairs(rng: Generator, options: SceneOptions, classes: Sequence[Category
             grow = rng.uniform(0.9, 1.8)
             cx = (xs.max() + 1 + xs.min()) / 2 + rng.normal(0, 0.1) * side_x
             cy = (ys.max() + 1 + ys.min()) / 2 + rng.normal(0, 0.1) * side_y
-            boxes.append((cx - side_x * grow / 2, cy - side_y * grow / 2, cx + side_x * grow / 2, cy + side_y * grow / 2))
+            boxes.append(
+                (cx - side_x * grow / 2, cy - side_y * grow / 2, cx + side_x * grow / 2, cy + side_y * grow / 2)
+            )
     for _ in range(3):
         rows = int(rng.integers(1, 6))
         columns = int(rng.integers(math.ceil(rows / 2), min(2 * rows, 6) + 1))
@@ -305,7 +313,9 @@ def _write_pairs(index: int, *, out: Path, seed: int, options: SceneOptions, suf
 
 def _run(function, count: int, workers: int, label: str) -> list:
     """``[function(0), ..., function(count - 1)]`` over worker processes, with a progress bar."""
-    bar = partial(tqdm, total=count, desc=label, unit="img", disable=not sys.stderr.isatty() and count < 200, mininterval=1)
+    bar = partial(
+        tqdm, total=count, desc=label, unit="img", disable=not sys.stderr.isatty() and count < 200, mininterval=1
+    )
     if workers <= 1:
         return list(bar(map(function, range(count))))
     with ProcessPoolExecutor(workers) as pool:
@@ -357,7 +367,7 @@ def write_dataset(
     Args:
         train, val: numbers of scenes.
         pairs: number of further scenes that the pictures of ``pairs/`` are cut from (about 6 pictures each).
-        novel: number of thing classes that ``split.json`` lists as novel; their colours and shapes occur among the rest.
+        novel: number of thing classes that ``split.json`` lists as novel, spread over the list.
         suffix: ``".jpg"`` or ``".png"`` (lossless) for the images.
     """
     out, options = Path(out), options or SceneOptions()
@@ -401,7 +411,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--pair-size", type=int, default=d.pair_size, help="side of the pictures of pairs/")
     parser.add_argument("--things", type=int, default=d.things, help="thing classes")
     parser.add_argument("--stuff", type=int, default=d.stuff, help="stuff classes")
-    parser.add_argument("--colors", type=int, default=d.colors, help="colours among the things; 0: about the square root")
+    parser.add_argument(
+        "--colors", type=int, default=d.colors, help="colours among the things; 0: about the square root"
+    )
     parser.add_argument("--pattern-names", action="store_true", help="the pattern is part of the class")
     parser.add_argument("--min-object", type=float, default=d.min_object, help="share of the longer side")
     parser.add_argument("--max-object", type=float, default=d.max_object)

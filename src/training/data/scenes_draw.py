@@ -81,7 +81,9 @@ def _grass(rng: Generator, h: int, w: int, unit: float) -> Array:
 def _water(rng: Generator, h: int, w: int, unit: float) -> Array:
     bend = 2.5 * noise(rng, h, w, 16 * unit, 22 * unit)
     wave = np.sin(np.arange(h, dtype=np.float32)[:, None] / unit * 0.9 + bend + rng.random() * 6)
-    return _mix((0.03, 0.22, 0.34), (0.30, 0.62, 0.68), 0.42 + 0.28 * wave + 0.25 * noise(rng, h, w, 3 * unit, 9 * unit))
+    return _mix(
+        (0.03, 0.22, 0.34), (0.30, 0.62, 0.68), 0.42 + 0.28 * wave + 0.25 * noise(rng, h, w, 3 * unit, 9 * unit)
+    )
 
 
 def _sand(rng: Generator, h: int, w: int, unit: float) -> Array:
@@ -133,8 +135,8 @@ TEXTURES: dict[str, Callable[[Generator, int, int, float], Array]] = {
 
 
 # --------------------------------------------------------------------------------------------------- things
-# A shape is a function of coordinates (u to the right, v down) that is positive inside; the object's half side is 1, and
-# near the border the value is about the distance, so that it also gives a smooth edge.
+# A shape is a function of coordinates (u to the right, v down) that is positive inside; the object's half side is 1,
+# and near the border the value is about the distance, so that it also gives a smooth edge.
 
 
 def _circle(u: Array, v: Array) -> Array:
