@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+
+def _mix(value: Tensor, start: Tensor, alpha: float) -> Tensor:
+    # In float32 at least: half precision would round three times.
+    wide = torch.promote_types(value.dtype, torch.float32)
+    return (alpha * value.to(wide) + (1 - alpha) * start.to(value.device, wide)).to(value.dtype)
 
 
 def ensemble_state(student: dict[str, Tensor], start: dict[str, Tensor], alpha: float) -> dict[str, Tensor]:
     """``alpha * student + (1 - alpha) * start``, entry by entry (WiSE-FT, CVPR 2022).
 
     Args:
-        student, start: state dicts with the same names.
+        student, start: state dicts with the same names. The result has the student's dtypes and devices; entries that
+            are no floating-point numbers are the student's.
         alpha: 1 gives the student, 0 the start model.
 
     Raises:
@@ -23,6 +31,5 @@ def ensemble_state(student: dict[str, Tensor], start: dict[str, Tensor], alpha: 
     if alpha == 1:
         return dict(student)
     return {
-        name: alpha * value + (1 - alpha) * start[name].to(value.device) if value.is_floating_point() else value
-        for name, value in student.items()
+        name: _mix(value, start[name], alpha) if value.is_floating_point() else value for name, value in student.items()
     }

@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from open_clip import CLIP
+from open_clip.weights import export_state_dict
+from training.methods import Method
 
 
 def is_undecayed(name: str, parameter: Tensor) -> bool:
-    """No weight decay for vectors and scalars, nor for names that contain bn, ln, bias or logit_scale.
+    """No weight decay for tensors of fewer than 2 dimensions or whose name contains bn, ln, bias or logit_scale.
 
-    Dimensions of size one do not count: a class token ``[1, 1, W]`` is the vector that OpenAI's layout has as ``[W]``.
-    So the names and shapes of this package split as the published ones do; norms are vectors by whatever name.
+    To be asked with the name and shape of the published layout.
     """
-    return parameter.squeeze().ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
+def undecayed_names(model: CLIP) -> set[str]:
+    """Names (this package's) of the parameters without weight decay.
+
+    The rule is about names and dimensions, and those differ between layouts: OpenAI's class token is a vector, this
+    package's is ``[1, 1, W]``. So it is asked in the layout in which the published code keeps this model.
+    """
+    own = {n: p.detach() for n, p in model.named_parameters()}
+    # Exporting renames in order; what it may add (rotary tables) comes last.
+    published = export_state_dict(model, state=own).items()
+    return {ours for ours, (name, value) in zip(own, published, strict=False) if is_undecayed(name, value)}
+
+
+def parameter_groups(model: CLIP, weight_decay: float) -> list[dict]:
     """Optimizer groups of the trainable parameters: [undecayed, decayed]; empty groups are kept, so resuming fits."""
-    trainable = [(n, p) for n, p in named if p.requires_grad]
+    undecayed = undecayed_names(model)
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     return [
-        {"params": [p for n, p in trainable if is_undecayed(n, p)], "weight_decay": 0.0},
-        {"params": [p for n, p in trainable if not is_undecayed(n, p)], "weight_decay": weight_decay},
+        {"params": [p for n, p in trainable if n in undecayed], "weight_decay": 0.0},
+        {"params": [p for n, p in trainable if n not in undecayed], "weight_decay": weight_decay},
     ]
 
 
@@ -32,7 +47,7 @@ def adam_defaults(model_name: str) -> tuple[float, float, float]:
     return (0.9, 0.98, 1e-6) if "vit" in model_name.lower() else (0.9, 0.999, 1e-8)
 
 
-def build_optimizer(args: argparse.Namespace, method: nn.Module) -> torch.optim.AdamW:
+def build_optimizer(args: argparse.Namespace, method: Method) -> torch.optim.AdamW:
     """AdamW over what trains in ``method.student``; fused on CUDA.
 
     ``args`` gives ``model``, ``lr``, ``wd`` and ``beta1``, ``beta2``, ``eps`` (None: :func:`adam_defaults`).
@@ -40,7 +55,7 @@ def build_optimizer(args: argparse.Namespace, method: nn.Module) -> torch.optim.
     Raises:
         ValueError: nothing trains.
     """
-    groups = parameter_groups(method.student.named_parameters(), args.wd)
+    groups = parameter_groups(method.student, args.wd)
     if not any(group["params"] for group in groups):
         raise ValueError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
     given = (args.beta1, args.beta2, args.eps)

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import random
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip import CLIP
 
-from .base import Method
-
-# Input sizes that --multiscale draws from, by the size of the loader. The published ones; other sizes use the ratios
-# of the first row.
-MULTISCALE = {1024: (320, 640, 896, 1024), 896: (336, 448, 672, 896)}
+from .base import RegionMethod
 
 
-def multiscale_sizes(size: int, patch_size: int) -> tuple[int, ...]:
-    """Sizes that a batch of ``size`` pixels may be resized to; each a multiple of the patch."""
-    sizes = MULTISCALE.get(size)
-    if sizes is None or any(s % patch_size for s in sizes):
-        ratios = (0.3125, 0.625, 0.875, 1.0)
-        sizes = tuple(sorted({max(round(size * r / patch_size), 1) * patch_size for r in ratios}))
-    return sizes
-
-
-class CLIPSelf(Method):
+class CLIPSelf(RegionMethod):
     """Loss ``1 - mean cos(student RoI embedding, teacher embedding of the crop)`` (CLIPSelf, ICLR 2024, equation 2).
 
     Args:
-        student, teacher: models of one architecture; the teacher is the frozen start model.
+        student, teacher: models of one architecture; the teacher is the frozen start model. It may be None when every
+            batch carries ``teacher_features``.
         cosine_weight: factor of the loss.
-        extract_type: ``"v2"`` (RoIAlign) or ``"v1"`` (masked tokens, CLIP ViT only).
-        multiscale: resize each step's images to a random size, bilinearly.
+        extract_type, multiscale: see :class:`~training.methods.base.RegionMethod`.
         world_size: number of processes.
         teacher_chunk: crops that the teacher embeds at a time; bounds memory, changes nothing else.
     """
@@ -49,22 +33,10 @@ class CLIPSelf(Method):
         world_size: int = 1,
         teacher_chunk: int = 256,
     ) -> None:
-        super().__init__(student=student, teacher=teacher, world_size=world_size)
-        self.cosine_weight, self.extract_type, self.multiscale = cosine_weight, extract_type, multiscale
-        self.teacher_chunk = teacher_chunk
-        self.size: int | None = None
-        if extract_type == "v2":
-            self.freeze_for_regions()
-        else:  # every block attends; only the text side and the temperature are out of reach
-            student.lock_text_tower()
-            student.logit_scale.requires_grad_(False)
-
-    def begin_step(self, batches: list[dict], *, seed: int) -> None:
-        """Count regions over all processes and draw the step's input size (the same everywhere)."""
-        super().begin_step(batches, seed=seed)
-        if self.multiscale:
-            side = batches[0]["images"].shape[-1]
-            self.size = random.Random(seed).choice(multiscale_sizes(side, self.student.visual.patch_size))
+        super().__init__(
+            student=student, teacher=teacher, extract_type=extract_type, multiscale=multiscale, world_size=world_size
+        )
+        self.cosine_weight, self.teacher_chunk = cosine_weight, teacher_chunk
 
     @torch.no_grad()
     def teach(self, batch: dict) -> Tensor:
@@ -83,17 +55,13 @@ class CLIPSelf(Method):
             batch: ``images [B, 3, S, S]``, ``boxes`` list of ``[K_i, 4]``, ``crops [K, 3, n, n]`` (or
                 ``teacher_features [K, D]``).
         """
-        images = batch["images"]
-        if self.multiscale and self.size is not None and images.shape[-1] != self.size:
-            images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        if not self.count(batch):
+            loss = self.zero_loss()
+            return {"loss": loss, "cosine_sum": torch.zeros_like(loss), "regions": torch.zeros_like(loss)}
         target = self.teach(batch)
-        regions = self.student.encode_pseudo_boxes(
-            images, batch["boxes"], normalize=True, extract_type=self.extract_type
-        )
-        cosine = (regions.float() * target.float()).sum(-1)
-        loss = self.cosine_weight * (1 - cosine).sum() * self.scale
+        cosine = (self.embed_regions(batch) * target.float()).sum(-1)
         return {
-            "loss": loss,
+            "loss": self.cosine_weight * (1 - cosine).sum() * self.scale,
             "cosine_sum": cosine.detach().sum(),
-            "regions": torch.tensor(float(len(cosine)), device=loss.device),
+            "regions": cosine.new_tensor(float(len(cosine))),
         }

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from open_clip import CLIP
 
-from .base import Method
+from .base import RegionMethod
 
 
-class RegionCLIP(Method):
+class RegionCLIP(RegionMethod):
     """Binary cross-entropy of region-noun logits over the classes of the step and as many random ones.
 
     Logits are ``exp(logit_scale) * cos(region, noun)``, without gradient to the scale. The classes are those present in
@@ -22,9 +22,13 @@ class RegionCLIP(Method):
         student: the model that trains.
         noun_embeddings: ``[C, D]``; normalised here.
         contrast_weight: factor of the loss.
-        extract_type: ``"v2"`` or ``"v1"``.
+        extract_type, multiscale: see :class:`~training.methods.base.RegionMethod`.
         num_classes: size of the class subset (all classes when there are fewer).
         world_size: number of processes.
+
+    Attributes:
+        classes: ids of the step's classes ``[min(num_classes, C)]`` or more, set by :meth:`begin_step`; assign to it
+            to impose a subset.
     """
 
     def __init__(
@@ -34,19 +38,15 @@ class RegionCLIP(Method):
         noun_embeddings: Tensor,
         contrast_weight: float = 1.0,
         extract_type: str = "v2",
+        multiscale: bool = False,
         num_classes: int = 100,
         world_size: int = 1,
     ) -> None:
-        super().__init__(student=student, world_size=world_size)
+        super().__init__(student=student, extract_type=extract_type, multiscale=multiscale, world_size=world_size)
         self.register_buffer("nouns", F.normalize(noun_embeddings.float(), dim=-1), persistent=False)
-        self.contrast_weight, self.extract_type = contrast_weight, extract_type
+        self.contrast_weight = contrast_weight
         self.num_classes = min(num_classes, len(noun_embeddings))
         self.classes: Tensor | None = None
-        if extract_type == "v2":
-            self.freeze_for_regions()
-        else:
-            student.lock_text_tower()
-            student.logit_scale.requires_grad_(False)
 
     def begin_step(self, batches: list[dict], *, seed: int) -> None:
         """Count regions, and choose the step's classes: the same on every process."""
@@ -74,17 +74,16 @@ class RegionCLIP(Method):
         Args:
             batch: ``images [B, 3, S, S]``, ``boxes`` list of ``[K_i, 4]``, ``labels [K]`` (noun rows).
         """
-        regions = self.student.encode_pseudo_boxes(
-            batch["images"], batch["boxes"], normalize=True, extract_type=self.extract_type
-        )
-        labels = batch["labels"]
+        if not self.count(batch):
+            loss = self.zero_loss()
+            return {"loss": loss, "correct_sum": torch.zeros_like(loss), "regions": torch.zeros_like(loss)}
+        regions, labels = self.embed_regions(batch), batch["labels"]
         with torch.autocast(regions.device.type, enabled=False):
-            logits = regions.float() @ self.nouns[self.classes].T * self.student.logit_scale.detach().float().exp()
+            logits = regions @ self.nouns[self.classes].T * self.student.logit_scale.detach().float().exp()
             target = (labels[:, None] == self.classes[None]).float()
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
-        correct = (self.classes[logits.argmax(1)] == labels).sum() if len(labels) else logits.new_zeros(())
         return {
             "loss": self.contrast_weight * loss * self.scale,
-            "correct_sum": correct.detach().float(),
-            "regions": torch.tensor(float(len(labels)), device=regions.device),
+            "correct_sum": (self.classes[logits.detach().argmax(1)] == labels).sum().float(),
+            "regions": logits.new_tensor(float(len(labels))),
         }
