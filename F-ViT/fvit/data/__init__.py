@@ -1,0 +1,3 @@
+"""Annotations, images, samples and loaders of the detector."""
+
+from __future__ import annotations

@@ -1,0 +1,24 @@
+# Sourced by dist_train.sh and dist_test.sh: launch PROCESSES PROGRAM ARGUMENTS...
+
+launch() {
+    local processes="$1" program="$2" root python cores
+    shift 2
+    case "$processes" in
+        "" | *[!0-9]* | 0) echo "error: the number of processes is \"$processes\"; give 1 or more" >&2; exit 2 ;;
+    esac
+    root="$(cd "$(dirname "$program")/.." && pwd)"
+    python="${PYTHON:-$root/.venv/bin/python}"
+    [ -x "$python" ] || python="$(command -v "$python" || command -v python3)"
+    export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
+    cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}"
+    if [ "$processes" = 1 ] && [ "${NNODES:-1}" = 1 ]; then
+        exec "$python" "$program" "$@"
+    elif [ "${NNODES:-1}" = 1 ]; then
+        exec "$python" -m torch.distributed.run --standalone --nproc_per_node "$processes" -- "$program" "$@"
+    else
+        exec "$python" -m torch.distributed.run --nnodes "$NNODES" --node_rank "${NODE_RANK:?set NODE_RANK}" \
+            --master_addr "${MASTER_ADDR:?set MASTER_ADDR}" --master_port "${MASTER_PORT:-29500}" \
+            --nproc_per_node "$processes" -- "$program" "$@"
+    fi
+}
