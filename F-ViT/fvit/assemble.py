@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import open_clip
 
 from . import checkpoint
 from .classes import Vocabulary, vocabulary_embeddings, weights_hash
-from .config import Config, load_config, resolve_path
+from .config import Config, config_from_dict, format_config, load_config, resolve_path
 from .detector import Detector, build_detector
 from .errors import as_user_error
 
@@ -78,6 +79,14 @@ def make_detector(
         return build_detector(config, vit.model, embeddings, vocabulary.base_mask).to(device)
 
 
+def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config that a detector was trained with. UserError when it, or an override, is faulty."""
+    with as_user_error(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{Path(path).stem}.toml"
+        file.write_text(format_config(config_from_dict(content["config"], source=f"checkpoint {path}")))
+        return load_config(file, overrides)
+
+
 def load_detector(path: str, detector: Detector, vit: Vit) -> dict[str, Any]:
     """Load a detector file into a detector; returns the file's content.
 
@@ -96,8 +105,3 @@ def free_vocabulary(names: Sequence[str], base: Sequence[str] = ()) -> Vocabular
     known = {name.lower().replace("_", " ") for name in base}
     novel = tuple(name.lower().replace("_", " ") not in known for name in names)
     return Vocabulary(tuple(names), tuple(range(1, len(names) + 1)), novel)
-
-
-def without_embedding_file(config: Config) -> Config:
-    """The config, computing class embeddings with the text tower whatever file it names."""
-    return replace(config, data=replace(config.data, embeddings=""))

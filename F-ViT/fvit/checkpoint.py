@@ -68,10 +68,18 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def detector_content(detector: torch.nn.Module, *, vit: dict[str, str], config: dict[str, Any]) -> dict[str, Any]:
-    """A small detector file: the trained parts, the ViT by name and hash, and the config."""
-    # Half-written states cannot occur: tensors are copied when they are saved.
-    return {"format": FORMAT, "detector": detector.trainable_state_dict(), "vit": vit, "config": config}
+def detector_content(
+    detector: torch.nn.Module, *, vit: dict[str, str], config: dict[str, Any], base: list[str], novel: list[str]
+) -> dict[str, Any]:
+    """A small detector file: the trained parts, the ViT by name and hash, the config, the class names."""
+    return {
+        "format": FORMAT,
+        "detector": detector.trainable_state_dict(),
+        "vit": vit,
+        "config": config,
+        "base": base,
+        "novel": novel,
+    }
 
 
 def check_vit(content: dict[str, Any], vit: dict[str, str], path: str | Path) -> None:

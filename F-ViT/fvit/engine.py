@@ -363,8 +363,7 @@ class Trainer:
         last = epoch >= config.epochs or self._finished()
         self._save_latest()
         if self.process.is_master and self.progress.step_in_epoch == 0 and (last or epoch % config.save_every == 0):
-            content = checkpoint.detector_content(self.detector, vit=self.vit, config=config_to_dict(self.config))
-            checkpoint.save(content, self.work_dir / f"epoch_{epoch}.pt")
+            checkpoint.save(self._content(), self.work_dir / f"epoch_{epoch}.pt")
         if self.validation is None or not config.eval_every or not (last or epoch % config.eval_every == 0):
             return {}
         kinds = ["bbox", "segm"] if self.config.model.masks else ["bbox"]
@@ -381,7 +380,7 @@ class Trainer:
         average_batch_norm(self.detector)
         if not self.process.is_master:
             return
-        content = checkpoint.detector_content(self.detector, vit=self.vit, config=config_to_dict(self.config))
+        content = self._content()
         content |= {
             "optimizer": self.optimizer.state_dict(),
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
@@ -389,6 +388,16 @@ class Trainer:
             "images_per_step": self.config.train.batch_size * self.process.world_size,
         }
         checkpoint.save(content, self.work_dir / checkpoint.LATEST)
+
+    def _content(self) -> dict[str, Any]:
+        names, novel = self.vocabulary.names, self.vocabulary.novel
+        return checkpoint.detector_content(
+            self.detector,
+            vit=self.vit,
+            config=config_to_dict(self.config),
+            base=[name for name, is_novel in zip(names, novel, strict=True) if not is_novel],
+            novel=[name for name, is_novel in zip(names, novel, strict=True) if is_novel],
+        )
 
     def _restore(self, content: dict[str, Any]) -> None:
         path = self.work_dir / checkpoint.LATEST

@@ -70,12 +70,18 @@ def detect(
     process: Process,
     precision: str,
     mask_threshold: float = 0.5,
+    forward: Callable[[Tensor, list[tuple[int, int]]], list[dict[str, Tensor]]] | None = None,
     on_skipped: Callable[[list[tuple[str, str]], int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Detections of images, one dict each, as numpy arrays in pixels of the file.
 
-    ``index``, ``boxes`` float32 ``[N, 4]`` xyxy, ``scores``, ``labels`` and, with masks, ``masks``: N run-length dicts.
-    The detector must be in eval mode. ``on_skipped`` is told unusable (file, reason) pairs and the images seen.
+    ``index``, ``original`` (height, width of the file), ``boxes`` float32 ``[N, 4]`` xyxy, ``scores``, ``labels`` and,
+    with masks, ``masks``: N run-length dicts. The detector must be in eval mode.
+
+    Args:
+        batches: of :func:`~fvit.data.loader.test_loader`.
+        forward: run in place of the detector, such as ``detector.proposals`` (no labels then).
+        on_skipped: told the unusable (file, reason) pairs of a batch and the number of its images.
     """
     for batch in batches:
         if on_skipped is not None:
@@ -83,12 +89,13 @@ def detect(
         if batch["images"] is None:
             continue
         with autocast(precision, process.device):
-            results = detector(to_device(batch, detector, process.device), batch["sizes"])
+            results = (forward or detector)(to_device(batch, detector, process.device), batch["sizes"])
         for i, result in enumerate(results):
             result = to_original(result, batch["sizes"][i], batch["originals"][i])
             found = {
                 "index": batch["indices"][i],
-                **{key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels")},
+                "original": batch["originals"][i],
+                **{key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels") if key in result},
             }
             if "masks" in result:
                 found["masks"] = [
