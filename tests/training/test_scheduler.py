@@ -1,0 +1,50 @@
+"""Learning rates against recorded ones, and the ends of each curve."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from training.scheduler import make_schedule, set_lr
+
+RECORDED = {
+    "cosine_w10_t50": ("cosine", dict(warmup=10, total=50)),
+    "cosine_w0_t50": ("cosine", dict(warmup=0, total=50)),
+    "cosine_w7_t53": ("cosine", dict(warmup=7, total=53)),
+    "const_w10": ("const", dict(warmup=10, total=50)),
+    "cooldown_w10_t50_c20_p1_e0": ("const-cooldown", dict(warmup=10, total=50, cooldown=20)),
+    "cooldown_w5_t50_c30_p2_e1e-6": ("const-cooldown", dict(warmup=5, total=50, cooldown=30, power=2.0, end=1e-6)),
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_rates_are_the_recorded_ones(golden, name):
+    recorded = json.loads((golden / "train" / "schedules.json").read_text())
+    assert set(recorded) == set(RECORDED)
+    kind, settings = RECORDED[name]
+    # The base rate is not in the name: it is the rate at the end of the warm-up.
+    schedule = make_schedule(kind, base=recorded[name][settings["warmup"]], **settings)
+    for step, rate in enumerate(recorded[name]):
+        assert schedule(step) == pytest.approx(rate, rel=1e-12, abs=0), step
+
+
+def test_short_runs_have_a_rate_at_every_step():
+    """Warm-up as long as the run or longer, and a cooldown over all of it."""
+    for kind in ("cosine", "const", "const-cooldown"):
+        for warmup, total in ((0, 1), (5, 5), (1000, 20)):
+            schedule = make_schedule(kind, base=1e-3, warmup=warmup, total=total, cooldown=total)
+            assert all(0 < schedule(step) <= 1e-3 for step in range(total)), (kind, warmup, total)
+
+
+def test_unknown_schedule_is_named():
+    with pytest.raises(ValueError, match='"linear".*cosine'):
+        make_schedule("linear", base=1.0, warmup=0, total=1)
+
+
+def test_every_group_gets_the_rate():
+    groups = [{"params": [torch.zeros(1, requires_grad=True)]} for _ in range(2)]
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    set_lr(optimizer, 0.25)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.25, 0.25]
