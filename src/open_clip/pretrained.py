@@ -16,17 +16,22 @@ class PretrainedInfo:
     Attributes:
         repo: hub repository.
         quick_gelu: whether they were trained with QuickGELU.
+        mean, std: pixel normalisation that they were trained with; None for that of the model's config.
         filenames: files tried, in order.
     """
 
     repo: str
     quick_gelu: bool = False
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
     filenames: tuple[str, ...] = _FILES
 
 
 def _openai(repo: str) -> PretrainedInfo:
     return PretrainedInfo(f"timm/{repo}.openai", quick_gelu=True)
 
+
+_HALF = (0.5, 0.5, 0.5)
 
 _VIT: dict[str, dict[str, PretrainedInfo]] = {
     "ViT-B-32": {
@@ -44,7 +49,8 @@ _VIT: dict[str, dict[str, PretrainedInfo]] = {
     "ViT-L-14": {
         "openai": _openai("vit_large_patch14_clip_224"),
         "laion400m_e32": PretrainedInfo("timm/vit_large_patch14_clip_224.laion400m_e32"),
-        "laion2b_s32b_b82k": PretrainedInfo("laion/CLIP-ViT-L-14-laion2B-s32B-b82K"),
+        # Trained on pixels in -1..1, unlike its siblings.
+        "laion2b_s32b_b82k": PretrainedInfo("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", mean=_HALF, std=_HALF),
         "datacomp_xl_s13b_b90k": PretrainedInfo("laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K"),
     },
     "ViT-L-14-336": {"openai": _openai("vit_large_patch14_clip_336")},

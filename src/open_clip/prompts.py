@@ -60,15 +60,26 @@ def class_embeddings(
 
     Returns:
         float32 ``[C, D]`` on the CPU, unit length.
+
+    Raises:
+        ValueError: no names or no templates.
     """
+    if not names or not templates:
+        raise ValueError(f"class embeddings of {len(names)} names and {len(templates)} templates: give at least one")
     prompts = [p for name in names for p in class_prompts(name, templates)]
     text = getattr(model, "text", model)
     home = next(text.parameters()).device
     device = torch.device(device) if device is not None else home
-    text.to(device)
+    # A causal tower that is read at the end token never sees the padding, four fifths of a row of prompts.
+    cut = getattr(text, "causal", False) and getattr(text, "pool", None) == "argmax"
     rows = []
-    starts = range(0, len(prompts), batch_size)
-    for start in tqdm(starts, desc="class embeddings", unit="batch", disable=not progress):
-        rows.append(model.encode_text(tokenizer(prompts[start : start + batch_size]).to(device)).float().cpu())
-    text.to(home)
+    text.to(device)
+    try:
+        for start in tqdm(range(0, len(prompts), batch_size), "class embeddings", unit="batch", disable=not progress):
+            tokens = tokenizer(prompts[start : start + batch_size])
+            if cut:
+                tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
+            rows.append(model.encode_text(tokens.to(device)).float().cpu())
+    finally:
+        text.to(home)
     return average_prompts(torch.cat(rows).unflatten(0, (len(names), len(templates))))

@@ -72,7 +72,7 @@ class TextTower(nn.Module):
         proj_bias: project with a ``nn.Linear`` with bias (SigLIP) instead of a matrix ``[W, D]`` (CLIP).
 
     Raises:
-        ValueError: an unknown ``act`` or ``pool``.
+        ValueError: an unknown ``act`` or ``pool``, or a width that the heads do not divide.
     """
 
     def __init__(
@@ -96,6 +96,8 @@ class TextTower(nn.Module):
             raise ValueError(f'text activation is "{act}": use one of {", ".join(_ACTIVATIONS)}')
         if pool not in ("argmax", "last", "first"):
             raise ValueError(f'text pooling is "{pool}": use argmax, last or first')
+        if width % heads:
+            raise ValueError(f"text width is {width}: it must be a multiple of the {heads} heads")
         self.context_length, self.vocab_size, self.output_dim = context_length, vocab_size, output_dim
         self.width, self.causal, self.pool, self.grad_checkpointing = width, causal, pool, False
         self.token_embedding = nn.Embedding(vocab_size, width)
@@ -153,10 +155,10 @@ class TextTower(nn.Module):
 
 
 # Keys of text_cfg that choose something this tower does not need: kernels of the published EVA code, the tokenizer
-# (open_clip.factory reads those), and names of upstream's implementation.
+# (open_clip.factory reads those), and ids of tokens that neither attention nor pooling looks for here.
 _IGNORED = {
-    "xattn", "fusedLN", "hf_tokenizer_name", "tokenizer_kwargs", "hf_model_name", "hf_model_pretrained",
-    "masked_language_modeling", "attn_mask", "pad_id", "eos_id", "proj_type", "head_width",
+    "xattn", "fusedLN", "hf_tokenizer_name", "tokenizer_kwargs", "hf_model_pretrained",
+    "masked_language_modeling", "attn_mask", "pad_id", "eos_id", "head_width",
 }  # fmt: skip
 
 
@@ -164,9 +166,16 @@ def text_tower_from_config(text_cfg: dict, embed_dim: int, quick_gelu: bool = Fa
     """Text tower of a config's ``text_cfg``, in any of the three schemas.
 
     Raises:
-        ValueError: a key that is neither understood nor known to be without effect.
+        ValueError: a key that is neither understood nor known to be without effect, or a tower of another kind.
     """
-    cfg = {k: v for k, v in text_cfg.items() if k not in _IGNORED}
+    if text_cfg.get("hf_model_name"):
+        raise ValueError(
+            f"text_cfg names the text model {text_cfg['hf_model_name']} of the hub (hf_model_name): only CLIP's and "
+            "SigLIP's own text towers are supported"
+        )
+    if text_cfg.get("proj_type", "linear") != "linear":
+        raise ValueError(f'text_cfg has proj_type "{text_cfg["proj_type"]}": only linear is supported')
+    cfg = {k: v for k, v in text_cfg.items() if k not in {*_IGNORED, "proj_type", "hf_model_name"}}
     act = "quick_gelu" if quick_gelu else "gelu"
     if (cfg.pop("act_kwargs", None) or {}).get("approximate") == "tanh":
         act = "gelu_tanh"

@@ -105,7 +105,7 @@ class SimpleTokenizer:
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         """Ids int64 ``[N, L]``. ValueError when L leaves no room for start and end."""
         texts = [texts] if isinstance(texts, str) else texts
-        length = context_length or self.context_length
+        length = self.context_length if context_length is None else context_length
         if length < 2:
             raise ValueError(f"context_length is {length}: start and end tokens alone take 2")
         out = torch.zeros(len(texts), length, dtype=torch.long)
@@ -129,6 +129,7 @@ class HFTokenizer:
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
         FileNotFoundError: the file is neither local nor to be had.
+        ValueError: an unknown ``clean``, or a damaged file.
     """
 
     def __init__(
@@ -141,7 +142,11 @@ class HFTokenizer:
         except ImportError as error:
             raise ImportError(f"the tokenizer {name} needs the package tokenizers: pip install tokenizers") from error
         self.context_length, self.clean = context_length, clean
-        self.tokenizer = Tokenizer.from_file(str(_tokenizer_file(name, cache_dir)))
+        file = _tokenizer_file(name, cache_dir)
+        try:
+            self.tokenizer = Tokenizer.from_file(str(file))
+        except Exception as error:  # the package raises plain Exceptions
+            raise ValueError(f"{file} is no tokenizer ({error}): fetch tokenizer.json of {name} anew") from error
         pad = self.tokenizer.token_to_id("<pad>") or 0
         self.tokenizer.enable_padding(length=context_length, pad_id=pad, pad_token="<pad>")
         self.tokenizer.enable_truncation(context_length)
@@ -155,14 +160,18 @@ class HFTokenizer:
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         """Ids int64 ``[N, L]``."""
         texts = [texts] if isinstance(texts, str) else texts
-        if context_length and context_length != self.context_length:
+        if context_length is not None and context_length != self.context_length:
             raise ValueError(f"this tokenizer was made for {self.context_length} tokens, not {context_length}")
-        return torch.tensor([e.ids for e in self.tokenizer.encode_batch([self._clean(t) for t in texts])])
+        rows = self.tokenizer.encode_batch([self._clean(t) for t in texts])
+        return torch.tensor([row.ids for row in rows], dtype=torch.long).reshape(len(texts), self.context_length)
 
 
 def _tokenizer_file(name: str, cache_dir: str | None) -> Path:
     if Path(name).is_dir():
-        return Path(name) / "tokenizer.json"
+        file = Path(name) / "tokenizer.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"folder {name} (hf_tokenizer_name) has no tokenizer.json: put it there")
+        return file
     from huggingface_hub import hf_hub_download
 
     try:
