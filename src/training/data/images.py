@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.io import ImageReadMode, decode_jpeg
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit: a gigabyte of memory at 6 bytes a pixel
 _URL = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]+://")
@@ -66,8 +66,8 @@ def read_image(path: str) -> Tensor:
 
     The EXIF orientation is ignored, as annotations refer to the stored pixels. Of an animation, the first frame counts.
 
-    8-bit grey and RGB files are decoded by torchvision (libjpeg-turbo, libpng); all other modes (CMYK, palette, 16 bit,
-    alpha, animations, other formats) by Pillow, converted to RGB.
+    Grey and RGB JPEGs are decoded by torchvision (libjpeg-turbo), everything else by Pillow, converted to RGB: PNGs too,
+    as torchvision's PNG decoder ends the process with a segmentation fault on some damaged files.
 
     Raises:
         ImageError: missing, unreadable, damaged, or above :data:`MAX_PIXELS`.
@@ -86,11 +86,10 @@ def decode(content: bytes, path: str) -> Tensor:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise ImageError(path, f"{width} x {height} pixels are more than {MAX_PIXELS}: refused")
-                plain = image.mode in ("RGB", "L") and not image.info.get("transparency")
-                # Truncated JPEGs: Pillow refuses what libjpeg fills with grey, so completeness is checked below.
-                if plain and image.format == "JPEG" and content.rstrip(b"\0")[-2:] != b"\xff\xd9":
-                    plain = False
-                pixels = _decode_fast(content) if plain and image.format in ("JPEG", "PNG") else None
+                # libjpeg fills what is missing of a truncated file with grey, Pillow refuses it.
+                whole = content.rstrip(b"\0")[-2:] == b"\xff\xd9"
+                fast = image.format == "JPEG" and image.mode in ("RGB", "L") and whole
+                pixels = _decode_jpeg(content) if fast else None
                 return torch.from_numpy(_to_rgb(image)).permute(2, 0, 1) if pixels is None else pixels
     except ImageError:
         raise
@@ -102,13 +101,12 @@ def decode(content: bytes, path: str) -> Tensor:
         raise ImageError(path, f"not a readable image ({type(error).__name__}: {first_line(error)})") from None
 
 
-def _decode_fast(content: bytes) -> Tensor | None:
-    """uint8 ``[3, H, W]`` by torchvision; None where that is no 8-bit image for it, and Pillow is to judge."""
+def _decode_jpeg(content: bytes) -> Tensor | None:
+    """uint8 ``[3, H, W]`` by torchvision; None where it fails, and Pillow is to judge."""
     try:
-        pixels = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError:
         return None
-    return pixels if pixels.dtype == torch.uint8 else None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
