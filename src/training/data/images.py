@@ -66,8 +66,8 @@ def read_image(path: str) -> Tensor:
 
     The EXIF orientation is ignored, as annotations refer to the stored pixels. Of an animation, the first frame counts.
 
-    Grey and RGB JPEGs are decoded by torchvision (libjpeg-turbo), everything else by Pillow, converted to RGB: PNGs too,
-    as torchvision's PNG decoder ends the process with a segmentation fault on some damaged files.
+    Grey and RGB JPEGs are decoded by torchvision (libjpeg-turbo), everything else by Pillow, converted to RGB. PNGs
+    too, as torchvision's PNG decoder ends the process with a segmentation fault on some damaged files.
 
     Raises:
         ImageError: missing, unreadable, damaged, or above :data:`MAX_PIXELS`.
