@@ -1,0 +1,133 @@
+"""Token ids against those of another implementation, and properties that hold for any text."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import open_clip
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer, clean_text
+
+START, END = 49406, 49407
+# [text, ids without start and end]: several alphabets, html, emoji, broken unicode, class names and prompts; recorded
+# with open_clip_torch 3.3.0.
+RECORDED = json.loads((Path(__file__).parent / "tokenizer_ids.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SimpleTokenizer:
+    return SimpleTokenizer()
+
+
+def test_recorded_ids(tokenizer):
+    assert len(RECORDED) > 300
+    wrong = [text for text, ids in RECORDED if tokenizer.encode(text) != ids]
+    assert not wrong
+
+
+def test_rows_of_a_batch(tokenizer):
+    rows = tokenizer([text for text, _ in RECORDED])
+    assert rows.shape == (len(RECORDED), 77) and rows.dtype == torch.long
+    for row, (_, ids) in zip(rows.tolist(), RECORDED, strict=True):
+        expected = [START, *ids[:75], END]
+        assert row == expected + [0] * (77 - len(expected))
+    assert torch.equal(open_clip.tokenize("a cat", 8)[0], torch.tensor([START, 320, 2368, END, 0, 0, 0, 0]))
+    assert tokenizer.vocab_size == 49408 and (tokenizer.sot_token_id, tokenizer.eot_token_id) == (START, END)
+    assert tokenizer([]).shape == (0, 77)
+
+
+@given(st.text(max_size=200), st.integers(2, 100))
+def test_any_text_has_a_start_and_one_end(text, length):
+    tokenizer = _shared()
+    (row,) = tokenizer(text, length).tolist()
+    ids = tokenizer.encode(text)
+    assert len(row) == length and row[0] == START
+    end = row.index(END)
+    assert end == min(len(ids) + 1, length - 1) and row[1:end] == ids[: length - 2] and not any(row[end + 1 :])
+
+
+@given(st.text(st.characters(max_codepoint=126), max_size=100))
+def test_decoding_gives_the_text_back(text):
+    """Up to white space: words are separated by one space wherever a token ends one."""
+    tokenizer = _shared()
+    expected = clean_text(text).lower()
+    decoded = tokenizer.decode(tokenizer.encode(text))
+    assert decoded.replace(" ", "") == expected.replace(" ", "")
+
+
+@given(st.lists(st.from_regex(r"[a-z]+", fullmatch=True), max_size=10))
+def test_decoding_gives_words_back_exactly(words):
+    tokenizer = _shared()
+    assert tokenizer.decode(tokenizer.encode("  ".join(words))).split() == words
+
+
+def _shared(made: list[SimpleTokenizer] = []) -> SimpleTokenizer:  # noqa: B006 - one instance for all examples
+    if not made:
+        made.append(SimpleTokenizer())
+    return made[0]
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_context_without_room_is_refused(tokenizer, length):
+    with pytest.raises(ValueError, match=f"context_length is {length}"):
+        tokenizer("a", length)
+
+
+# -- tokenizers of the hub --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub_folder(tmp_path):
+    """A folder with the tokenizer of a repository: words, an end token behind them, ids 0 as padding."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<pad>", "<eos>", "<unk>", "a", "cat", "dog", "photo", "of", "cats", "Cat"]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="$A <eos>", special_tokens=[("<eos>", 1)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_hub_tokenizer(hub_folder):
+    tokenizer = HFTokenizer(str(hub_folder), context_length=6, clean="canonicalize")
+    ids = tokenizer(["A_photo,  of a CAT!", "", "a a a a a a a a cat"])
+    assert ids.tolist() == [[3, 6, 7, 3, 4, 1], [1, 0, 0, 0, 0, 0], [3, 3, 3, 3, 3, 1]]
+    assert ids.dtype == torch.long and tokenizer([]).shape == (0, 6)
+    assert HFTokenizer(str(hub_folder), 3, clean="lower")("A  Cat").tolist() == [[3, 4, 1]]
+    assert HFTokenizer(str(hub_folder), 3)("a Cat").tolist() == [[3, 9, 1]]
+    with pytest.raises(ValueError, match="made for 6 tokens, not 5"):
+        tokenizer("a", 5)
+    (hub_folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer.json is no tokenizer"):
+        HFTokenizer(str(hub_folder))
+
+
+def test_hub_tokenizer_from_the_cache_and_missing(hub_folder, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cache = tmp_path_factory.mktemp("cache")
+    snapshot = cache / "models--org--siglip" / "snapshots" / "1"
+    snapshot.mkdir(parents=True)
+    (hub_folder / "tokenizer.json").rename(snapshot / "tokenizer.json")
+    (cache / "models--org--siglip" / "refs").mkdir()
+    (cache / "models--org--siglip" / "refs" / "main").write_text("1")
+    tokenizer = HFTokenizer("org/siglip", 4, cache_dir=str(cache))
+    assert tokenizer("cat").tolist() == [[4, 1, 0, 0]]
+    with pytest.raises(FileNotFoundError, match="tokenizer.json of org/other"):
+        HFTokenizer("org/other", cache_dir=str(cache))
+    with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
+        HFTokenizer(str(hub_folder))
+
+
+def test_the_package_of_hub_tokenizers_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ImportError, match="pip install tokenizers"):
+        open_clip.get_tokenizer("ViT-B-16-SigLIP2-256")
+    with pytest.raises(ValueError, match='cleaning "upper"'):
+        HFTokenizer("org/x", clean="upper")
