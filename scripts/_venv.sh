@@ -35,17 +35,7 @@ ensure_venv() {
     fi
 }
 
-# Without an NVIDIA GPU on Linux the CPU build of PyTorch is enough: 0.2 GB instead of 3 GB. TORCH_INDEX overrides the index.
 install_project() {
-    local root="$1" extra="$2" index="${TORCH_INDEX:-}"
-    if [ -z "$index" ] && [ "$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null; then
-        index=https://download.pytorch.org/whl/cpu
-    fi
-    # --isolated: this index alone, without mirrors of the user's pip settings that would mix other builds in.
-    if [ -n "$index" ] && ! "$PY" -c 'import torch, torchvision' 2>/dev/null; then
-        "$PY" -m pip --isolated install -q --disable-pip-version-check torch torchvision \
-            --index-url "$index" --retries 0 --timeout 10 2>/dev/null ||
-            echo "No CPU build of PyTorch from $index: taking the default one"
-    fi
+    local root="$1" extra="$2"
     "$PY" -m pip install -q --disable-pip-version-check -e "$root${extra:+[$extra]}"
 }

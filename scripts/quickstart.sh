@@ -20,10 +20,10 @@ esac
 OUT="${OUT:-quickstart${smoke:+/smoke}}"
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 
-# Sizes. One step of the first training takes about 0.4 s on 2 cores, one of the second about 0.35 s.
+# Sizes. One step of the first training takes about 0.7 s on 2 cores, one of the second about 0.45 s.
 train=2000 val=150 pairs=3000
-teacher_steps=600 teacher_batch=64
-student_steps=700 student_batch=8
+teacher_steps=520 teacher_batch=64
+student_steps=480 student_batch=8
 if [ -n "$smoke" ]; then train=32 val=8 pairs=16 teacher_steps=4 teacher_batch=16 student_steps=4 student_batch=4; fi
 
 times=()
@@ -44,7 +44,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}"
 
 stage "generate data"
 data="$OUT/data"
-scene_args=(--train "$train" --val "$val" --pairs "$pairs" --size 128 --pair-size 64 --things 20 --stuff 8 --pattern-names
+scene_args=(--train "$train" --val "$val" --pairs "$pairs" --size 128 --pair-size 64 --things 16 --stuff 6 --pattern-names
     --min-object 0.28 --max-object 0.5 --max-objects 4 --seed 0)
 # Complete data of these very arguments, and of this very generator, is used again.
 state="$(cat src/training/data/scenes*.py | cksum) ${scene_args[*]}"

@@ -48,7 +48,7 @@ def adam_defaults(model_name: str) -> tuple[float, float, float]:
 
 
 def build_optimizer(args: argparse.Namespace, method: Method) -> torch.optim.AdamW:
-    """AdamW over what trains in ``method.student``; fused on CUDA.
+    """AdamW over what trains in ``method.student``, in one fused pass.
 
     ``args`` gives ``model``, ``lr``, ``wd`` and ``beta1``, ``beta2``, ``eps`` (None: :func:`adam_defaults`).
 
@@ -60,5 +60,5 @@ def build_optimizer(args: argparse.Namespace, method: Method) -> torch.optim.Ada
         raise ValueError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
     given = (args.beta1, args.beta2, args.eps)
     beta1, beta2, eps = (d if g is None else g for g, d in zip(given, adam_defaults(args.model), strict=True))
-    on_cuda = all(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(beta1, beta2), eps=eps, fused=on_cuda)
+    fusable = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(beta1, beta2), eps=eps, fused=fusable)

@@ -34,7 +34,7 @@ from training.data.scenes_draw import COLORS, PATTERNS, SHAPES, TEXTURES, camera
 
 SPLITS = ("train2017", "val2017", "pairs")
 PHRASES = (
-    *("a photo of {}.",) * 6, "a picture of {}.", "there is {} in the scene.", "this is a photo of {}.", "itap of {}.",
+    *("a photo of {}.",) * 14, "a picture of {}.", "there is {} in the scene.", "this is a photo of {}.", "itap of {}.",
     "{}.", "a bad photo of {}.", "this is {}.", "a close-up photo of {}.", "a cropped photo of {}.", "{} in the scene.",
 )  # fmt: skip
 
@@ -210,7 +210,7 @@ def describe(rng: Generator, segments: Sequence[tuple[Category, int, int]], pixe
         names.append(f"{'an' if c.name[0] in 'aeiou' else 'a'} {c.name}")
     if things:
         text = " and ".join(names)
-        if stuff and rng.random() < 0.7:
+        if stuff and rng.random() < 0.5:
             text += f" on {stuff[0].name}"
     elif stuff:
         text = " and ".join(c.name for c in stuff[:2])
@@ -233,28 +233,25 @@ def _cut(scene: Scene, box: tuple[int, int, int, int], size: int) -> NDArray[np.
 def draw_pairs(rng: Generator, options: SceneOptions, classes: Sequence[Category]) -> Iterator[tuple[np.ndarray, str]]:
     """Pictures uint8 ``[pair_size, pair_size, 3]`` with captions, cut from one scene.
 
-    Every object in a loose, jittered window; three cells of random grids, as CLIPSelf cuts its patches; and now and
+    Every object in two loose, jittered windows; a cell of a random grid, as CLIPSelf cuts its patches; and now and
     then the whole scene. So the crops that the trained model is later shown look like its training pictures.
     """
     scene = draw_scene(rng, options, classes)
     h, w = scene.image.shape[:2]
     boxes: list[tuple[float, float, float, float]] = []
-    for s in scene.segments:
-        if s.category.is_thing:
-            ys, xs = np.nonzero(s.mask)
-            side_x, side_y = xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()
-            grow = rng.uniform(0.9, 1.8)
-            cx = (xs.max() + 1 + xs.min()) / 2 + rng.normal(0, 0.1) * side_x
-            cy = (ys.max() + 1 + ys.min()) / 2 + rng.normal(0, 0.1) * side_y
-            boxes.append(
-                (cx - side_x * grow / 2, cy - side_y * grow / 2, cx + side_x * grow / 2, cy + side_y * grow / 2)
-            )
-    for _ in range(3):
-        rows = int(rng.integers(1, 6))
-        columns = int(rng.integers(math.ceil(rows / 2), min(2 * rows, 6) + 1))
-        r, c = int(rng.integers(rows)), int(rng.integers(columns))
-        boxes.append((c * w / columns, r * h / rows, (c + 1) * w / columns, (r + 1) * h / rows))
-    if rng.random() < 0.3:
+    for s in [s for s in scene.segments if s.category.is_thing] * 2:
+        ys, xs = np.nonzero(s.mask)
+        side_x, side_y = xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()
+        grow = rng.uniform(0.9, 1.7)
+        cx = (xs.max() + 1 + xs.min()) / 2 + rng.normal(0, 0.1) * side_x
+        cy = (ys.max() + 1 + ys.min()) / 2 + rng.normal(0, 0.1) * side_y
+        half_x, half_y = side_x * grow / 2, side_y * grow / 2
+        boxes.append((cx - half_x, cy - half_y, cx + half_x, cy + half_y))
+    rows = int(rng.integers(1, 6))
+    columns = int(rng.integers(math.ceil(rows / 2), min(2 * rows, 6) + 1))
+    r, c = int(rng.integers(rows)), int(rng.integers(columns))
+    boxes.append((c * w / columns, r * h / rows, (c + 1) * w / columns, (r + 1) * h / rows))
+    if rng.random() < 0.2:
         boxes.append((0, 0, w, h))
     for x0, y0, x1, y1 in boxes:
         box = (max(0, round(x0)), max(0, round(y0)), min(w, round(x1)), min(h, round(y1)))
