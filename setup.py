@@ -20,7 +20,7 @@ setup(
     python_requires=">=3.10",
     install_requires=requirements,
     extras_require={
-        "test": ["pytest", "hypothesis", "scipy"],
-        "fvit": ["faster-coco-eval"],
+        "test": ["pytest", "hypothesis", "scipy", "faster-coco-eval"],
+        "fvit": ["faster-coco-eval", "tomli; python_version < '3.11'"],
     },
 )

@@ -22,8 +22,8 @@ cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 
 # Sizes. One step of the first training takes about 0.7 s on 2 cores, one of the second about 0.45 s.
 train=2000 val=150 pairs=3000
-teacher_steps=520 teacher_batch=64
-student_steps=480 student_batch=8
+teacher_steps=480 teacher_batch=64
+student_steps=320 student_batch=8
 if [ -n "$smoke" ]; then train=32 val=8 pairs=16 teacher_steps=4 teacher_batch=16 student_steps=4 student_batch=4; fi
 
 times=()
