@@ -30,7 +30,7 @@ from training.errors import UserError  # noqa: E402
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
 
-KINDS = {"rois": "boxes", "maskpool": "masks", "crops": "crops (teacher's view)"}
+KINDS = {"rois": "boxes", "maskpool": "masks", "crops": "crops"}
 
 
 def read_results(folder: Path) -> tuple[dict, dict]:
@@ -83,6 +83,7 @@ def table(before: dict, after: dict) -> str:
     lines.append(
         f"Boxes of things: {ratio} the start model's accuracy, {end / max(crops, 1e-9):.0%} of the teacher's on crops."
     )
+    lines.append("Crops are read through the class token: before, that is the teacher; distillation does not train it.")
     return "\n".join(lines)
 
 
@@ -139,7 +140,7 @@ def draw(losses: dict, before: dict, after: dict, rows: list[list[np.ndarray]], 
     ):
         bars = axes[2].bar(x + offset, [values[k] for k in keys], 0.4, label=label, color=color)
         axes[2].bar_label(bars, fmt="%.0f", fontsize=8)
-    axes[2].set_xticks(x, [f"{KINDS[k].split(' ')[0]}\n{g}" for k, g in keys])
+    axes[2].set_xticks(x, [f"{KINDS[k]}\n{g}" for k, g in keys])
     axes[2].set(title="top-1 mean accuracy (%)", ylim=(0, 108))
     axes[2].legend(loc="upper left", ncols=2, fontsize=8)
     if rows:
