@@ -27,9 +27,14 @@ def read_names(path: Path) -> list[str]:
     """Class names of a file: an annotation file's categories in the order of their ids, a json list, or lines of text.
 
     Raises:
-        ValueError: no names in it.
+        ValueError: no text in UTF-8, no json, or no names in it.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     if path.suffix != ".json":
         names = [line.strip() for line in text.splitlines() if line.strip()]
     else:
@@ -38,9 +43,10 @@ def read_names(path: Path) -> list[str]:
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not json: {error}") from error
         entries = content.get("categories") if isinstance(content, dict) else content
-        if isinstance(entries, list) and entries and all(isinstance(e, dict) and "id" in e for e in entries):
+        entries = entries if isinstance(entries, list) else []
+        if all(isinstance(e, dict) and isinstance(e.get("id"), int) for e in entries):
             entries = [e.get("name") for e in sorted(entries, key=lambda e: e["id"])]
-        names = entries if isinstance(entries, list) and all(isinstance(e, str) for e in entries) else []
+        names = entries if all(isinstance(e, str) and e.strip() for e in entries) else []
     if not names:
         raise ValueError(
             f"{path} holds no class names: give a COCO-style json, a json list of names, or one name a line"
@@ -50,7 +56,6 @@ def read_names(path: Path) -> list[str]:
 
 def save(path: Path, names: list[str], features: torch.Tensor) -> None:
     """``.npy``: float32 ``[C, D]``; ``.pt``: a dict from name to ``[D]``. Complete or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
@@ -76,6 +81,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.out.suffix not in (".npy", ".pt"):
         parser.error(f"--out {args.out}: use a name that ends in .npy or .pt")
+    if args.batch_size < 1:
+        parser.error(f"--batch-size {args.batch_size}: use at least 1")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {args.device}: no CUDA device here; use cpu")
     return args
 
 
@@ -86,6 +95,13 @@ def main(argv: list[str] | None = None) -> int:
             open_clip.add_model_config(args.model, Path(args.model).stem)
             args.model = Path(args.model).stem
         names = read_names(args.names) + (["background"] if args.background else [])
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated and args.out.suffix == ".pt":
+            raise ValueError(
+                f'{args.names}: the name "{repeated[0]}" stands there more than once (with --background, "background" '
+                "counts too), and a dict keeps one of each: rename it, or write an array (.npy)"
+            )
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # now rather than after minutes of work
         model = open_clip.create_model(args.model, args.pretrained, device=args.device, cache_dir=args.cache_dir).eval()
         tokenizer = open_clip.get_tokenizer(args.model)
         features = class_embeddings(model, tokenizer, names, batch_size=args.batch_size, progress=True)
