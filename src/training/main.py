@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -111,6 +113,16 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
     return trainer.train(folder, evaluation)
 
 
+def _end_workers() -> None:
+    """End loader processes that an error left behind: they outlive a SIGTERM on purpose, and Python waits for them."""
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
+    for child in children:
+        child.kill()
+        child.join()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 2 something for the user to mend (said in one line), 75 interrupted and saved."""
     rank = 0
@@ -127,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
+        _end_workers()
         end_distributed()
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -122,3 +124,13 @@ def test_nan_losses_stop_the_run_and_name_the_images(program, monkeypatch, capsy
     assert run(program, name="run", max_nan_steps=3) == 2
     error = capsys.readouterr().err
     assert "3 steps in a row" in error and "images [" in error and "last good checkpoint is none" in error
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_exception_ends_the_program_at_once(program, monkeypatch, workers):
+    """Loader workers outlive a SIGTERM, so that a run can save; an error must not wait for them."""
+    monkeypatch.setattr(train_module, "_judge", lambda *_: 1 / 0)
+    begin = time.monotonic()
+    with pytest.raises(ZeroDivisionError):
+        run(program, name="run", workers=workers)
+    assert not multiprocessing.active_children() and time.monotonic() - begin < 60

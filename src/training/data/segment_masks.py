@@ -33,7 +33,7 @@ def read_segment_ids(path: str) -> np.ndarray:
     if width * height > MAX_PIXELS:
         raise ImageError(path, f"{width} x {height} pixels are more than {MAX_PIXELS}")
     try:
-        # Pillow: torchvision's decoder ends the process on some damaged files. Four bytes a pixel are read as one number.
+        # Pillow: torchvision's decoder ends the process on some damaged files. Four bytes a pixel are one number.
         with Image.open(io.BytesIO(content)) as image:
             words = np.asarray(image.convert("RGBA")).view("<i4")[..., 0]
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
