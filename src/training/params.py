@@ -105,8 +105,6 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     add("--cosine-weight", type=_not_negative, default=1.0, help="weight of the CLIPSelf loss")
     add("--contrast-weight", type=_not_negative, default=1.0, help="weight of the RegionCLIP loss")
     add("--alpha", type=_share, default=1.0, help="released weights are alpha * student + (1 - alpha) * start model")
-    add("--cache-teacher", default=None, metavar="DIR",
-        help="proposals only: keep the teacher's embeddings here and read them in later epochs")  # fmt: skip
 
 
 def _add_optimisation(group: argparse._ArgumentGroup) -> None:
@@ -190,8 +188,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--min-size {args.min_size} is not below --max-size {args.max_size}")
     if args.lock_image_unlocked_groups and not args.lock_image:
         raise UserError("--lock-image-unlocked-groups has an effect with --lock-image only: add it")
-    if args.cache_teacher and args.dataset_type != "proposals_distill":
-        raise UserError(f"--cache-teacher goes with --dataset-type proposals_distill, not {args.dataset_type}")
     if args.resume == "latest" and not args.name:
         raise UserError("--resume latest needs --name: which experiment?")
     args.eval_image_sizes = list(dict.fromkeys(args.eval_image_sizes or [args.det_image_size]))
