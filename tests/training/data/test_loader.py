@@ -209,6 +209,7 @@ def test_a_signal_to_the_group_leaves_the_workers_alive(root):
     assert same(received, epoch(build(root), 0))
 
 
+@pytest.mark.slow  # torch reports the death from a signal handler: wherever Python is then, and a hook may swallow it
 def test_a_killed_worker_is_an_error_and_no_hang(root):
     data = build(root, workers=2)
     data.set_epoch(0)
