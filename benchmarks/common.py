@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -70,6 +71,52 @@ def make_dataset(root: Path, count: int, *, objects: int = 7, segments: int = 11
     return paths
 
 
+def dataset_of(args: argparse.Namespace, folder: Path, *, count: int, entries: int) -> dict[str, str]:
+    """Images and a panoptic annotation file to run on: those of ``--images`` and ``--annotations``, or generated ones.
+
+    The annotation file lists its images again and again, under new ids, until there are ``entries`` of them: a few
+    files stand for a large dataset, and no epoch ends while a loader is timed.
+
+    Returns:
+        ``{"images", "annotations", "segments", "what"}``: two folders, a file, and a word for the table.
+    """
+    if args.images:
+        if not args.annotations:
+            raise SystemExit("error: --images needs --annotations, a COCO panoptic json of these images")
+        segments = args.segments or args.annotations.removesuffix(".json")
+        source = {"images": args.images, "segments": segments, "what": "images of --images"}
+        content = json.loads(Path(args.annotations).read_text())
+    else:
+        made = make_dataset(folder / "generated", count)
+        source = {"images": made["images"], "segments": made["segments"], "what": "generated images, 640x480"}
+        content = json.loads(Path(made["panoptic"]).read_text())
+    names = {image["id"]: image for image in content["images"]}
+    annotations = [a for a in content["annotations"] if a["image_id"] in names][:count]
+    times = -(-entries // len(annotations))
+    numbered = [
+        (number + 1, annotation) for number, annotation in enumerate(a for _ in range(times) for a in annotations)
+    ]
+    out = folder / f"panoptic_{entries}.json"
+    out.write_text(
+        json.dumps(
+            {
+                "images": [{**names[a["image_id"]], "id": number} for number, a in numbered],
+                "annotations": [{**a, "image_id": number} for number, a in numbered],
+                "categories": content["categories"],
+            }
+        )
+    )
+    return {**source, "annotations": str(out)}
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """``--images``, ``--annotations`` and ``--segments``: what to run on instead of generated images."""
+    add = parser.add_argument
+    add("--images", default="", metavar="DIR", help="folder of photographs to run on instead of generated images")
+    add("--annotations", default="", metavar="JSON", help="their COCO panoptic annotations (only names for training)")
+    add("--segments", default="", metavar="DIR", help="their panoptic PNGs; by default the json's path without .json")
+
+
 def random_boxes(rng: np.random.Generator, count: int) -> Iterable[tuple[float, float, float, float]]:
     """``count`` boxes (x, y, w, h) in a 640x480 image, log-uniform sides from 12 to 320 pixels."""
     for _ in range(count):
@@ -103,8 +150,13 @@ def peak_memory_gb() -> float:
 
 
 def run_self(script: str, arguments: Sequence[str]) -> dict:
-    """Run a benchmark's own script in a fresh process (so that peaks and caches are its own) and read its JSON line."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    """Run a benchmark's own script in a fresh process (so that peaks and caches are its own) and read its JSON line.
+
+    Raises:
+        RuntimeError: the process failed; with the end of what it wrote.
+    """
+    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     out = subprocess.run([sys.executable, script, *arguments], env=env, capture_output=True, text=True)
     if out.returncode:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{out.stderr[-2000:]}")

@@ -16,15 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms.functional import normalize, to_tensor
 
-MEAN = torch.tensor((0.48145466, 0.4578275, 0.40821073))[:, None, None]
-STD = torch.tensor((0.26862954, 0.26130258, 0.27577711))[:, None, None]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def to_float(image: Image.Image) -> Tensor:
-    """Pillow image to normalised float32 ``[3, H, W]``."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    return (pixels - MEAN) / STD
+    """Pillow image to normalised float32 ``[3, H, W]``, by torchvision's usual pair of transforms."""
+    return normalize(to_tensor(image), MEAN, STD)
 
 
 def resize_and_pad(image: Image.Image, size: int, centre: bool) -> Tensor:
