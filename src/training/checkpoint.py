@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import open_clip
+from open_clip.weights import load_torch_file
 from training.distributed import gather_objects
 from training.errors import UserError
 
@@ -61,11 +62,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist: check --resume")
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"checksum of {damaged} is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is cut off, or no checkpoint at all")
+        content = load_torch_file(path)
     except Exception as error:  # zip and pickle raise a dozen kinds for damaged files
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
         raise UserError(f"checkpoint {path} is damaged ({reason}): use an earlier one") from error
@@ -75,6 +74,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is no training checkpoint of this program")
     return content
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what :func:`save_atomically` leaves of a file when the process is killed while it writes."""
+    for path in folder.glob(".*.pt.*"):
+        if path.suffix[1:].isdigit():
+            path.unlink(missing_ok=True)
 
 
 def find_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from open_clip.prompts import PROMPT_TEMPLATES
 from open_clip.prompts import class_embeddings as compute_class_embeddings
+from open_clip.weights import load_torch_file
 from training.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def load_class_embeddings(
         raise UserError(f"{where}: no such file; {REMEDY}")
     try:
         if str(path).endswith((".pt", ".pth")):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = load_torch_file(path)
         else:
             content = torch.from_numpy(np.load(path, allow_pickle=False))
     except Exception as error:  # numpy and torch raise many kinds for a damaged file

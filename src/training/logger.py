@@ -5,10 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that cannot be written to (a full disk) is said once, in one line; the run does not end of it."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            print(f"warning: {self.baseFilename} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def setup_logging(rank: int, file: Path | None = None) -> None:
@@ -22,7 +39,7 @@ def setup_logging(rank: int, file: Path | None = None) -> None:
     text = _FORMAT if rank == 0 else _FORMAT.replace("%(message)s", f"[process {rank}] %(message)s")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(_LogFile(file))
     for handler in handlers:
         handler.of_training = True
         handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
@@ -78,6 +95,9 @@ class Journal:
         write_atomically(self.folder / "results.json", json.dumps(self.records, indent=1) + "\n")
 
     def close(self) -> None:
-        """Flush to disk."""
+        """Flush to disk; on a full disk the last scalars are lost, with a warning."""
         if self.writer is not None:
-            self.writer.close()
+            try:
+                self.writer.close()
+            except OSError as error:
+                log.warning("the last TensorBoard scalars cannot be written (%s)", error.strerror)

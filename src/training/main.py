@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -17,11 +18,13 @@ import torch
 
 import open_clip
 from open_clip import CLIP
+from training.checkpoint import find_latest, remove_unfinished
 from training.class_embeddings import load_or_compute
 from training.data import build_eval_data
 from training.distributed import Dist, end_distributed, init_distributed, together
 from training.errors import UserError
 from training.evaluate import evaluate, format_table
+from training.failures import EXIT_FAILED, explain
 from training.logger import Journal, setup_logging, write_atomically
 from training.models import as_user_error, load_model
 from training.params import parse_args
@@ -44,6 +47,7 @@ def make_folder(args: argparse.Namespace, dist: Dist) -> Path:
                 raise UserError(f"experiment {folder} exists: choose another --name, or go on with --resume latest")
             try:
                 (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+                remove_unfinished(folder / "checkpoints")
             except OSError as error:
                 raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --logs") from error
             text = "".join(f"{key}: {value}\n" for key, value in sorted(vars(args).items()))
@@ -85,9 +89,26 @@ class Evaluation:
         return results
 
 
+def continue_after_restart(args: argparse.Namespace) -> None:
+    """When ``torchrun --max-restarts`` has started the processes anew, go on from the newest checkpoint.
+
+    Raises:
+        UserError: restarts are asked for without ``--name``, by which they find the experiment.
+    """
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and args.name is None:
+        raise UserError("torchrun's --max-restarts needs --name, by which a restarted run finds its checkpoints")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return
+    folder = Path(args.logs) / args.name
+    started_from_file = args.resume not in (None, "latest")
+    if folder.exists() and not (started_from_file and find_latest(folder / "checkpoints") is None):
+        args.resume = "latest"
+
+
 def run(args: argparse.Namespace, dist: Dist) -> int:
     """Check everything, then train and evaluate. Returns the exit status."""
     precision = make_precision(args.precision, dist.device)
+    continue_after_restart(args)
     if args.name is None:
         args.name = f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{args.model.replace('/', '-')}-{args.dataset_type}"
     with together():
@@ -124,12 +145,14 @@ def _end_workers() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something for the user to mend (said in one line), 75 interrupted and saved."""
-    rank = 0
+    """Exit status: 0 done, 2 something for the user to mend, 71 the system failed (a full disk, a process that died),
+    75 interrupted and saved. 2 and 71 are explained in one line; any other failure is a traceback and 1.
+    """
+    rank, failed = 0, False
     try:
         args = parse_args(argv)
+        rank = int(os.environ.get("RANK", "0"))
         dist = init_distributed(args.device, args.dist_backend, args.dist_timeout)
-        rank = dist.rank
         setup_logging(rank)
         random.seed(args.seed + rank)
         np.random.seed(args.seed + rank)
@@ -138,9 +161,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        reason = explain(error)
+        if reason is None:
+            raise
+        failed = True
+        # Every process speaks for itself: it may be the only one that knows.
+        print(f"error: {f'process {rank}: ' if rank else ''}{reason}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
     finally:
         _end_workers()
-        end_distributed()
+        if not failed:  # leaving the group in an orderly way needs the others
+            end_distributed()
 
 
 if __name__ == "__main__":

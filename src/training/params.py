@@ -95,6 +95,8 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--crop-on", choices=("worker", "device"), default="worker",
         help="where images are resized and cropped: loader workers, or the GPU from the original image")  # fmt: skip
     add("--max-skipped", type=_share, default=0.1, help="share of unusable images at which the run stops")
+    add("--cache-teacher", default=None, metavar="DIR",
+        help="proposals_distill: compute the teacher's embeddings once, keep them here, train without it")  # fmt: skip
     add("--annotation-cache", default=None, metavar="DIR", help="keep parsed annotations here; they open in a moment")
 
 
@@ -188,6 +190,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise UserError(f"--min-size {args.min_size} is not below --max-size {args.max_size}")
     if args.lock_image_unlocked_groups and not args.lock_image:
         raise UserError("--lock-image-unlocked-groups has an effect with --lock-image only: add it")
+    if args.cache_teacher and args.dataset_type != "proposals_distill":
+        raise UserError(
+            f"--cache-teacher needs a teacher and regions that stay the same, which {args.dataset_type} has not: leave "
+            "it out, or use --dataset-type proposals_distill"
+        )
     if args.resume == "latest" and not args.name:
         raise UserError("--resume latest needs --name: which experiment?")
     args.eval_image_sizes = list(dict.fromkeys(args.eval_image_sizes or [args.det_image_size]))

@@ -58,7 +58,7 @@ class Progress:
         epoch: completed epochs.
         step_in_epoch: optimizer steps done of the current one.
         step: optimizer steps done in all.
-        bad_steps: steps in a row with a loss that is not finite.
+        bad_steps: steps in a row with a loss or gradient that is not finite; they are skipped.
     """
 
     epoch: int = 0
@@ -124,7 +124,7 @@ def train_one_epoch(loop: Loop, progress: Progress) -> None:
             method.begin_step(micro, seed=step_seed(args.seed, progress.step))
             losses = _forward_backward(loop, micro)
             totals = _totals(loop, micro, losses)
-            grad_norm = _optimizer_step(loop, trainable, finite=totals["finite"])
+            grad_norm, totals["good"] = _optimizer_step(loop, trainable, finite=totals["finite"])
             method.end_step()
             progress.step += 1
             progress.step_in_epoch += 1
@@ -163,24 +163,30 @@ def _totals(loop: Loop, micro: list[dict], outputs: list[dict]) -> dict[str, flo
     return totals
 
 
-def _optimizer_step(loop: Loop, trainable: list[nn.Parameter], *, finite: bool) -> float:
-    """Clip and step, or drop the gradients of a loss that is not finite. Returns the gradient norm before clipping."""
+def _optimizer_step(loop: Loop, trainable: list[nn.Parameter], *, finite: bool) -> tuple[float, bool]:
+    """Clip and step, or drop gradients that are not finite.
+
+    Returns:
+        The gradient norm before clipping, and whether the step was good. float16 gradients that overflowed are: the
+        scaler drops them by itself, as it must now and then to find its scale.
+    """
     scaler, optimizer = loop.precision.scaler, loop.optimizer
     norm = float("nan")
     if finite:
         if scaler is not None:
             scaler.unscale_(optimizer)
-        limit = loop.args.grad_clip_norm
-        if limit is not None:
-            norm = torch.nn.utils.clip_grad_norm_(trainable, limit).item()
+        # A finite loss may have gradients that are not, and one step with them would spoil every weight for good.
+        total = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
+        if loop.args.grad_clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(trainable, loop.args.grad_clip_norm, total)
+        norm = total.item()
         if scaler is not None:
-            scaler.step(optimizer)  # skips by itself when float16 gradients overflowed
-        elif limit is None or norm == norm and norm != float("inf"):
+            scaler.step(optimizer)
+            scaler.update()
+        elif finite := abs(norm) < float("inf"):
             optimizer.step()
-    if scaler is not None and finite:
-        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm
+    return norm, finite
 
 
 def _judge(loop: Loop, progress: Progress, totals: dict[str, float], micro: list[dict]) -> None:
@@ -199,13 +205,17 @@ def _judge(loop: Loop, progress: Progress, totals: dict[str, float], micro: list
             f"{seen['skipped']:.0f} of {asked:.0f} samples of {args.train_data} could not be used, more than "
             f"--max-skipped {args.max_skipped} allows: see the files named in the log"
         )
-    progress.bad_steps = 0 if totals["finite"] else progress.bad_steps + 1
-    if not totals["finite"]:
+    progress.bad_steps = 0 if totals["good"] else progress.bad_steps + 1
+    if not totals["good"]:
         ids = [i for part in gather_objects([b["image_ids"].tolist() for b in micro]) for row in part for i in row]
-        log.warning("step %d: the loss is %s, the step is skipped (images %s)", progress.step, totals["loss"], ids)
+        what = "gradient" if totals["finite"] else "loss"
+        log.warning(
+            "step %d: the %s is not finite (loss %s), the step is skipped (images %s)",
+            progress.step, what, totals["loss"], ids,
+        )  # fmt: skip
         if progress.bad_steps >= args.max_nan_steps:
             raise UserError(
-                f"the loss was not finite in {progress.bad_steps} steps in a row, lastly of images {ids}: lower --lr "
+                f"the {what} was not finite in {progress.bad_steps} steps in a row, lastly of images {ids}: lower --lr "
                 f"or check these images; the last good checkpoint is {loop.last_checkpoint()}"
             )
 

@@ -24,6 +24,7 @@ from training.optim import build_optimizer
 from training.precision import Precision
 from training.profiler import profile_steps
 from training.scheduler import make_schedule
+from training.teacher_cache import fill, open_store
 from training.train import EXIT_INTERRUPTED, Interrupted, Loop, Progress, StopSignal, train_one_epoch
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,9 @@ class Trainer:
             args, image_size=self.image_size, crop_size=self.crop_size, rank=dist.rank, world_size=dist.world_size,
             tokenizer=tokenizer,
         )  # fmt: skip
+        self.store = None
+        if args.cache_teacher:
+            self.store = self.data.dataset.store = open_store(args.cache_teacher, self.data.dataset, model, precision)
         nouns = self._noun_embeddings(model) if args.dataset_type == "region_clip" else None
         self.student, teacher = prepare_models(args, model, dist, precision)
         self.method = build_method(
@@ -101,6 +105,12 @@ class Trainer:
         self._log_size()
         if evaluation and not args.skip_first_eval and progress.step == 0:
             evaluation(self.student, self.journal, epoch=0, step=0, kind="start")
+        if self.store is not None:
+            fill(
+                self.store, self.data.dataset, self.method.teacher, dist=self.dist, precision=self.precision,
+                workers=args.workers,
+            )  # fmt: skip
+            self.method.teacher = None
         loop = self._make_loop()
         try:
             while progress.epoch < args.epochs and progress.step < self.total_steps:

@@ -41,13 +41,17 @@ def test_each_method_trains_evaluates_and_releases(program, method):
 
 def test_loss_falls_and_a_checkpoint_is_evaluated_alone(program):
     assert program(name="run", epochs=12, val=True, zeroshot_frequency=0, log_every_n_steps=1) == 0
-    losses = [float(line.split("loss ")[1].split()[0]) for line in (program.logs / "run/out.log").open() if "loss " in line]
+    losses = [
+        float(line.split("loss ")[1].split()[0]) for line in (program.logs / "run/out.log").open() if "loss " in line
+    ]
     assert len(losses) == 144 and np.mean(losses[-20:]) < 0.7 * np.mean(losses[:5])
     file = program.logs / "run/checkpoints/clipself.pt"
     again = program(train_data="", train_image_root="", val=True, pretrained=file, name="alone", eval_image_sizes="64")
     assert again == 0
     last, alone = results(program, "run")[-1], results(program, "alone")[-1]
-    assert {k: v for k, v in last.items() if "macc" in k} == pytest.approx({k: v for k, v in alone.items() if "macc" in k})
+    assert {k: v for k, v in last.items() if "macc" in k} == pytest.approx(
+        {k: v for k, v in alone.items() if "macc" in k}
+    )
 
 
 def test_several_sizes_and_embeddings_from_a_file(program, scenes, tmp_path):

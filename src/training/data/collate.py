@@ -35,10 +35,10 @@ class Collate:
     """Callable that packs samples (picklable, for worker processes).
 
     The batch: ``images`` (uint8 ``[B, 3, S, S]``, padded right and bottom; or a list of originals for crops on the
-    device), ``boxes`` float32 ``[K, 4]``, ``counts`` int64 ``[B]``, ``crops`` / ``crop_boxes`` / ``labels``
-    ``[K, ...]``, ``texts`` ``[B, L]``, ``image_ids``, ``indices``, ``samples`` (the number of usable ones) and
-    ``skipped``: (file, reason) of those left out. A batch with nothing left is one black image without regions, so that
-    every process takes part in every step.
+    device), ``boxes`` float32 ``[K, 4]``, ``counts`` int64 ``[B]``, ``crops`` / ``crop_boxes`` / ``labels`` /
+    ``teacher_features`` ``[K, ...]``, ``texts`` ``[B, L]``, ``image_ids``, ``indices``, ``samples`` (the number of
+    usable ones) and ``skipped``: (file, reason) of those left out. A batch with nothing left is one black image without
+    regions, so that every process takes part in every step.
 
     Args:
         image_size: side S.
@@ -71,7 +71,7 @@ class Collate:
         batch["counts"] = torch.tensor([len(s["boxes"]) for s in samples])
         if "crops" in samples[0]:
             batch["crops"] = stack_padded([crop for s in samples for crop in s["crops"]], self.crop_size)
-        for name in ("boxes", "crop_boxes", "labels"):
+        for name in ("boxes", "crop_boxes", "labels", "teacher_features"):
             if name in samples[0]:
                 batch[name] = torch.cat([s[name] for s in samples])
         return batch

@@ -14,8 +14,9 @@ from open_clip.transform import crop_region, detection_size, random_crop_box, re
 from training.data.annotations import Annotations, Strings
 from training.data.grid import grid_regions
 from training.data.images import ImageError, read_image, resolve
-from training.data.proposals import proposal_regions
+from training.data.proposals import draw_proposals, proposal_regions
 from training.data.samples import Sample, Skipped
+from training.data.teacher_store import TeacherStore
 
 MIN_SIDE = 2  # pixels; smaller images have no regions worth the name
 
@@ -29,7 +30,7 @@ class RegionOptions:
         crop_size: side of a region crop (the teacher's native size), pixels.
         crop_on: ``"worker"`` (crops and resized image are made here) or ``"device"`` (the original image travels).
         max_boxes, max_split, crop_scale: see :func:`~training.data.grid.grid_regions`.
-        min_size, max_size: see :func:`~training.data.proposals.proposal_regions`.
+        min_size, max_size: see :func:`~training.data.proposals.draw_proposals`.
         seed: of all random choices.
     """
 
@@ -79,7 +80,7 @@ class RegionDataset(Dataset):
             return Skipped(name, "the image has no region")
         return self._sample(image, row, index, regions)
 
-    def _sample(self, image: Tensor, row: int, index: int, regions: dict[str, np.ndarray]) -> Sample:
+    def _sample(self, image: Tensor, row: int, index: int, regions: dict[str, np.ndarray]) -> Sample | Skipped:
         options = self.options
         _, _, scale = detection_size(*image.shape[-2:], options.image_size)
         sample: Sample = {
@@ -93,8 +94,9 @@ class RegionDataset(Dataset):
                 sample["crop_boxes"] = torch.from_numpy(regions["crop_boxes"])
             else:
                 sample["crops"] = [crop_region(image, box, options.crop_size) for box in regions["crop_boxes"]]
-        if "labels" in regions:
-            sample["labels"] = torch.from_numpy(regions["labels"])
+        for name in ("labels", "teacher_features"):
+            if name in regions:
+                sample[name] = torch.from_numpy(regions[name])
         return sample
 
 
@@ -111,15 +113,31 @@ class GridDistill(RegionDataset):
 
 
 class ProposalsDistill(RegionDataset):
-    """Random annotations with enlarged crops (``--dataset-type proposals_distill``)."""
+    """Random annotations with enlarged crops (``--dataset-type proposals_distill``).
+
+    With a :class:`TeacherStore` as ``store``, samples have the teacher's embeddings of the crops, ``teacher_features``
+    (float16 ``[K, D]``), and no crops.
+    """
+
+    store: TeacherStore | None = None
 
     def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        options, own = self.options, self.annotations.of(row)
-        boxes, crops = proposal_regions(
-            self.annotations.boxes[own], width, height, rng,
-            max_boxes=options.max_boxes, min_size=options.min_size, max_size=options.max_size,
-        )  # fmt: skip
-        return {"boxes": boxes, "crop_boxes": crops}
+        options, annotated = self.options, self.annotations.boxes[self.annotations.of(row)]
+        drawn = draw_proposals(
+            annotated, rng, max_boxes=options.max_boxes, min_size=options.min_size, max_size=options.max_size
+        )
+        boxes, crops = proposal_regions(annotated, drawn, width, height)
+        if self.store is None:
+            return {"boxes": boxes, "crop_boxes": crops}
+        return {"boxes": boxes, "teacher_features": self.store.embeddings(row, drawn)}
+
+    def _sample(self, image: Tensor, row: int, index: int, regions: dict[str, np.ndarray]) -> Sample | Skipped:
+        if "teacher_features" in regions and not np.isfinite(regions["teacher_features"]).all():
+            return Skipped(
+                self.annotations.file_name(row),
+                f"it could not be read when the teacher cache {self.store.folder} was made; make that anew",
+            )
+        return super()._sample(image, row, index, regions)
 
 
 class RegionText(RegionDataset):

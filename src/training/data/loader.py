@@ -29,7 +29,8 @@ _PROBES = 16  # files looked for before training starts
 _GRACE = 120  # seconds that a worker lives on after SIGTERM
 
 
-def _start_worker(_: int) -> None:
+def start_worker(_: int) -> None:
+    """Set up a loader process: one thread, and signals left to the training process."""
     torch.set_num_threads(1)  # workers share the cores with each other and with the model
     # A signal to the whole process group must not take the data from a training process that is about to save.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -113,7 +114,7 @@ def build_train_data(
         pin_memory=torch.cuda.is_available() and not str(args.device or "").startswith("cpu"),
         persistent_workers=args.workers > 0,
         prefetch_factor=4 if args.workers > 0 else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
     log.info("%s: %d images for %s", args.train_data, len(dataset), kind)
     return TrainData(dataset, sampler, loader, annotations, labelled=kind == "region_clip")

@@ -38,7 +38,6 @@ class CLIPSelf(RegionMethod):
         )
         self.cosine_weight, self.teacher_chunk = cosine_weight, teacher_chunk
 
-    @torch.no_grad()
     def teach(self, batch: dict) -> Tensor:
         """Teacher embeddings ``[K, D]`` of the crops, unit length; those of the batch when it carries them."""
         if batch.get("teacher_features") is not None:
@@ -46,7 +45,9 @@ class CLIPSelf(RegionMethod):
         crops = batch["crops"]
         if len(crops) == 0:
             return crops.new_zeros(0, self.student.embed_dim)
-        return torch.cat([self.teacher.encode_image(c, normalize=True) for c in crops.split(self.teacher_chunk)])
+        with torch.inference_mode():
+            parts = [self.teacher.encode_image(c, normalize=True) for c in crops.split(self.teacher_chunk)]
+        return torch.cat(parts)  # outside: the student's backward pass keeps it
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """``loss`` (see :class:`Method`) and, detached, ``cosine_sum`` and ``regions`` of this process.

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.data.grid import grid_choices, grid_regions, grid_template
-from training.data.proposals import proposal_regions
+from training.data.proposals import draw_proposals, proposal_regions
 
 sides = st.integers(2, 3000)
 seeds = st.integers(0, 2**32)
@@ -62,7 +62,8 @@ def test_proposal_regions(width, height, seed, count):
     corners = np.sort(rng.uniform(0, [[[width, height]]], (count, 2, 2)), axis=1)
     annotated = corners.reshape(-1, 4).astype(np.float32)
     annotated = annotated[(annotated[:, 2:] > annotated[:, :2]).all(1)]
-    boxes, crops = proposal_regions(annotated, width, height, rng, max_boxes=20, min_size=8, max_size=256)
+    drawn = draw_proposals(annotated, rng, max_boxes=20, min_size=8, max_size=256)
+    boxes, crops = proposal_regions(annotated, drawn, width, height)
     assert 1 <= len(boxes) == len(crops) <= 20
     check_inside(crops, width, height)
     allowed = (areas(annotated) >= 64) & (areas(annotated) <= 256**2)

@@ -13,7 +13,7 @@ from training.data.annotations import load_annotations
 from training.data.datasets import RegionOptions, RegionText
 from training.data.grid import grid_choices, grid_regions, grid_template
 from training.data.images import read_image
-from training.data.proposals import proposal_regions
+from training.data.proposals import draw_proposals, proposal_regions
 from training.data.resample import device_crops, device_image
 
 SIZE, CROP = 128, 32
@@ -78,10 +78,11 @@ def test_proposal_samples(golden, name, limits):
     for i in range(len(annotations)):
         image = read_image(str(golden / "data" / "images" / annotations.file_name(i)))
         own = annotations.of(i)
-        boxes, crops = proposal_regions(
-            annotations.boxes[own], image.shape[-1], image.shape[-2], np.random.default_rng(0),
+        drawn = draw_proposals(
+            annotations.boxes[own], np.random.default_rng(0),
             min_size=limits[0], max_size=limits[1], order=data[f"{i}.order"],
         )  # fmt: skip
+        boxes, crops = proposal_regions(annotations.boxes[own], drawn, image.shape[-1], image.shape[-2])
         check_sample(data, i, image, boxes, crops)
 
 
