@@ -35,40 +35,26 @@ def photograph(rng: np.random.Generator, width: int = 640, height: int = 480) ->
     return (image * 255).astype(np.uint8)
 
 
-def make_dataset(root: Path, count: int, *, objects: int = 7, segments: int = 11, seed: int = 0) -> dict[str, str]:
-    """COCO-like data of ``count`` 640x480 JPEGs with instances and panoptic annotations (as many as COCO has a picture).
+def make_dataset(root: Path, count: int, *, segments: int = 11, seed: int = 0) -> dict[str, str]:
+    """``count`` 640x480 JPEGs with COCO panoptic annotations, as many segments each as COCO has on average.
 
-    Returns the command-line values ``images``, ``instances``, ``panoptic`` and ``segments``. Made once per folder.
+    Returns:
+        ``images``, ``segments`` (folders) and ``annotations`` (the json).
     """
-    root.mkdir(parents=True, exist_ok=True)
-    paths = {
-        "images": str(root / "images"), "instances": str(root / "instances.json"),
-        "panoptic": str(root / "panoptic.json"), "segments": str(root / "panoptic"),
-    }  # fmt: skip
-    if (root / f"complete_{count}").exists():
-        return paths
-    (root / "images").mkdir(exist_ok=True)
-    (root / "panoptic").mkdir(exist_ok=True)
+    paths = {name: root / name for name in ("images", "segments")}
+    for folder in paths.values():
+        folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
     categories = [{"id": i + 1, "name": f"class {i + 1}", "isthing": int(i < 80)} for i in range(133)]
-    images, instances, panoptic = [], [], []
+    images, panoptic = [], []
     for i in range(count):
         name = f"{i:012d}.jpg"
-        Image.fromarray(photograph(rng)).save(root / "images" / name, quality=90)
+        Image.fromarray(photograph(rng)).save(paths["images"] / name, quality=90)
         images.append({"id": i + 1, "file_name": name, "width": 640, "height": 480})
-        for x, y, w, h in random_boxes(rng, objects):
-            record = {
-                "id": len(instances) + 1,
-                "image_id": i + 1,
-                "category_id": int(rng.integers(1, 81)),
-                "iscrowd": 0,
-            }
-            instances.append({**record, "bbox": [x, y, w, h], "area": w * h})
-        panoptic.append(_segments(root, rng, i, name, segments))
-    for path, annotations in ((paths["instances"], instances), (paths["panoptic"], panoptic)):
-        Path(path).write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    (root / f"complete_{count}").touch()
-    return paths
+        panoptic.append(_segments(paths["segments"], rng, i, name, segments))
+    content = {"images": images, "annotations": panoptic, "categories": categories}
+    (root / "panoptic.json").write_text(json.dumps(content))
+    return {**{name: str(folder) for name, folder in paths.items()}, "annotations": str(root / "panoptic.json")}
 
 
 def dataset_of(args: argparse.Namespace, folder: Path, *, count: int, entries: int) -> dict[str, str]:
@@ -89,7 +75,7 @@ def dataset_of(args: argparse.Namespace, folder: Path, *, count: int, entries: i
     else:
         made = make_dataset(folder / "generated", count)
         source = {"images": made["images"], "segments": made["segments"], "what": "generated images, 640x480"}
-        content = json.loads(Path(made["panoptic"]).read_text())
+        content = json.loads(Path(made["annotations"]).read_text())
     names = {image["id"]: image for image in content["images"]}
     annotations = [a for a in content["annotations"] if a["image_id"] in names][:count]
     times = -(-entries // len(annotations))
@@ -124,7 +110,7 @@ def random_boxes(rng: np.random.Generator, count: int) -> Iterable[tuple[float, 
         yield float(rng.uniform(0, 640 - w)), float(rng.uniform(0, 480 - h)), float(w), float(h)
 
 
-def _segments(root: Path, rng: np.random.Generator, index: int, name: str, count: int) -> dict:
+def _segments(folder: Path, rng: np.random.Generator, index: int, name: str, count: int) -> dict:
     ids = np.full((480, 640), 1, np.int32)
     for segment, (x, y, w, h) in enumerate(random_boxes(rng, count - 1), start=2):
         ids[int(y) : int(y + h), int(x) : int(x + w)] = segment
@@ -135,9 +121,7 @@ def _segments(root: Path, rng: np.random.Generator, index: int, name: str, count
         category = int(rng.integers(81, 134)) if segment == 1 else int(rng.integers(1, 81))
         info.append({"id": segment, "category_id": category, "iscrowd": 0, "bbox": box, "area": len(rows)})
     png = name.replace(".jpg", ".png")
-    Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(
-        root / "panoptic" / png
-    )
+    Image.fromarray(np.stack([ids % 256, ids // 256 % 256, ids // 65536], -1).astype(np.uint8)).save(folder / png)
     return {"image_id": index + 1, "file_name": png, "segments_info": info}
 
 

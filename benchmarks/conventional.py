@@ -73,7 +73,7 @@ class GridPatches(Dataset):
 
 
 class Panoptic(Dataset):
-    """Image, boxes ``[100, 4]``, labels ``[100]`` (-1 unused), masks ``[100, g, g]``, crops ``[100, 3, n, n]``, float32."""
+    """Image, boxes ``[100, 4]``, labels ``[100]`` (-1: none), masks ``[100, g, g]``, crops ``[100, 3, n, n]``."""
 
     def __init__(self, root: str, annotations: str, segments: str, size: int, patch: int, crop_size: int):
         data = json.loads(Path(annotations).read_text())
@@ -81,7 +81,7 @@ class Panoptic(Dataset):
         self.records = [
             (Path(root) / names[a["image_id"]], Path(segments) / a["file_name"], a["segments_info"])
             for a in data["annotations"]
-        ]  # noqa: E501
+        ]
         categories = sorted(data["categories"], key=lambda c: c["id"])
         self.label = {c["id"]: i for i, c in enumerate(categories)}
         self.thing = {c["id"]: bool(c["isthing"]) for c in categories}
