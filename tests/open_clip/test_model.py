@@ -254,3 +254,18 @@ def test_intermediate_maps_for_a_detector():
     torch.testing.assert_close(levels[1].flatten(2).transpose(1, 2), tokens)
     with pytest.raises(ValueError, match=r"blocks \[7\] do not exist"):
         model.visual.dense_tokens(image, take=(7,))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-16-SigLIP2-256"])
+def test_dense_and_region_calls_of_built_in_models(name):
+    """The families beside EVA, whose tiny relatives the other tests use: small inputs, random weights."""
+    config = open_clip.get_model_config(name)
+    config["text_cfg"].update(layers=1, vocab_size=100)
+    model = open_clip.factory.build_model(config).eval()
+    patch = model.visual.patch_size
+    with torch.no_grad():
+        image = torch.randn(1, 3, 2 * patch, 3 * patch)
+        dense = model.encode_dense(image)
+        boxes = model.encode_pseudo_boxes(image, [torch.tensor([[0.0, 0.0, 1.0, 1.0]])], normalize=True)
+    assert dense.shape == (1, model.embed_dim, 2, 3) and boxes.shape == (1, model.embed_dim)
+    torch.testing.assert_close(dense.norm(dim=1), torch.ones(1, 2, 3))
