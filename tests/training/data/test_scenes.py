@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from training.data.scenes import SceneOptions, categories, draw_pairs, draw_scene, main, write_dataset
+from training.data.scenes import main, write_dataset
+from training.data.scenes_compose import SceneOptions, categories, draw_pairs, draw_scene
 
 OPTIONS = SceneOptions(size=96, things=12, stuff=5, pattern_names=True, min_aspect=0.6, pair_size=32)
 
