@@ -17,15 +17,13 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from . import checkpoint
-from .assemble import Vit, load_vit, make_detector
-from .classes import Vocabulary, make_vocabulary, training_labels
-from .config import Config, config_to_dict, format_config, resolve_path
-from .data.annotations import Annotations, check_image_root, load_annotations
-from .data.dataset import TrainDataset
+from .assemble import make_detector
+from .config import Config, config_to_dict, format_config
 from .data.loader import TrainSampler, train_loader
 from .detector import Detector
 from .distributed import Process, all_reduce_sum, average_batch_norm, many, together
 from .errors import UserError, as_user_error
+from .inputs import read_inputs
 from .journal import Scalars, setup_logging
 from .schedule import lr_at, make_optimizer, scaled_lr
 from .testing import FEW, SkipJudge, autocast, test, to_device
@@ -51,69 +49,22 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
 
+    def restore(self) -> None:
+        """Put the former handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
 
 def step_seed(seed: int, step: int, rank: int) -> int:
     """Seed of what is sampled in a step (anchors, RoIs): given by (seed, step, rank), so resuming needs no state."""
     return ((seed * 1_000_003 + step) * 1_009 + rank) % 2**63
-
-
-@dataclass
-class Inputs:
-    """What a run reads before it writes anything."""
-
-    dataset: TrainDataset
-    validation: Annotations | None
-    vocabulary: Vocabulary
-    vit: Vit
-    resumed: dict[str, Any] | None
-
-
-def read_inputs(config: Config, work_dir: Path, *, resume: bool) -> Inputs:
-    """Read annotations, weights and the checkpoint to resume from.
-
-    Raises:
-        UserError: whatever is missing or does not fit.
-    """
-    data, latest = config.data, work_dir / checkpoint.LATEST
-    if latest.exists() and not resume:
-        raise UserError(f"--work-dir {work_dir} holds a run already: give --resume to go on with it, or another folder")
-    resumed = checkpoint.load(latest) if resume and latest.exists() else None
-    if resume and resumed is None:
-        log.warning("nothing to resume in %s: a new run begins", work_dir)
-    training = load_annotations(
-        resolve_path(data.train_annotations), key="data.train_annotations", masks=config.model.masks
-    )
-    check_image_root(training, resolve_path(data.train_images), key="data.train_images")
-    validation = None
-    if data.val_annotations:
-        validation = load_annotations(resolve_path(data.val_annotations), key="data.val_annotations")
-        if config.train.eval_every:
-            check_image_root(validation, resolve_path(data.val_images), key="data.val_images")
-    vocabulary = make_vocabulary(config, validation or training)
-    dataset = TrainDataset(
-        training,
-        labels=training_labels(training, vocabulary),
-        root=resolve_path(data.train_images),
-        image_size=data.image_size,
-        jitter=data.jitter,
-        flip=data.flip,
-        min_box_side=data.min_box_side,
-        keep_empty=data.keep_empty,
-        seed=config.train.seed,
-        masks=config.model.masks,
-    )
-    vit = load_vit(config)
-    if resumed is not None:
-        checkpoint.check_vit(resumed, vit.identity, latest)
-    return Inputs(dataset, validation, vocabulary, vit, resumed)
 
 
 class Trainer:
@@ -196,6 +147,7 @@ class Trainer:
                 metrics = self._end_of_epoch() or metrics
         finally:
             self.scalars.close()
+            self.stop.restore()
         return metrics
 
     def _open(self) -> None:

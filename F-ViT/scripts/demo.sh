@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Does a dense CLIP help an open-vocabulary detector? Two detectors are trained alike on the base classes of generated scenes,
+# one on the start model of the quick start and one on its CLIPSelf model, and tested on base and held-out classes.
+# At most 30 minutes on 2 CPU cores, after the quick start (15 minutes, run first where its models are missing).
+#
+#   bash F-ViT/scripts/demo.sh            results in F-ViT/work_dirs/demo
+#   bash F-ViT/scripts/demo.sh --smoke    the same with a handful of images, to see that everything runs
+#   QUICKSTART=DIR OUT=DIR                the quick start's folder; another folder for the results
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+smoke=
+case "${1:-}" in
+    "") ;;
+    --smoke) smoke=1 ;;
+    *) echo "error: unknown argument $1; the only one is --smoke" >&2; exit 2 ;;
+esac
+quickstart="${QUICKSTART:-quickstart}"
+out="${OUT:-F-ViT/work_dirs/demo${smoke:+_smoke}}"
+cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
+train=1600 val=300 epochs=6
+if [ -n "$smoke" ]; then train=16 val=8 epochs=1; fi
+
+source scripts/_venv.sh
+ensure_venv fvit
+export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
+
+declare -A weights=(
+    [start]="$quickstart/logs/start/checkpoints/clipself.pt"
+    [clipself]="$quickstart/logs/clipself/checkpoints/clipself.pt"
+)
+if [ ! -f "${weights[start]}" ] || [ ! -f "${weights[clipself]}" ]; then
+    echo "== quick start: makes the two models"
+    OUT="$quickstart" bash scripts/quickstart.sh
+fi
+
+begin=$SECONDS
+data="$out/data"
+# Scenes as in the quick start, others than those it trained on, with 3 of the 16 things held out.
+scene_args=(--train "$train" --val "$val" --size 128 --things 16 --stuff 6 --pattern-names
+    --min-object 0.28 --max-object 0.5 --max-objects 4 --novel 3 --seed 77)
+state="$(cat src/training/data/scenes*.py | cksum) ${scene_args[*]}"
+if [ "$(cat "$data/complete" 2>/dev/null)" != "$state" ]; then
+    echo "== generate scenes"
+    rm -rf "$data"
+    OMP_NUM_THREADS=1 "$PY" -m training.data.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
+    echo "$state" >"$data/complete"
+fi
+"$PY" F-ViT/tools/prepare_open_vocabulary.py coco --train "$data/annotations/instances_train2017.json" \
+    --val "$data/annotations/instances_val2017.json" --split "$data/annotations/split.json"
+novel="$("$PY" -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]))["novel"]))' "$data/annotations/split.json")"
+
+one() {  # one NAME: train and test the detector on weights[NAME]
+    local name="$1" config=(F-ViT/scripts/demo.toml)
+    local values=(
+        "model.pretrained=${weights[$name]}" "train.epochs=$epochs" "data.novel=$novel"
+        "data.train_annotations=$data/annotations/instances_train2017_base.json" "data.train_images=$data/train2017"
+        "data.val_annotations=$data/annotations/instances_val2017_ov16.json" "data.val_images=$data/val2017"
+    )
+    rm -rf "${out:?}/$name"
+    "$PY" F-ViT/train.py "${config[@]}" --work-dir "$out/$name" --device cpu "${values[@]}"
+    "$PY" F-ViT/test.py "${config[@]}" "$out/$name/latest.pt" --out "$out/$name/test" --device cpu "${values[@]}"
+}
+
+echo "== train and test both detectors"
+if [ "$cores" -ge 2 ]; then  # side by side, on half of the cores each
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / 2 > 4 ? 4 : cores / 2))}"
+    one start >"$out/start.log" 2>&1 &
+    first=$!
+    one clipself
+    wait "$first" || { tail -n 20 "$out/start.log" >&2; echo "error: the detector on the start model failed, see $out/start.log" >&2; exit 1; }
+else
+    one start
+    one clipself
+fi
+
+"$PY" F-ViT/scripts/demo_report.py --start "$out/start" --clipself "$out/clipself" --out "$out/result.md"
+printf '%d:%02d minutes\n' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60))
