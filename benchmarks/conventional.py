@@ -131,7 +131,12 @@ class Panoptic(Dataset):
         scale = cells / max(mask.shape)
         height, width = (max(round(s * scale), 1) for s in mask.shape)
         small = F.interpolate(torch.from_numpy(mask)[None, None].float(), (height, width), mode="bicubic")[0, 0]
-        return F.pad((small > 0).float(), (0, cells - width, 0, cells - height))
+        small = F.pad((small > 0).float(), (0, cells - width, 0, cells - height))
+        if not small.any():  # it vanished: the cell of its pixel that is nearest to its centre
+            pixels = np.argwhere(mask)
+            y, x = pixels[((pixels - pixels.mean(0)) ** 2).sum(1).argmin()]
+            small[min(int((y + 0.5) * scale), height - 1), min(int((x + 0.5) * scale), width - 1)] = 1
+        return small
 
 
 def use_eager_attention(model: nn.Module) -> None:
