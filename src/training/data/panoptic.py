@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from open_clip.transform import crop_region, resize_longest
 from training.data.annotations import read_json
-from training.data.images import ImageError, read_image, resolve
+from training.data.images import ImageError, first_line, read_image, resolve
 from training.data.loader import check_image_root
 from training.data.samples import Skipped
 from training.data.segment_masks import grid_masks, read_segment_ids, tight_box
@@ -64,15 +64,16 @@ def load_panoptic(path: str, *, flag: str = "--val-data") -> PanopticAnnotations
     missing = [key for key in ("annotations", "categories") if not content.get(key)]
     if missing:
         raise UserError(f"{flag} {path}: no {' and no '.join(missing)}; it must be a COCO panoptic annotation file")
-    if "segments_info" not in content["annotations"][0]:
+    first = content["annotations"][0] if isinstance(content["annotations"], list) else None
+    if isinstance(first, dict) and "segments_info" not in first:
         raise UserError(
             f"{flag} {path}: annotations without 'segments_info'; it looks like an instance file, "
             "name the panoptic one (panoptic_val2017.json)"
         )
     try:
         annotations = _to_arrays(path, content)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error)
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:  # any value may be anything
+        reason = f"no key {error}" if isinstance(error, KeyError) else first_line(error)
         raise UserError(f"{flag} {path}: {reason}; it must be a COCO panoptic annotation file") from None
     if not len(annotations.segment_ids):
         raise UserError(f"{flag} {path}: not a single segment; name an annotation file with segments")

@@ -1,0 +1,130 @@
+"""The whole program in processes of its own, to be killed."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+class Run:
+    """A started run; its output goes to a file, so that nobody waits for a full pipe."""
+
+    def __init__(self, command: list[str], output: Path, environment: dict[str, str]) -> None:
+        self.output = output
+        with open(output, "wb") as file:
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env=environment, start_new_session=True
+            )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def errors(self) -> list[str]:
+        """What the run says to its user: lines that begin with "error:". torchrun may prefix them with a time."""
+        return re.findall(r"^error: .*$", self.text, re.MULTILINE)
+
+    def wait(self, seconds: float = 240) -> int:
+        """Exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"the run hangs; its output ends with\n{self.text[-3000:]}") from None
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the run at once, as a machine that fails."""
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self.process.wait()
+
+    def descendants(self) -> list[int]:
+        """All living processes below the started one."""
+        parents = {}
+        for entry in os.listdir("/proc"):
+            try:
+                if entry.isdigit():
+                    fields = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()
+                    if fields[0] != "Z":
+                        parents[int(entry)] = int(fields[1])
+            except (FileNotFoundError, ProcessLookupError):
+                pass  # ended meanwhile
+        found = [self.process.pid]
+        for pid in found:
+            found += [child for child, parent in parents.items() if parent == pid]
+        return found[1:]
+
+    def ranks(self) -> dict[int, int]:
+        """Process ids of a torchrun's training processes, by rank."""
+        found = {}
+        for pid in self.descendants():
+            try:
+                variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            rank = next((int(v[5:]) for v in variables if v.startswith(b"RANK=")), None)
+            if rank is not None and parent == self.process.pid:
+                found[rank] = pid
+        return found
+
+    def until(self, condition, what: str, seconds: float = 240) -> None:
+        """Wait until ``condition()``; fail when the run ends before it or takes too long."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                ended = self.process.poll()
+                self.kill()
+                raise AssertionError(f"no {what} (exit status {ended}); output ends with\n{self.text[-3000:]}")
+            time.sleep(0.005)
+
+
+class Launcher:
+    """Starts ``python -m training.main``, or torchrun with it, with the tiny model on the drawn scenes."""
+
+    def __init__(self, program, folder: Path) -> None:
+        self.program, self.folder, self.logs = program, folder, program.logs
+        self.started: list[Run] = []
+        self.environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HOME": str(folder),
+                            "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+
+    def start(self, *extra: str, processes: int = 1, restarts: int = 0, script: Path | None = None, before: tuple = (),
+              environment: dict[str, str] | None = None, **flags) -> Run:  # fmt: skip
+        """``before`` is put in front of the command; ``script`` is run instead of the module."""
+        what = ["-m", "training.main"] if script is None else [str(script)]
+        if processes > 1 or restarts:
+            what = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
+                    "--max-restarts", str(restarts), "--monitor-interval", "0.1",
+                    *(["-m", "--", "training.main"] if script is None else ["--", str(script)])]  # fmt: skip
+        command = [*before, sys.executable, *what, *self.program.arguments(*extra, **flags)]
+        output = self.folder / f"output{len(self.started)}"
+        self.started.append(Run(command, output, self.environment | (environment or {})))
+        return self.started[-1]
+
+    def checkpoints(self, name: str = "run") -> list[Path]:
+        """Complete checkpoints of an experiment."""
+        return sorted((self.logs / name / "checkpoints").glob("epoch_*.pt"))
+
+    def steps(self, name: str = "run") -> int:
+        """Optimizer steps of the newest checkpoint inside an epoch, from file names; -1 without one."""
+        found = [re.fullmatch(r"epoch_(\d+)_step_(\d+)\.pt", f.name) for f in self.checkpoints(name)]
+        return max((1000 * int(m[1]) + int(m[2]) for m in found if m), default=-1)
+
+
+@pytest.fixture
+def launcher(program, tmp_path):
+    found = Launcher(program, tmp_path)
+    yield found
+    for run in found.started:
+        run.kill()
