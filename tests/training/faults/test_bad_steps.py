@@ -1,0 +1,109 @@
+"""Losses and gradients that are not finite, float16 overflow, and what a seed fixes."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import training.train as train_module
+from training.checkpoint import find_latest, read_checkpoint
+from training.train import Progress
+
+SHORT = {"epochs": 1, "warmup": 1, "log_every_n_steps": 1}
+
+
+def spoil(monkeypatch, steps: set[int], what: str) -> None:
+    """Make the loss, or one number of the gradient, infinite or NaN in some steps (counted from 1)."""
+    original, count = train_module._forward_backward, 0
+
+    def forward_backward(loop, micro):
+        nonlocal count
+        count += 1
+        outputs = original(loop, micro)
+        if count in steps:
+            if what == "loss":
+                outputs[0]["loss"] = outputs[0]["loss"] * float("nan")
+            else:
+                last = [p for group in loop.optimizer.param_groups for p in group["params"] if p.grad is not None][-1]
+                last.grad.view(-1)[0] = float("inf")
+        return outputs
+
+    monkeypatch.setattr(train_module, "_forward_backward", forward_backward)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_bad_step_is_skipped_and_counted(program, monkeypatch, what):
+    with monkeypatch.context() as patch:
+        spoil(patch, {3, 4, 7, 8, 11}, what)  # never three in a row
+        assert program(name="run", max_nan_steps=3, **SHORT) == 0
+    log = (program.logs / "run/out.log").read_text()
+    named = re.findall(rf"step (\d+): the {what} is not finite .* the step is skipped \(images \[(\d+), (\d+)\]\)", log)
+    assert [int(step) for step, *_ in named] == [3, 4, 7, 8, 11]
+    checkpoint = read_checkpoint(program.logs / "run/checkpoints/epoch_1.pt")
+    assert checkpoint["step"] == 12  # the schedule goes on
+    assert {float(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {7.0}  # the weights do not
+    assert all(torch.isfinite(v).all() for v in checkpoint["state_dict"].values())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_bad_steps_in_a_row_stop_the_run(program, monkeypatch, capsys, what):
+    """With the ids of the images and the last good checkpoint, which is one indeed."""
+    with monkeypatch.context() as patch:
+        spoil(patch, {2, *range(5, 13)}, what)
+        assert program(name="run", max_nan_steps=3, save_every_n_steps=4, **SHORT) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    found = re.search(rf"the {what} was not finite in 3 steps in a row, lastly of images (\[.+\])", errors[0])
+    assert len(errors) == 1 and len(eval(found[1])) == 2
+    path, content = find_latest(program.logs / "run/checkpoints")
+    assert f"last good checkpoint is {path}" in errors[0] and path.name == "epoch_0_step_4.pt"
+    assert all(torch.isfinite(v).all() for v in content["state_dict"].values())
+    assert program(name="run", resume="latest", **SHORT) == 0
+
+
+def test_float16_overflow_is_the_scalers_business():
+    """Gradients that overflow under a scale that is too large: dropped, the scale halved, no bad step."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.25)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    for limit in (None, 1.0):
+        loop = SimpleNamespace(
+            precision=SimpleNamespace(scaler=scaler), optimizer=optimizer, args=SimpleNamespace(grad_clip_norm=limit)
+        )
+        before, scale = weight.detach().clone(), scaler.get_scale()
+        scaler.scale((weight * 64).sum()).backward()
+        assert weight.grad.isinf().all()
+        _, good = train_module._optimizer_step(loop, [weight], finite=True)
+        assert good and torch.equal(weight, before) and scaler.get_scale() == scale / 2
+    scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0})
+    loop.args.grad_clip_norm = None
+    scaler.scale((weight * 2).sum()).backward()
+    norm, good = train_module._optimizer_step(loop, [weight], finite=True)
+    assert good and norm == pytest.approx(2 * 3**0.5) and torch.equal(weight, before - 0.5)
+
+
+def test_the_count_of_bad_steps_follows_good(caplog):
+    loop = SimpleNamespace(
+        args=SimpleNamespace(max_nan_steps=10, max_skipped=1.0, train_data="x"), steps_per_epoch=9,
+        seen={"samples": 0.0, "skipped": 0.0, "named": 0.0},
+    )  # fmt: skip
+    progress, micro = Progress(), [{"skipped": [], "image_ids": torch.tensor([5, 6])}]
+    totals = {"samples": 2.0, "skipped": 0.0, "finite": True, "loss": 1.0}
+    for good, expected in ((True, 0), (False, 1), (False, 2), (True, 0), (False, 1)):
+        train_module._judge(loop, progress, {**totals, "good": good}, micro)
+        assert progress.bad_steps == expected
+
+
+def test_a_seed_fixes_the_run_whatever_the_workers(program):
+    """Weights, order of the data and regions: the same with 0 and 2 workers, others with another seed."""
+    runs = {"a": {"workers": 0}, "b": {"workers": 2}, "c": {"workers": 0, "seed": 1}}
+    states = {}
+    for name, flags in runs.items():
+        assert program(name=name, **SHORT, **flags) == 0
+        states[name] = read_checkpoint(program.logs / name / "checkpoints/epoch_1.pt")
+    a, b, c = (states[name]["state_dict"] for name in "abc")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert states["a"]["start_hash"] == states["b"]["start_hash"] != states["c"]["start_hash"]
+    assert any(not torch.equal(a[k], c[k]) for k in a)

@@ -1,0 +1,264 @@
+"""Failures of the system around a run: full disks, processes that die or hang, signals. One line each, and no hang."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import training.train as train_module
+from training.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
+from training.errors import UserError
+from training.failures import EXIT_FAILED, explain
+from training.main import continue_after_restart
+from training.params import parse_args
+from training.train import EXIT_INTERRUPTED
+
+SHORT = {"epochs": 2, "warmup": 1, "save_every_n_steps": 2}
+
+
+def one_error(text: str) -> str:
+    """The only line for the user; and nothing that looks like a traceback."""
+    assert "Traceback" not in text and "Logging error" not in text, text[-3000:]
+    errors = re.findall(r"^error: .*$", text, re.MULTILINE)
+    assert len(errors) == 1, text[-3000:]
+    return errors[0]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = (read_checkpoint(f)["state_dict"] for f in (a, b))
+    return all(torch.equal(a[k], b[k]) for k in a)
+
+
+# -- disk -------------------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import resource, sys
+from training.main import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_file_size_limit_leaves_the_former_checkpoint(program, launcher, tmp_path):
+    """Writing fails in the middle of a checkpoint, as on a full disk."""
+    assert program(name="run", max_steps=6, **SHORT) == 0
+    folder = program.logs / "run/checkpoints"
+    before = {f: f.read_bytes() for f in folder.iterdir()}
+    size = (folder / "epoch_1.pt").stat().st_size
+    for limit in (size // 2, size - 5):
+        command = tmp_path / "limited.py"
+        command.write_text(LIMITED.replace("sys.argv[1]", str(limit)).replace("argv[2:]", "argv[1:]"))
+        run = launcher.start(name="run", resume="latest", script=command, **SHORT)
+        assert run.wait() == 2, run.text[-3000:]
+        error = one_error(run.text)
+        assert "epoch_1_step_" in error and "cannot be written" in error and "free some space" in error
+        assert {f: f.read_bytes() for f in folder.iterdir()} == before
+    assert find_latest(folder)[0].name == "epoch_1.pt"
+    assert program(name="run", resume="latest", **SHORT) == 0 and program(name="whole", **SHORT) == 0
+    assert read_checkpoint(folder / "epoch_2.pt")["step"] == 24
+
+
+@contextlib.contextmanager
+def small_disk(place: Path, megabytes: float):
+    place.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={int(megabytes * 1024)}k", "tmpfs", str(place)]
+    try:
+        mounted = subprocess.run(["mount", *options], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("no permission to mount a small disk")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.parametrize("room", [2.6, 5.2, 1.2])
+def test_a_full_disk_leaves_the_former_checkpoint(program, launcher, tmp_path, room):
+    """``room`` for so many checkpoints, so that it ends now in a checkpoint, now in a release file or the log."""
+    assert program(name="measure", max_steps=2, **SHORT) == 0
+    size = (program.logs / "measure/checkpoints/epoch_1.pt").stat().st_size / 2**20
+    disk = tmp_path / "disk"
+    with small_disk(disk, room * size):
+        run = launcher.start(name="run", logs=disk, save_frequency=1, **{**SHORT, "epochs": 20})
+        status = run.wait()
+        assert status in (2, EXIT_FAILED), run.text[-3000:]
+        error = one_error(run.text)
+        assert "free some space" in error
+        # What was complete is still there and readable; on a larger disk the run goes on from it.
+        shutil.copytree(disk / "run", program.logs / "run")
+    folder = program.logs / "run/checkpoints"
+    assert not list(folder.glob(".*"))
+    found = find_latest(folder)
+    if room > 2:
+        assert found is not None
+        assert all(read_checkpoint(f) for f in folder.glob("epoch_*.pt"))
+        epochs = found[1]["epoch"] + 1
+        assert program(name="run", resume="latest", **{**SHORT, "epochs": 20}, max_steps=epochs * 12) == 0
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
+    for name in (".epoch_1.pt.77", ".clipself.pt.4242", "epoch_1.pt", "clipself.pt", ".notes.pt.txt"):
+        (tmp_path / name).touch()
+    remove_unfinished(tmp_path)
+    assert sorted(f.name for f in tmp_path.iterdir()) == [".notes.pt.txt", "clipself.pt", "epoch_1.pt"]
+
+
+def test_failures_are_told_from_programming_errors():
+    assert "disk is full" in explain(OSError(28, "No space left on device", "results.json"))
+    assert "loader worker" in explain(RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed."))
+    assert "another process" in explain(RuntimeError("[..gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
+    assert "another process" in explain(torch.distributed.DistBackendError("NCCL error: remote process exited"))
+    assert "out of memory" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    for error in (RuntimeError("shape mismatch"), ValueError("x"), OSError(2, "No such file", "x"), KeyError("gloo")):
+        assert explain(error) is None
+
+
+# -- processes --------------------------------------------------------------------------------------------------------
+
+
+def kill_worker_after(monkeypatch, step: int) -> None:
+    original = train_module._judge
+
+    def judge(loop, progress, *args):
+        original(loop, progress, *args)
+        if progress.step == step:
+            import multiprocessing
+
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(train_module, "_judge", judge)
+
+
+@pytest.mark.slow  # torch reports the death from a signal handler: wherever Python is then, and a hook may swallow it
+def test_a_killed_loader_worker_ends_the_run_with_one_line(launcher):
+    flags = {**SHORT, "epochs": 200, "name": "run", "workers": 2}
+    run = launcher.start(**flags)
+    run.until(lambda: launcher.steps() >= 2, "checkpoint")
+    workers = [pid for pid in run.descendants() if Path(f"/proc/{pid}/comm").read_text().strip() != "torch_shm_manag"]
+    os.kill(workers[0], signal.SIGKILL)
+    assert run.wait(60) == EXIT_FAILED, run.text[-3000:]
+    assert "loader worker has died" in one_error(run.text)
+    assert not run.descendants() and read_checkpoint(launcher.checkpoints()[-1])
+
+
+def two_processes(launcher, **flags):
+    run = launcher.start(name="run", processes=2, workers=0, **{**SHORT, "epochs": 200, "batch_size": 1, **flags})
+    run.until(lambda: launcher.steps() >= 2, "checkpoint")
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_others_with_one_line(launcher, rank):
+    run = two_processes(launcher)
+    victim, other = (run.ranks()[r] for r in (rank, 1 - rank))
+    begin = time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    assert run.wait(90) != 0
+    assert time.monotonic() - begin < 60
+    errors = run.errors()
+    assert len(errors) == 1 and "another process of this run has died or hangs" in errors[0], run.text[-3000:]
+    assert not os.path.exists(f"/proc/{other}")
+    assert find_latest(launcher.logs / "run/checkpoints") is not None
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others_after_the_timeout(launcher):
+    run = two_processes(launcher, dist_timeout=8)
+    begin = time.monotonic()
+    os.kill(run.ranks()[1], signal.SIGSTOP)
+    assert run.wait(120) != 0
+    errors = run.errors()
+    assert len(errors) == 1 and "another process of this run has died or hangs" in errors[0], run.text[-3000:]
+    assert time.monotonic() - begin < 8 + 60  # torchrun grants the stopped process 30 s
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_continue_by_themselves(launcher):
+    """The command line has no --resume; two deaths later the weights are those of an undisturbed run."""
+    flags = {**SHORT, "epochs": 4, "batch_size": 1, "processes": 2, "workers": 0}
+    run = launcher.start(name="run", restarts=3, **flags)
+    rng = random.Random(0)
+    for at in (4, 1004):
+        run.until(lambda at=at: launcher.steps() >= at, f"step {at}")
+        os.kill(run.ranks()[rng.randrange(2)], signal.SIGKILL)
+    assert run.wait() == 0, run.text[-4000:]
+    assert run.text.count("resumed ") == 2
+    whole = launcher.start(name="whole", **flags)
+    assert whole.wait() == 0
+    assert same_weights(*(launcher.logs / n / "checkpoints/epoch_4.pt" for n in ("whole", "run")))
+
+
+def test_what_a_restart_resumes(program, monkeypatch, tmp_path):
+    def resume(*extra: str) -> str | None:
+        args = parse_args(program.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
+        continue_after_restart(args)
+        return args.resume
+
+    folder = program.logs / "run/checkpoints"
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert resume() is None and resume("--resume", "a.pt") == "a.pt"
+    unnamed = parse_args(program.arguments())
+    with pytest.raises(UserError, match="--max-restarts needs --name"):
+        continue_after_restart(unnamed)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert resume() is None  # the first start died before it made its folder
+    folder.mkdir(parents=True)
+    assert resume() == "latest" and resume("--resume", "a.pt") == "a.pt"  # nothing newer than the file yet
+    save_atomically({"epoch": 1, "step": 1, "state_dict": {}, "optimizer": {}}, folder / "epoch_0_step_1.pt")
+    assert resume() == "latest" and resume("--resume", "a.pt") == "latest"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_with_its_own_status(launcher, number):
+    flags = {"epochs": 2, "warmup": 1, "workers": 1, "log_every_n_steps": 1}
+    run = launcher.start(name="run", **flags)
+    run.until(lambda: "step 2/" in run.text, "step 2")
+    os.killpg(run.process.pid, number)  # as a terminal or a scheduler does: to the workers as well
+    assert run.wait(60) == EXIT_INTERRUPTED, run.text[-3000:]
+    assert "Traceback" not in run.text and "go on with --resume latest" in run.text
+    run = launcher.start(name="run", resume="latest", **flags)
+    assert run.wait() == 0, run.text[-3000:]
+    whole = launcher.start(name="whole", **flags)
+    assert whole.wait() == 0
+    assert same_weights(*(launcher.logs / n / "checkpoints/epoch_2.pt" for n in ("whole", "run")))
+
+
+# -- data that goes away ----------------------------------------------------------------------------------------------
+
+
+def test_an_image_root_that_vanishes_stops_the_run(program, scenes, tmp_path, monkeypatch, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(scenes / "train2017", images)
+    original = train_module._judge
+
+    def judge(loop, progress, *args):
+        if progress.step == 14:  # in the second epoch
+            images.rename(tmp_path / "elsewhere")
+        original(loop, progress, *args)
+
+    monkeypatch.setattr(train_module, "_judge", judge)
+    status = program(name="run", train_image_root=images, save_every_n_steps=2, epochs=20, batch_size=2)
+    assert status == 2
+    error = one_error(capsys.readouterr().err)
+    assert "could not be used" in error and "--max-skipped" in error
+    log = (program.logs / "run/out.log").read_text()
+    assert "no such file" in log and str(images) in log
+    (tmp_path / "elsewhere").rename(images)
+    monkeypatch.undo()
+    assert find_latest(program.logs / "run/checkpoints")[1]["epoch"] >= 1
