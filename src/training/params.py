@@ -97,7 +97,9 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
     add("--max-skipped", type=_share, default=0.1, help="share of unusable images at which the run stops")
     add("--cache-teacher", default=None, metavar="DIR",
         help="proposals_distill: compute the teacher's embeddings once, keep them here, train without it")  # fmt: skip
-    add("--annotation-cache", default=None, metavar="DIR", help="keep parsed annotations here; they open in a moment")
+    add("--annotation-cache", default=None, metavar="DIR",
+        help='keep parsed annotations here; they open in a moment. By default files of 16 MB and more are kept in '
+             '~/.cache/open_clip/annotations; "" for never')  # fmt: skip
 
 
 def _add_method(group: argparse._ArgumentGroup) -> None:

@@ -27,6 +27,8 @@ from training.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = 4  # of the cache; older ones are built anew
+CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "open_clip" / "annotations"
+CACHED_FROM = 16 * 2**20  # bytes; smaller files are read as fast as a cache of them
 
 
 @dataclass
@@ -124,16 +126,21 @@ def load_annotations(path: str, *, flag: str = "--train-data", cache_dir: str | 
     counted by reason. Crowd annotations are kept, as the published code keeps them.
 
     Args:
-        cache_dir: folder of the cache; None reads the json each time. A damaged cache is built anew, with a warning.
+        cache_dir: folder of the cache; None for ``CACHE_FOLDER`` and files of ``CACHED_FROM`` bytes or more only, ""
+            for no cache: the json is read each time. A damaged cache is built anew, with a warning.
 
     Raises:
         UserError: no such file, not json, or not one usable image.
     """
-    if cache_dir is None or is_url(path):
+    if cache_dir == "" or is_url(path):
         return parse(read_json(path, flag), path, flag)
     if not os.path.isfile(path):
         raise UserError(f"{flag} {path}: no such file; give a COCO-style json")
     info = os.stat(path)
+    if cache_dir is None:
+        if info.st_size < CACHED_FROM:
+            return parse(read_json(path, flag), path, flag)
+        cache_dir = str(CACHE_FOLDER.expanduser())
     key = hashlib.sha256(f"{FORMAT}|{os.path.realpath(path)}|{info.st_size}|{info.st_mtime_ns}".encode()).hexdigest()
     folder = Path(cache_dir) / f"{Path(path).stem}-{key[:16]}"
     if folder.is_dir():

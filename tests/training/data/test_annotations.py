@@ -189,3 +189,17 @@ def test_unwritable_cache_only_warns(tmp_path, caplog):
     check_coco(load_annotations(path, cache_dir=str(tmp_path / "file" / "below")))
     assert "cannot be written" in caplog.text
     assert sorted(os.listdir(tmp_path)) == ["a.json", "file"]
+
+
+def test_large_files_are_cached_by_default(tmp_path, monkeypatch):
+    path, folder = write(tmp_path / "a.json", COCO), tmp_path / "default"
+    monkeypatch.setattr("training.data.annotations.CACHE_FOLDER", folder)
+    check_coco(load_annotations(path))
+    assert not folder.exists()
+    monkeypatch.setattr("training.data.annotations.CACHED_FROM", 10)
+    check_coco(load_annotations(path, cache_dir=""))
+    assert not folder.exists()
+    check_coco(load_annotations(path))
+    assert len(list(folder.iterdir())) == 1
+    monkeypatch.setattr("training.data.annotations.read_json", None)
+    check_coco(load_annotations(path))
