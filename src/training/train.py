@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import logging
 import signal
 import time
@@ -68,6 +69,26 @@ class Progress:
 
 
 @dataclass
+class Pace:
+    """Sums since the last line of the log, so that a line shows means: one slow step says little.
+
+    Attributes:
+        steps, samples: done; samples of all processes.
+        data, step: seconds spent waiting for data, and in all.
+    """
+
+    steps: int = 0
+    samples: float = 0.0
+    data: float = 0.0
+    step: float = 0.0
+
+    def add(self, samples: float, data: float, step: float) -> None:
+        """Count one optimizer step."""
+        self.steps, self.samples = self.steps + 1, self.samples + samples
+        self.data, self.step = self.data + data, self.step + step
+
+
+@dataclass
 class Loop:
     """What an epoch needs, made once.
 
@@ -75,6 +96,7 @@ class Loop:
         model: the method, possibly wrapped for data parallelism; ``method`` is the method itself.
         batches: epoch, first micro-batch -> iterator over prepared micro-batches.
         steps_per_epoch: optimizer steps.
+        total_steps: of the whole run.
         schedule: step -> learning rate.
         save: called with the progress when a checkpoint inside an epoch is due.
         last_checkpoint: gives the path of the newest checkpoint, for messages.
@@ -84,6 +106,7 @@ class Loop:
     method: Method
     batches: Callable[[int, int], Iterator[dict]]
     steps_per_epoch: int
+    total_steps: int
     optimizer: torch.optim.Optimizer
     schedule: Callable[[int], float]
     precision: Precision
@@ -94,6 +117,7 @@ class Loop:
     last_checkpoint: Callable[[], str]
     stop: StopSignal
     seen: dict[str, float] = field(default_factory=dict)
+    pace: Pace = field(default_factory=Pace)
 
 
 def step_seed(seed: int, step: int) -> int:
@@ -242,13 +266,17 @@ def _report(
     data_time: float,
     step_time: float,
 ) -> None:
-    """Progress bar every step; TensorBoard and the log every ``--log-every-n-steps``."""
-    images_per_second = totals["samples"] / max(step_time, 1e-9)
+    """Progress bar every step; TensorBoard and the log, with mean times, every ``--log-every-n-steps``."""
     bar.update(1)
-    bar.set_postfix(loss=f"{totals['loss']:.4f}", lr=f"{rate:.1e}", img_s=f"{images_per_second:.1f}", refresh=False)
+    now = totals["samples"] / max(step_time, 1e-9)
+    bar.set_postfix(loss=f"{totals['loss']:.4f}", lr=f"{rate:.1e}", img_s=f"{now:.1f}", refresh=False)
+    loop.pace.add(totals["samples"], data_time, step_time)
     every = loop.args.log_every_n_steps
     if progress.step % every and progress.step_in_epoch != loop.steps_per_epoch:
         return
+    pace, loop.pace = loop.pace, Pace()
+    data_time, step_time = pace.data / pace.steps, pace.step / pace.steps
+    images_per_second = pace.samples / max(pace.step, 1e-9)
     scalars = {
         "train/loss": totals["loss"],
         "train/lr": rate,
@@ -268,9 +296,10 @@ def _report(
     loop.journal.scalars(scalars, progress.step)
     if loop.dist.is_master:
         log.info(
-            "epoch %d step %d/%d  loss %.4f  lr %.2e  %.1f images/s  data %.3f s  step %.3f s",
+            "epoch %d step %d/%d  loss %.4f  lr %.2e  %.1f images/s  data %.3f s  step %.3f s  left %s",
             progress.epoch + 1, progress.step_in_epoch, loop.steps_per_epoch, totals["loss"], rate,
             images_per_second, data_time, step_time,
+            datetime.timedelta(seconds=round((loop.total_steps - progress.step) * step_time)),
         )  # fmt: skip
 
 

@@ -141,6 +141,7 @@ class Trainer:
             method=self.method,
             batches=batches,
             steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
             optimizer=self.optimizer,
             schedule=schedule,
             precision=self.precision,
