@@ -14,7 +14,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -124,7 +124,8 @@ def epochs(data: Any) -> Iterator[dict]:
 # -- the program ------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--images", type=int, default=118_000, help="images of the large files (118000, COCO's train2017)")
@@ -136,7 +137,7 @@ def main() -> None:
     add("--seconds", type=float, default=12, help="measured time of each loader (12)")
     add("--no-baseline", action="store_true", help="leave the dictionaries out")
     add("--part", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.part:
         name, *values = args.part
         parts = {"ours": open_ours, "conventional": open_conventional, "deliver": deliver}

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -120,7 +120,8 @@ def preparation_rate(loader: Iterable, args: argparse.Namespace) -> float:
     return rounds * sum(map(images_of, batches)) / clock()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_data_flags(parser)
@@ -133,7 +134,7 @@ def main() -> None:
     add("--rounds", type=int, default=3, help="rounds over all loaders; medians count (3)")
     add("--count", type=int, default=64, help="image files (64)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for the rates of preparation")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     with tempfile.TemporaryDirectory() as folder:
         entries = int(2000 * max(args.seconds, 1) * max(args.workers, 1))  # more than any loader here can deliver

@@ -15,7 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -41,8 +41,8 @@ def conventional_evaluation(
 ) -> dict[str, float]:
     """Mean accuracy as in :func:`training.evaluate.evaluate`, written plainly. Keys are the same."""
     # right[prediction][k][class], and the number of segments of each class
-    right = {name: {k: torch.zeros(len(classes)) for k in TOP_K} for name in KINDS_OF_PREDICTION}
-    number = torch.zeros(len(classes))
+    right = {name: {k: torch.zeros(len(classes), dtype=torch.float64) for k in TOP_K} for name in KINDS_OF_PREDICTION}
+    number = torch.zeros(len(classes), dtype=torch.float64)
     with torch.no_grad():
         for images, boxes, labels, masks, crops in loader:
             images, boxes, masks, crops = (t.to(device) for t in (images, boxes, masks, crops))
@@ -134,7 +134,8 @@ def class_embeddings(model: nn.Module, loader: DataLoader, classes: int, device:
     return F.normalize(out, dim=-1).float()
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add_data_flags(parser)
@@ -147,7 +148,7 @@ def main() -> None:
     add("--workers", type=int, default=2, help="loader processes (2)")
     add("--rounds", type=int, default=3, help="rounds over the three; medians count (3)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to compute")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         data = dataset_of(args, Path(folder), count=args.count, entries=args.count)
         run(args, data)

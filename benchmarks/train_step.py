@@ -15,6 +15,7 @@ import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -234,8 +235,9 @@ def curves(args: argparse.Namespace) -> dict:
     return out
 
 
-def main() -> None:
-    args = make_parser().parse_args()
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
+    args = make_parser().parse_args(argv)
     if args.part:
         parts = {"curves": part_curves, "loader": part_loader, "peak": part_peak}
         print(json.dumps(parts.get(args.part, part_step)(args)))
