@@ -41,6 +41,8 @@ ensure_venv
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
 # The model is tiny: more threads than a few only wait for each other.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}"
+# Threads that wait sleep instead of spinning: as fast on an idle machine, and twice as fast beside anything else.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 stage "generate data"
 data="$OUT/data"
