@@ -26,7 +26,7 @@ from training.errors import UserError
 
 KINDS = ("grid_distill", "proposals_distill", "region_clip", "contrastive")
 FUZZ = settings(
-    max_examples=250, deadline=None, database=None, print_blob=True,
+    max_examples=220, deadline=None, database=None, print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 junk = st.recursive(
