@@ -126,10 +126,11 @@ class Trainer:
         self.model: nn.Module = detector
         if many():
             ids = [process.device.index] if process.device.type == "cuda" else None
-            # Running statistics are equal (SyncBatchNorm) or averaged before they are used.
-            self.model = DistributedDataParallel(
-                detector, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            # Running statistics are equal (SyncBatchNorm) or averaged before they are used: no need to broadcast them.
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+                detector, [name for name, _ in detector.named_buffers()]
             )
+            self.model = DistributedDataParallel(detector, device_ids=ids, gradient_as_bucket_view=True)
         self.judge = SkipJudge(inputs.dataset.annotations.file)
         self.skips = torch.zeros(2, dtype=torch.float64)  # unusable images and all images, of all processes
         self.stop: StopSignal | None = None

@@ -87,7 +87,7 @@ def wrap(method: Method, dist: Dist) -> torch.nn.Module:
         method, [n for n in names if n not in trainable]
     )
     ids = [dist.device.index] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(method, device_ids=ids, gradient_as_bucket_view=True)
 
 
 class StartWeights:
