@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Does a dense CLIP help an open-vocabulary detector? Two detectors are trained alike on the base classes of generated scenes,
 # one on the start model of the quick start and one on its CLIPSelf model, and tested on base and held-out classes.
-# At most 30 minutes on 2 CPU cores, after the quick start (15 minutes, run first where its models are missing).
+# Within 30 minutes on 2 CPU cores, after the quick start (run first where its models are missing).
 #
 #   bash F-ViT/scripts/demo.sh            results in F-ViT/work_dirs/demo
 #   bash F-ViT/scripts/demo.sh --smoke    the same with a handful of images, to see that everything runs
@@ -18,7 +18,7 @@ esac
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-F-ViT/work_dirs/demo${smoke:+_smoke}}"
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
-train=1600 val=300 epochs=6
+train=1200 val=250 epochs=2
 if [ -n "$smoke" ]; then train=16 val=8 epochs=1; fi
 
 source scripts/_venv.sh
