@@ -20,7 +20,7 @@ _DISK = {
 }
 # What gloo and the rendezvous store say of a partner that is gone (plain RuntimeErrors); NCCL has errors of its own.
 _PARTNER = re.compile(
-    r"gloo|Connection (closed|reset)|Broken pipe|Timed out waiting|collective operation timeout|Socket Timeout|"
+    r"gloo/|Connection (closed|reset)|Broken pipe|Timed out waiting|collective operation timeout|Socket Timeout|"
     r"failed to recv|application timeout",
     re.IGNORECASE,
 )

@@ -140,7 +140,7 @@ def test_a_killed_loader_worker_ends_the_run_with_one_line(launcher):
     run.until(lambda: launcher.steps() >= 2, "checkpoint")
     workers = [pid for pid in run.descendants() if Path(f"/proc/{pid}/comm").read_text().strip() != "torch_shm_manag"]
     os.kill(workers[0], signal.SIGKILL)
-    assert run.wait(60) == EXIT_FAILED, run.text[-3000:]
+    assert run.wait(120) == EXIT_FAILED, run.text[-3000:]
     assert "loader worker has died" in one_error(run.text)
     assert not run.descendants() and read_checkpoint(launcher.checkpoints()[-1])
 
@@ -221,13 +221,26 @@ def test_a_signal_saves_and_exits_with_its_own_status(launcher, number):
     run = launcher.start(name="run", **flags)
     run.until(lambda: "step 2/" in run.text, "step 2")
     os.killpg(run.process.pid, number)  # as a terminal or a scheduler does: to the workers as well
-    assert run.wait(60) == EXIT_INTERRUPTED, run.text[-3000:]
+    assert run.wait(120) == EXIT_INTERRUPTED, run.text[-3000:]
     assert "Traceback" not in run.text and "go on with --resume latest" in run.text
     run = launcher.start(name="run", resume="latest", **flags)
     assert run.wait() == 0, run.text[-3000:]
     whole = launcher.start(name="whole", **flags)
     assert whole.wait() == 0
     assert same_weights(*(launcher.logs / n / "checkpoints/epoch_2.pt" for n in ("whole", "run")))
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves(launcher):
+    """It passes the signal on, and gives the processes time to finish their step and save."""
+    run = launcher.start(name="run", processes=2, epochs=200, batch_size=1, workers=1, warmup=1, log_every_n_steps=1)
+    run.until(lambda: "step 2/" in run.text, "step 2")
+    assert not launcher.checkpoints()
+    run.process.terminate()
+    assert run.wait(150) != 0 and not run.descendants()
+    path, checkpoint = find_latest(launcher.logs / "run/checkpoints")
+    assert checkpoint["step"] >= 2 and len(checkpoint["random_states"]) == 2 and not run.errors()
+    assert f"interrupted: saved as {path}" in run.text
 
 
 # -- data that goes away ----------------------------------------------------------------------------------------------
