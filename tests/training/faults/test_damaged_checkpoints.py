@@ -62,6 +62,21 @@ def same(a, b) -> bool:
     return a == b
 
 
+CONTENT = {"epoch", "step_in_epoch", "step", "name", "state_dict", "optimizer", "random_states", "start_hash", "args",
+           "versions"}  # fmt: skip
+
+
+def test_what_is_kept_and_what_is_in_it(program):
+    flags = {"epochs": 4, "batch_size": 6, "save_every_n_steps": 2, "keep_checkpoints": 2, "warmup": 1}
+    assert program("--save-most-recent", name="run", **flags) == 0
+    folder = program.logs / "run/checkpoints"
+    assert sorted(f.name for f in folder.iterdir()) == ["clipself.pt", "epoch_3.pt", "epoch_4.pt", "epoch_latest.pt"]
+    last, latest, before = (read_checkpoint(folder / f"epoch_{name}.pt") for name in ("4", "latest", "3"))
+    assert CONTENT <= last.keys() and last["args"]["keep_checkpoints"] == 2 and last["versions"]["torch"]
+    assert {"python", "numpy", "torch"} <= last["random_states"][0].keys()
+    assert same(last, latest) and (before["epoch"], before["step"], last["step"]) == (3, 12, 16)
+
+
 def test_damaged_training_checkpoints(trained, tmp_path):
     good_file = trained / "epoch_1.pt"
     expected, path = read_checkpoint(good_file), tmp_path / "epoch_1.pt"
