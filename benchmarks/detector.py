@@ -109,7 +109,7 @@ def train_speed(config: Config, args: argparse.Namespace, folder: Path) -> dict[
     process = Process(0, 1, torch.device(args.device))
     Trainer(config, process, folder / "run", max_steps=args.steps + WARM_UP).run()
     text = (folder / "run" / "train.log").read_text()
-    steps = [(float(a), float(b)) for a, b in re.findall(r"([\d.]+) images/s  data ([\d.]+) s", text)][WARM_UP:]
+    steps = [(float(a), float(b)) for a, b in re.findall(r"(\S+) images/s  data ([\d.]+) s", text)][WARM_UP:]
     seconds = statistics.median(config.train.batch_size / speed for speed, _ in steps)
     return {
         "images_per_s": config.train.batch_size / seconds,

@@ -213,7 +213,7 @@ class Trainer:
         elapsed = time.perf_counter() - clock
         images = config.batch_size * self.process.world_size / max(elapsed, 1e-9)
         bar.update(1)
-        bar.set_postfix(loss=f"{totals['loss']:.3f}", lr=f"{rate:.1e}", img_s=f"{images:.1f}", refresh=False)
+        bar.set_postfix(loss=f"{totals['loss']:.3f}", lr=f"{rate:.1e}", img_s=f"{images:.3g}", refresh=False)
         if progress.step % config.log_every == 0 or progress.step_in_epoch == self.sampler.steps or self._finished():
             self._report(totals, rate, norm, images, waited)
         inside = progress.step_in_epoch < self.sampler.steps
@@ -302,7 +302,7 @@ class Trainer:
             values["train/memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         self.scalars.add(values, progress.step)
         log.info(
-            "epoch %d step %d/%d  %s  rate %.2e  norm %.2f  %.1f images/s  data %.3f s",
+            "epoch %d step %d/%d  %s  rate %.2e  norm %.2f  %.3g images/s  data %.3f s",
             progress.epoch + 1, progress.step_in_epoch, self.sampler.steps,
             "  ".join(f"{k} {v:.4f}" for k, v in sorted(losses.items())), rate, norm, images, waited,
         )  # fmt: skip
