@@ -155,7 +155,9 @@ def test_trains_and_resumes_exactly(scenes: Path, tmp_path: Path):
 
 
 def test_masks_train_and_are_scored(scenes: Path, tmp_path: Path):
-    run = trainer(scenes, tmp_path, "model.masks=true", "train.eval_every=1", "test.score=0", max_steps=3)
+    options = ["model.masks=true", "train.eval_every=1", "test.score=0", "data.keep_empty=true"]
+    run = trainer(scenes, tmp_path, *options, max_steps=4)
+    assert len(run.dataset) == 16 and any(not len(run.dataset[(0, i)]["boxes"]) for i in range(16))
     metrics = run.run()
     assert "loss_mask" in (tmp_path / "train.log").read_text()
     assert set(metrics) == {"bbox", "segm"} and 0 <= metrics["segm"]["AP"] <= 1
