@@ -66,10 +66,28 @@ def init_distributed(device: str | None = None, backend: str | None = None, time
         place = torch.device(kind)
     distributed = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if distributed and not dist.is_initialized():
-        dist.init_process_group(
-            backend or ("nccl" if kind == "cuda" else "gloo"), timeout=datetime.timedelta(seconds=timeout_s)
-        )
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = _store_after_restart(timeout)
+        where = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"), timeout=timeout, **where)
     return Dist(rank, world_size, local_rank, place, distributed)
+
+
+def _store_after_restart(timeout: datetime.timedelta) -> dist.Store | None:
+    """A clean part of torchrun's key-value store for processes that it has restarted; None where it is not needed.
+
+    torchrun keeps one store for all restarts. A restarted process may find there the address at which its partner was
+    before, and wait for it until the time-out. Machines may count restarts differently, so this is for one machine; on
+    several, the time-out ends such a start and torchrun makes another.
+    """
+    environment = os.environ
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts == "0" or not shared or environment.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"restart{restarts}", store)
 
 
 def end_distributed() -> None:
