@@ -42,11 +42,14 @@ class Run:
             raise AssertionError(f"the run hangs; its output ends with\n{self.text[-3000:]}") from None
 
     def kill(self) -> None:
-        """SIGKILL to every process of the run at once, as a machine that fails."""
-        try:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        """SIGKILL to every process of the run, as a machine that fails. torchrun's are in sessions of their own."""
+        if self.process.poll() is None:
+            os.kill(self.process.pid, signal.SIGSTOP)  # no new children from here on
+            for pid in [*self.descendants(), self.process.pid]:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
         self.process.wait()
 
     def descendants(self) -> list[int]:
