@@ -21,7 +21,13 @@ KILLS, KILLS_OF_TWO = 24, 8
 
 
 def newest(launcher, name: str = "run") -> set:
-    return {(f.name, f.stat().st_mtime_ns) for f in launcher.checkpoints(name)}
+    found = set()
+    for file in launcher.checkpoints(name):
+        try:
+            found.add((file.name, file.stat().st_mtime_ns))
+        except FileNotFoundError:
+            pass  # pruned meanwhile
+    return found
 
 
 def same(a, b) -> bool:
@@ -48,16 +54,18 @@ def check_equal(launcher, *names: str) -> None:
 
 
 def kill_soon(run, launcher, rng: random.Random, victim=None) -> bool:
-    """Kill a run a random moment after its next checkpoint. False when it has ended by itself before.
+    """Kill a run a random moment after one to four new checkpoints. False when it has ended by itself before.
 
-    A step and its save take some 50 ms here, so that the moment falls as often into a save as between two of them.
+    A step and its save take some 50 ms here, so that the moment falls now into a save, now between two of them.
     """
-    before = newest(launcher)
-    while not newest(launcher) - before:
+    seen = newest(launcher)
+    saves, before = rng.randint(1, 4), len(seen)
+    while len(seen) - before < saves:
         if run.process.poll() is not None:
             return False
+        seen |= newest(launcher)
         time.sleep(0.002)
-    time.sleep(rng.uniform(0, 0.12))
+    time.sleep(rng.uniform(0, 0.1))
     if run.process.poll() is not None:
         return False
     if victim is None:
