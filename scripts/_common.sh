@@ -45,6 +45,8 @@ run_training() {
     if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
         exec "$PYTHON" -m training.main "$@"
     fi
+    # Restarted processes must not meet the addresses of the former ones in a store that torchrun kept.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # "--" keeps torchrun from taking our --logs for an abbreviation of its --logs-specs.
     exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${where[@]}" \
         --max-restarts "${MAX_RESTARTS:-0}" -m -- training.main "$@"
