@@ -115,6 +115,8 @@ def build_train_data(
         persistent_workers=args.workers > 0,
         prefetch_factor=4 if args.workers > 0 else None,
         worker_init_fn=start_worker,
+        # Its own: each pass draws a seed, and a resumed run makes a pass more than the one it continues.
+        generator=torch.Generator().manual_seed(args.seed + rank),
     )
     log.info("%s: %d images for %s", args.train_data, len(dataset), kind)
     return TrainData(dataset, sampler, loader, annotations, labelled=kind == "region_clip")
