@@ -53,6 +53,8 @@ def test_resumed_run_is_bit_identical(program, monkeypatch, method):
         assert run(program, train=method, name=name, resume="latest", **flags) == 0
         actual = final_state(program, name)
         assert all(torch.equal(actual[k], v) for k, v in expected.items()), step
+        a, b = (read_checkpoint(program.logs / n / "checkpoints" / "epoch_2.pt") for n in ("whole", name))
+        assert torch.equal(a["random_states"][0]["torch"], b["random_states"][0]["torch"]), step
 
 
 def test_step_checkpoints_are_pruned_and_the_newest_is_used(program, monkeypatch):
