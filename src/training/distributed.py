@@ -77,8 +77,8 @@ def _store_after_restart(timeout: datetime.timedelta) -> dist.Store | None:
     """A clean part of torchrun's key-value store for processes that it has restarted; None where it is not needed.
 
     torchrun keeps one store for all restarts. A restarted process may find there the address at which its partner was
-    before, and wait for it until the time-out. Machines may count restarts differently, so this is for one machine; on
-    several, the time-out ends such a start and torchrun makes another.
+    before, and wait for it until the time-out. Machines may count restarts differently, so this is for one machine; for
+    several there is torchrun's TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
     """
     environment = os.environ
     restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
