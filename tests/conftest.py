@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,15 @@ def golden() -> Path:
     against all of it; tests whose files are not there skip themselves.
     """
     return Path(os.environ.get("CLIPSELF_GOLDEN", Path(__file__).parent / "golden"))
+
+
+@pytest.fixture(autouse=True)
+def log_handlers_put_back() -> Iterator[None]:
+    """Handlers that a program run within a test adds to the root logger end with the test, as its terminal does."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in [h for h in root.handlers if h not in before]:
+        root.removeHandler(handler)
+        handler.close()
+    root.setLevel(level)

@@ -12,7 +12,10 @@ class _Terminal(logging.StreamHandler):
     """Prints above a progress bar, not through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:  # a terminal that has gone must not end a run
+            self.handleError(record)
 
 
 def setup_logging(rank: int, file: Path | None = None) -> None:

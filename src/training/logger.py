@@ -9,9 +9,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 log = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
+
+
+class _Terminal(logging.StreamHandler):
+    """Prints above a progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(self.format(record), file=self.stream)
+        except Exception:  # a terminal that has gone must not end a run
+            self.handleError(record)
 
 
 class _LogFile(logging.FileHandler):
@@ -37,7 +49,7 @@ def setup_logging(rank: int, file: Path | None = None) -> None:
             root.removeHandler(handler)
             handler.close()
     text = _FORMAT if rank == 0 else _FORMAT.replace("%(message)s", f"[process {rank}] %(message)s")
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers: list[logging.Handler] = [_Terminal()]
     if file is not None:
         handlers.append(_LogFile(file))
     for handler in handlers:
