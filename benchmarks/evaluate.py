@@ -5,7 +5,7 @@
 Conventional: images and crops as padded float32, one dense pass for boxes and another for masks, eager attention. The
 limit is one dense pass and the crops' forward pass, timed alone between the measured evaluations. All three see the
 same images and take turns in one process. From the same pixels the accuracies of both evaluations must be the same; the
-conventional one also shows those from its own pixels, which Pillow makes (one of 255 levels apart at most), as random
+conventional one also shows those from its own pixels, which Pillow makes (a level or two of 255 apart), as random
 weights bring some segments so close to a tie that this is enough to turn them.
 """
 
