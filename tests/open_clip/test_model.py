@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import open_clip
 from open_clip.factory import build_model
-from open_clip.image_tower import resize_positions, value_attention, value_block
+from open_clip.image_tower import has_prefix_reading, prefix_block, resize_positions, value_attention, value_block
 from open_clip.weights import load_state
 
 KINDS = ["eva", "vit_gelu", "vit_quickgelu"]
@@ -269,3 +269,46 @@ def test_dense_and_region_calls_of_built_in_models(name):
         boxes = model.encode_pseudo_boxes(image, [torch.tensor([[0.0, 0.0, 1.0, 1.0]])], normalize=True)
     assert dense.shape == (1, model.embed_dim, 2, 3) and boxes.shape == (1, model.embed_dim)
     torch.testing.assert_close(dense.norm(dim=1), torch.ones(1, 2, 3))
+
+
+TRUNKS = {
+    "eva02": {"rope": True, "naiveswiglu": True, "subln": True, "eva_model_name": "tiny"},
+    "eva01": {"eva_model_name": "tiny"},
+    "post-norm": {"rope": True, "postnorm": True, "eva_model_name": "tiny"},
+    "openai": {},
+}
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_the_last_block_for_the_class_token_alone(kind):
+    """Equal to the ordinary block, in values and gradients; images are not square."""
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8, **TRUNKS[kind]}
+    text = {"context_length": 8, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
+    visual = build_model({"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}).visual.double()
+    with torch.no_grad():
+        for parameter in visual.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    block = visual.trunk.blocks[-1]
+    assert has_prefix_reading(block)
+    image = torch.randn(3, 3, 24, 40, dtype=torch.float64)
+    x, rope = visual.embed(image)
+    x = visual.run_block(0, x, rope).detach()
+    gradients = []
+    for output in (visual.run_block(1, x, rope)[:, :1], prefix_block(block, x, rope, 1)):
+        visual.zero_grad()
+        output.pow(2).sum().backward()
+        gradients.append([output.detach(), *(p.grad for p in block.parameters())])
+    for ordinary, alone in zip(*gradients, strict=True):
+        torch.testing.assert_close(alone, ordinary, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        tokens = visual.run_block(1, visual.run_block(0, *visual.embed(image)), rope)
+        expected = visual.trunk.forward_head(visual.trunk.norm(tokens))
+        torch.testing.assert_close(visual(image), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_random_drops_keep_the_ordinary_block():
+    visual = open_clip.create_model("ViT-Ti-8-64").visual
+    assert has_prefix_reading(visual.trunk.blocks[-1])
+    visual.trunk.blocks[-1].attn.attn_drop.p = 0.1
+    assert not has_prefix_reading(visual.trunk.blocks[-1])
