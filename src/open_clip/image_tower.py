@@ -127,8 +127,9 @@ def prefix_block(block: nn.Module, x: Tensor, rope: Tensor | None, count: int) -
 
 
 def has_prefix_reading(block: nn.Module) -> bool:
-    """Whether :func:`prefix_block` knows a block: a plain attention, and nothing dropped at random."""
+    """Whether :func:`prefix_block` knows a block: a plain, fused attention, and nothing dropped at random."""
     known = isinstance(block, (Block, EvaBlock, EvaBlockPostNorm)) and type(block.attn) in (Attention, EvaAttention)
+    known = known and block.attn.fused_attn  # switched off, all attention is to be spelt out by the trunk itself
     drops = [m for m in block.modules() if isinstance(m, (nn.Dropout, DropPath))]
     return known and all(getattr(m, "p", getattr(m, "drop_prob", 0)) == 0 for m in drops)
 

@@ -312,3 +312,5 @@ def test_random_drops_keep_the_ordinary_block():
     assert has_prefix_reading(visual.trunk.blocks[-1])
     visual.trunk.blocks[-1].attn.attn_drop.p = 0.1
     assert not has_prefix_reading(visual.trunk.blocks[-1])
+    visual.trunk.blocks[0].attn.fused_attn = False
+    assert not has_prefix_reading(visual.trunk.blocks[0])
