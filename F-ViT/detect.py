@@ -15,18 +15,26 @@ try:
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from fvit import checkpoint
-from fvit.assemble import config_of_checkpoint, free_vocabulary, load_detector, load_vit, make_detector, read_config
-from fvit.data.dataset import TestDataset
-from fvit.data.images import read_image
-from fvit.data.loader import test_loader
-from fvit.distributed import join
-from fvit.errors import UserError, run
-from fvit.journal import setup_logging
-from fvit.testing import SkipJudge, detect
-from fvit.visualize import draw_detections
 from PIL import Image
 from pycocotools import mask as coco_mask
+
+from ovdet import files as checkpoint
+from ovdet.data.dataset import TestDataset
+from ovdet.data.images import read_image
+from ovdet.data.loader import test_loader
+from ovdet.distributed import join
+from ovdet.errors import UserError, run
+from ovdet.fvit.assemble import (
+    config_of_checkpoint,
+    free_vocabulary,
+    load_detector,
+    load_vit,
+    make_detector,
+    read_config,
+)
+from ovdet.journal import setup_logging
+from ovdet.testing import SkipJudge, detect
+from ovdet.visualize import draw_detections
 
 
 def read_names(text: str) -> list[str]:

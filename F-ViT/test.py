@@ -12,15 +12,15 @@ try:
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from fvit.assemble import load_detector, load_vit, make_detector, read_config
-from fvit.classes import make_vocabulary
-from fvit.config import resolve_path
-from fvit.data.annotations import check_image_root, load_annotations
-from fvit.distributed import join, leave, together
-from fvit.errors import UserError, run
-from fvit.evaluation import KINDS, format_table
-from fvit.journal import setup_logging
-from fvit.testing import test
+from ovdet.config import resolve_path
+from ovdet.data.annotations import check_image_root, load_annotations
+from ovdet.distributed import join, leave, together
+from ovdet.errors import UserError, run
+from ovdet.evaluation.coco import KINDS, format_table
+from ovdet.fvit.assemble import load_detector, load_vit, make_detector, read_config
+from ovdet.journal import setup_logging
+from ovdet.testing import test
+from ovdet.vocabulary import make_vocabulary
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,11 +12,11 @@ try:
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from fvit.assemble import read_config
-from fvit.distributed import join, leave
-from fvit.engine import Trainer
-from fvit.errors import run
-from fvit.journal import setup_logging
+from ovdet.distributed import join, leave
+from ovdet.engine import Trainer
+from ovdet.errors import run
+from ovdet.fvit.assemble import read_config
+from ovdet.journal import setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:

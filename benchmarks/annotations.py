@@ -71,7 +71,7 @@ def proportional_memory_mb(pid: int) -> float:
 
 def open_ours(path: str, cache: str) -> dict:
     """Seconds to open a file with a cache folder, and the peak memory of the process in GB."""
-    from training.data.annotations import load_annotations
+    from training.engine.data.annotations import load_annotations
 
     before, clock = peak_memory_gb(), Clock()
     annotations = load_annotations(path, cache_dir=cache)

@@ -26,7 +26,8 @@ from common import Clock, add_data_flags, dataset_of, print_table  # noqa: E402
 from conventional import GridPatches, Panoptic  # noqa: E402
 
 from open_clip.image_tower import OPENAI_MEAN, OPENAI_STD  # noqa: E402
-from training.data import build_eval_data, build_train_data, prepare_batch  # noqa: E402
+from training.data import build_train_data, prepare_batch  # noqa: E402
+from training.evaluation.panoptic import build_eval_data  # noqa: E402
 from training.params import make_parser  # noqa: E402
 
 

@@ -31,9 +31,9 @@ from common import Clock, add_data_flags, dataset_of, print_table  # noqa: E402
 from conventional import Panoptic, use_eager_attention  # noqa: E402
 
 import open_clip  # noqa: E402
-from training.data import build_eval_data  # noqa: E402
-from training.evaluate import CROP_CHUNK, CROP_CHUNK_DEFAULT, evaluate  # noqa: E402
-from training.metrics import KINDS, TOP_K  # noqa: E402
+from training.evaluation.evaluate import CROP_CHUNK, CROP_CHUNK_DEFAULT, evaluate  # noqa: E402
+from training.evaluation.metrics import KINDS, TOP_K  # noqa: E402
+from training.evaluation.panoptic import build_eval_data  # noqa: E402
 from training.params import make_parser  # noqa: E402
 
 KINDS_OF_PREDICTION = ("rois", "maskpool", "crops")
@@ -42,7 +42,7 @@ KINDS_OF_PREDICTION = ("rois", "maskpool", "crops")
 def conventional_evaluation(
     model: nn.Module, loader: Iterable, classes: Tensor, is_thing: list[bool], device: torch.device
 ) -> dict[str, float]:
-    """Mean accuracy as in :func:`training.evaluate.evaluate`, written plainly. Keys are the same."""
+    """Mean accuracy as in :func:`training.evaluation.evaluate.evaluate`, written plainly. Keys are the same."""
     # right[prediction][k][class], and the number of segments of each class
     right = {name: {k: torch.zeros(len(classes), dtype=torch.float64) for k in TOP_K} for name in KINDS_OF_PREDICTION}
     number = torch.zeros(len(classes), dtype=torch.float64)

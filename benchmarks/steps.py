@@ -22,12 +22,12 @@ from open_clip.image_tower import ImageTower  # noqa: E402
 from open_clip.transform import crop_region, resize_longest  # noqa: E402
 from training.data import prepare_batch  # noqa: E402
 from training.data.collate import Collate  # noqa: E402
-from training.distributed import Dist  # noqa: E402
+from training.engine.distributed import Dist  # noqa: E402
+from training.engine.optim import build_optimizer  # noqa: E402
+from training.engine.precision import make_precision  # noqa: E402
 from training.methods import build_method  # noqa: E402
 from training.models import load_model, prepare_models  # noqa: E402
-from training.optim import build_optimizer  # noqa: E402
 from training.params import make_parser  # noqa: E402
-from training.precision import make_precision  # noqa: E402
 
 
 def regions(images: int, crops: int, seed: int = 0) -> list[tuple[Image.Image, Tensor]]:

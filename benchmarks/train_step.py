@@ -154,7 +154,7 @@ def part_peak(args: argparse.Namespace) -> dict:
     import torch
     from steps import measured_peak
 
-    from training.precision import make_precision
+    from training.engine.precision import make_precision
 
     device = torch.device(args.device)
     return {"flop_per_s": measured_peak(device, make_precision(args.precision, device).input_dtype)}

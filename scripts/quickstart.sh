@@ -49,12 +49,12 @@ data="$OUT/data"
 scene_args=(--train "$train" --val "$val" --pairs "$pairs" --size 128 --pair-size 64 --things 16 --stuff 6 --pattern-names
     --min-object 0.28 --max-object 0.5 --max-objects 4 --seed 0)
 # Complete data of these very arguments, and of this very generator, is used again.
-state="$(cat src/training/data/scenes*.py | cksum) ${scene_args[*]}"
+state="$(cat src/training/scenes/*.py | cksum) ${scene_args[*]}"
 if [ "$(cat "$data/complete" 2>/dev/null)" = "$state" ]; then
     echo "Using the data in $data"
 else
     rm -rf "$data"
-    OMP_NUM_THREADS=1 "$PY" -m training.data.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
+    OMP_NUM_THREADS=1 "$PY" -m training.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
     echo "$state" >"$data/complete"
 fi
 logs="$OUT/logs"

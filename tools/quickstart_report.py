@@ -24,8 +24,8 @@ from show_dense_map import class_colours, dense_class_map  # noqa: E402
 
 from open_clip import create_model, get_tokenizer  # noqa: E402
 from training.class_embeddings import load_or_compute  # noqa: E402
-from training.data.images import read_image  # noqa: E402
-from training.errors import UserError  # noqa: E402
+from training.engine.data.images import read_image  # noqa: E402
+from training.engine.errors import UserError  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)

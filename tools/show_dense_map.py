@@ -27,8 +27,8 @@ from open_clip.factory import add_model_config, create_model, get_tokenizer
 from open_clip.model import CLIP
 from open_clip.transform import normalize, pad_to, resize_longest
 from training.class_embeddings import load_or_compute
-from training.data.images import ImageError, read_image
-from training.errors import UserError
+from training.engine.data.images import ImageError, read_image
+from training.engine.errors import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)

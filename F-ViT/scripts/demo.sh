@@ -39,11 +39,11 @@ data="$out/data"
 # Scenes as in the quick start, others than those it trained on, with 3 of the 16 things held out.
 scene_args=(--train "$train" --val "$val" --size 128 --things 16 --stuff 6 --pattern-names
     --min-object 0.28 --max-object 0.5 --max-objects 4 --novel 3 --seed 77)
-state="$(cat src/training/data/scenes*.py | cksum) ${scene_args[*]}"
+state="$(cat src/training/scenes/*.py | cksum) ${scene_args[*]}"
 if [ "$(cat "$data/complete" 2>/dev/null)" != "$state" ]; then
     echo "== generate scenes"
     rm -rf "$data"
-    OMP_NUM_THREADS=1 "$PY" -m training.data.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
+    OMP_NUM_THREADS=1 "$PY" -m training.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
     echo "$state" >"$data/complete"
 fi
 "$PY" F-ViT/tools/prepare_open_vocabulary.py coco --train "$data/annotations/instances_train2017.json" \

@@ -32,21 +32,20 @@ try:
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(ROOT / "src"))
 
-from fvit.assemble import Vit, free_vocabulary, load_detector, load_vit, read_config  # noqa: E402
-from fvit.classes import compute_embeddings  # noqa: E402
-from fvit.config import Config  # noqa: E402
-from fvit.data.annotations import load_annotations  # noqa: E402
-from fvit.data.dataset import TestDataset  # noqa: E402
-from fvit.data.images import read_image, resolve  # noqa: E402
-from fvit.data.loader import test_loader  # noqa: E402
-from fvit.detector import build_detector  # noqa: E402
-from fvit.distributed import Process, broadcast, gather_to_master, join, leave, together  # noqa: E402
-from fvit.errors import UserError, as_user_error, run  # noqa: E402
-from fvit.evaluation import write_json  # noqa: E402
-from fvit.journal import setup_logging  # noqa: E402
-from fvit.testing import SkipJudge, autocast, detect  # noqa: E402
-
 from open_clip.transform import crop_region, normalize  # noqa: E402
+from ovdet.config import Config  # noqa: E402
+from ovdet.data.annotations import load_annotations  # noqa: E402
+from ovdet.data.dataset import TestDataset  # noqa: E402
+from ovdet.data.images import read_image, resolve  # noqa: E402
+from ovdet.data.loader import test_loader  # noqa: E402
+from ovdet.distributed import Process, broadcast, gather_to_master, join, leave, together  # noqa: E402
+from ovdet.errors import UserError, as_user_error, run  # noqa: E402
+from ovdet.evaluation.coco import write_json  # noqa: E402
+from ovdet.fvit.assemble import Vit, free_vocabulary, load_detector, load_vit, read_config  # noqa: E402
+from ovdet.fvit.detector import build_detector  # noqa: E402
+from ovdet.journal import setup_logging  # noqa: E402
+from ovdet.testing import SkipJudge, autocast, detect  # noqa: E402
+from ovdet.vocabulary import compute_embeddings  # noqa: E402
 
 log = logging.getLogger(__name__)
 

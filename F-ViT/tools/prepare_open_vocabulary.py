@@ -26,9 +26,9 @@ from xml.etree import ElementTree
 FVIT = Path(__file__).resolve().parents[1]
 sys.path.append(str(FVIT))
 
-from fvit.data.annotations import read_json  # noqa: E402
-from fvit.errors import UserError, run  # noqa: E402
-from fvit.evaluation import write_json  # noqa: E402
+from ovdet.data.annotations import read_json  # noqa: E402
+from ovdet.errors import UserError, run  # noqa: E402
+from ovdet.evaluation.coco import write_json  # noqa: E402
 
 log = logging.getLogger(__name__)
 

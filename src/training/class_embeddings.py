@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from open_clip.prompts import PROMPT_TEMPLATES
 from open_clip.prompts import class_embeddings as compute_class_embeddings
 from open_clip.weights import load_torch_file
-from training.errors import UserError
+from training.engine.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -18,17 +18,17 @@ import torch
 
 import open_clip
 from open_clip import CLIP
-from training.checkpoint import find_latest, remove_unfinished
 from training.class_embeddings import load_or_compute
-from training.data import build_eval_data
-from training.distributed import Dist, end_distributed, init_distributed, together
-from training.errors import UserError
-from training.evaluate import evaluate, format_table
-from training.failures import EXIT_FAILED, explain
-from training.logger import Journal, setup_logging, write_atomically
+from training.engine.checkpoint import find_latest, remove_unfinished
+from training.engine.distributed import Dist, end_distributed, init_distributed, together
+from training.engine.errors import UserError
+from training.engine.failures import EXIT_FAILED, explain
+from training.engine.journal import Journal, setup_logging, write_atomically
+from training.engine.precision import Precision, make_precision
+from training.evaluation.evaluate import evaluate, format_table
+from training.evaluation.panoptic import build_eval_data
 from training.models import as_user_error, load_model
 from training.params import parse_args
-from training.precision import Precision, make_precision
 from training.trainer import Trainer
 
 log = logging.getLogger(__name__)

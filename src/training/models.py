@@ -15,12 +15,12 @@ from torch.nn.parallel import DistributedDataParallel
 import open_clip
 from open_clip import CLIP
 from open_clip.weights import reference_layout
-from training.checkpoint import weights_hash
-from training.distributed import Dist
+from training.engine.checkpoint import weights_hash
+from training.engine.distributed import Dist
+from training.engine.errors import UserError
+from training.engine.precision import Precision
 from training.ensemble import ensemble_state
-from training.errors import UserError
 from training.methods import Method
-from training.precision import Precision
 
 
 def load_model(args: argparse.Namespace) -> CLIP:

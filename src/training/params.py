@@ -6,8 +6,8 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from training.errors import UserError
-from training.precision import PRECISIONS
+from training.engine.errors import UserError
+from training.engine.precision import PRECISIONS
 
 DATASET_TYPES = ("grid_distill", "proposals_distill", "region_clip", "contrastive")
 

@@ -12,20 +12,28 @@ from typing import Any
 import open_clip
 from open_clip import CLIP
 from open_clip.weights import export_state_dict
-from training.checkpoint import RELEASE, find_latest, make_checkpoint, prune, read_checkpoint, restore, save_atomically
 from training.class_embeddings import load_or_compute
 from training.data import DevicePrefetcher, build_train_data, prepare_batch
-from training.distributed import Dist, barrier, together
-from training.errors import UserError
-from training.logger import Journal
+from training.engine.checkpoint import (
+    RELEASE,
+    find_latest,
+    make_checkpoint,
+    prune,
+    read_checkpoint,
+    restore,
+    save_atomically,
+)
+from training.engine.distributed import Dist, barrier, together
+from training.engine.errors import UserError
+from training.engine.journal import Journal
+from training.engine.loop import EXIT_INTERRUPTED, Interrupted, Loop, Progress, StopSignal, train_one_epoch
+from training.engine.optim import build_optimizer
+from training.engine.precision import Precision
+from training.engine.profiler import profile_steps
+from training.engine.schedule import make_schedule
 from training.methods import build_method
 from training.models import StartWeights, as_user_error, prepare_models, wrap
-from training.optim import build_optimizer
-from training.precision import Precision
-from training.profiler import profile_steps
-from training.scheduler import make_schedule
-from training.teacher_cache import fill, open_store
-from training.train import EXIT_INTERRUPTED, Interrupted, Loop, Progress, StopSignal, train_one_epoch
+from training.teachers.cache import fill, open_store
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ TINY = {
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory) -> Path:
     """Folder of drawn scenes in COCO's layout: 24 for training, 6 for validation, and image-text pairs."""
-    from training.data.scenes import main as generate
+    from training.scenes.generate import main as generate
 
     folder = tmp_path_factory.mktemp("scenes")
     generate(["--out", str(folder), "--train", "24", "--val", "6", "--pairs", "6", "--size", "64", "--things", "8",

@@ -12,7 +12,7 @@ from torch import nn
 
 from open_clip.prompts import class_prompts
 from training.class_embeddings import cache_key, load_class_embeddings, load_or_compute
-from training.errors import UserError
+from training.engine.errors import UserError
 
 NAMES = ["cat", "traffic_light", "wall/other"]
 ARRAY = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=1)

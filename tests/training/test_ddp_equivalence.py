@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 import open_clip
 from open_clip.factory import build_model
-from training.distributed import Dist
+from training.engine.distributed import Dist
+from training.engine.optim import build_optimizer
 from training.methods import build_method
 from training.models import wrap
-from training.optim import build_optimizer
 
 STEPS, SIZE, CROP, WORDS, CLASSES = 3, 64, 32, 8, 150
 TEXT = {"context_length": WORDS, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}

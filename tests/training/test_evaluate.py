@@ -20,9 +20,9 @@ from torchvision.ops import roi_align
 from open_clip.factory import build_model
 from open_clip.regions import mask_features, roi_features
 from open_clip.weights import load_state
-from training.data.panoptic import build_eval_data, collate_panoptic
-from training.errors import UserError
-from training.evaluate import evaluate, format_table
+from training.engine.errors import UserError
+from training.evaluation.evaluate import evaluate, format_table
+from training.evaluation.panoptic import build_eval_data, collate_panoptic
 
 CLASSES = ["red", "green", "blue", "yellow", "violet", "turquoise", "white"]
 COLOURS = torch.tensor([[1, 0.2, 0], [0.2, 1, 0.4], [0.4, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]])
@@ -131,7 +131,7 @@ def test_without_stuff(tmp_path):
 
 
 def test_crops_are_packed_over_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.evaluate.CROP_CHUNK_DEFAULT", 5)
+    monkeypatch.setattr("training.evaluation.evaluate.CROP_CHUNK_DEFAULT", 5)
     model, args = ColourModel(), write_coloured(tmp_path, SCENES)
     results = evaluate(model, data_of(args), EMBEDDINGS, device="cpu", progress=False)
     assert model.crop_batches == [5, 5, 2]

@@ -17,12 +17,12 @@ from open_clip.factory import build_model
 from open_clip.image_tower import ImageTower
 from open_clip.text_tower import TextTower
 from open_clip.weights import export_state_dict, load_state
+from training.engine.errors import UserError
+from training.engine.optim import build_optimizer
+from training.engine.schedule import make_schedule, set_lr
 from training.ensemble import ensemble_state
-from training.errors import UserError
 from training.methods import build_method
 from training.methods.base import multiscale_sizes
-from training.optim import build_optimizer
-from training.scheduler import make_schedule, set_lr
 
 CASES = [
     "eva.v2.unlocked_2", "eva.v2.unlocked_all", "vit_gelu.v2.unlocked_2", "vit_gelu.v2.unlocked_all",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.metrics import MeanAccuracy, topk_correct
+from training.evaluation.metrics import MeanAccuracy, topk_correct
 
 
 @pytest.mark.parametrize("case", ["0", "1", "2"])

@@ -13,8 +13,8 @@ from torch import nn
 import open_clip
 from open_clip.factory import build_model
 from open_clip.weights import export_state_dict
+from training.engine.optim import adam_defaults, build_optimizer, is_undecayed, parameter_groups, undecayed_names
 from training.methods import build_method
-from training.optim import adam_defaults, build_optimizer, is_undecayed, parameter_groups, undecayed_names
 
 
 def published_names(model, parameters) -> list[str]:
@@ -71,7 +71,7 @@ class Student(nn.Module):
 
 def test_updates_are_those_of_adamw(monkeypatch):
     """Decoupled decay and bias correction (Loshchilov & Hutter, 2019), with given betas and eps, over four steps."""
-    monkeypatch.setattr("training.optim.undecayed_names", lambda model: {"bias"})
+    monkeypatch.setattr("training.engine.optim.undecayed_names", lambda model: {"bias"})
     method = nn.Module()
     method.student = student = Student()
     args = argparse.Namespace(model="x", lr=0.1, wd=0.2, beta1=0.8, beta2=None, eps=1e-3)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.errors import UserError
-from training.precision import PRECISIONS, make_precision
+from training.engine.errors import UserError
+from training.engine.precision import PRECISIONS, make_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 HALF, BRAIN, FULL = torch.float16, torch.bfloat16, torch.float32

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import open_clip
-from training.checkpoint import read_checkpoint
+from training.engine.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import open_clip
-from training.checkpoint import read_checkpoint
+from training.engine.checkpoint import read_checkpoint
 
 
 def results(program, name: str) -> list[dict]:

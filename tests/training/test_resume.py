@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-import training.train as train_module
-from training.checkpoint import find_latest, read_checkpoint, save_atomically
-from training.errors import UserError
-from training.train import EXIT_INTERRUPTED
+import training.engine.loop as train_module
+from training.engine.checkpoint import find_latest, read_checkpoint, save_atomically
+from training.engine.errors import UserError
+from training.engine.loop import EXIT_INTERRUPTED
 
 TOTAL = 12  # optimizer steps of the runs here: 2 epochs of 6
 

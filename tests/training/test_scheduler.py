@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from training.scheduler import make_schedule, set_lr
+from training.engine.schedule import make_schedule, set_lr
 
 RECORDED = {
     "cosine_w10_t50": ("cosine", dict(warmup=10, total=50)),

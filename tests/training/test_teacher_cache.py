@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from open_clip import CLIP
-from training.data.annotations import load_annotations
-from training.data.teacher_store import TeacherStore
-from training.errors import UserError
+from training.engine.data.annotations import load_annotations
+from training.engine.errors import UserError
+from training.teachers.store import TeacherStore
 
 
 @pytest.fixture

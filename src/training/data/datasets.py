@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from open_clip.transform import crop_region, detection_size, random_crop_box, resize, resize_longest
-from training.data.annotations import Annotations, Strings
 from training.data.grid import grid_regions
-from training.data.images import ImageError, read_image, resolve
 from training.data.proposals import draw_proposals, proposal_regions
 from training.data.samples import Sample, Skipped
-from training.data.teacher_store import TeacherStore
+from training.engine.data.annotations import Annotations, Strings
+from training.engine.data.images import ImageError, read_image, resolve
+from training.teachers.store import TeacherStore
 
 MIN_SIDE = 2  # pixels; smaller images have no regions worth the name
 

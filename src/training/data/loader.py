@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.data.annotations import Annotations, Strings, load_annotations, parse, read_captions, read_json
 from training.data.collate import Collate
 from training.data.datasets import GridDistill, ImageText, ProposalsDistill, RegionOptions, RegionText
-from training.data.images import ImageError, is_url, resolve
-from training.data.sampler import EpochBatchSampler
-from training.errors import UserError
+from training.engine.data.annotations import Annotations, Strings, load_annotations, parse, read_captions, read_json
+from training.engine.data.images import ImageError, is_url, resolve
+from training.engine.data.sampler import EpochBatchSampler
+from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 

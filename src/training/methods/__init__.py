@@ -7,7 +7,7 @@ import argparse
 from torch import Tensor
 
 from open_clip import CLIP
-from training.errors import UserError
+from training.engine.errors import UserError
 
 from .base import Method, RegionMethod
 from .clipself import CLIPSelf

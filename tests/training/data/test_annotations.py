@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.data.annotations import Strings, load_annotations, parse, read_captions, read_json
-from training.errors import UserError
+from training.engine.data.annotations import Strings, load_annotations, parse, read_captions, read_json
+from training.engine.errors import UserError
 
 COCO = {
     "images": [
@@ -151,7 +151,7 @@ def test_malformed_files_are_read_in_part_or_refused(tmp_path, data):
 def test_cache_gives_the_same_arrays_without_the_json(tmp_path, monkeypatch):
     path, cache = write(tmp_path / "a.json", COCO), str(tmp_path / "cache")
     check_coco(load_annotations(path, cache_dir=cache))
-    monkeypatch.setattr("training.data.annotations.read_json", None)  # a second reading would fail
+    monkeypatch.setattr("training.engine.data.annotations.read_json", None)  # a second reading would fail
     again = load_annotations(path, cache_dir=cache)
     check_coco(again)
     assert isinstance(again.boxes, np.memmap)
@@ -193,13 +193,13 @@ def test_unwritable_cache_only_warns(tmp_path, caplog):
 
 def test_large_files_are_cached_by_default(tmp_path, monkeypatch):
     path, folder = write(tmp_path / "a.json", COCO), tmp_path / "default"
-    monkeypatch.setattr("training.data.annotations.CACHE_FOLDER", folder)
+    monkeypatch.setattr("training.engine.data.annotations.CACHE_FOLDER", folder)
     check_coco(load_annotations(path))
     assert not folder.exists()
-    monkeypatch.setattr("training.data.annotations.CACHED_FROM", 10)
+    monkeypatch.setattr("training.engine.data.annotations.CACHED_FROM", 10)
     check_coco(load_annotations(path, cache_dir=""))
     assert not folder.exists()
     check_coco(load_annotations(path))
     assert len(list(folder.iterdir())) == 1
-    monkeypatch.setattr("training.data.annotations.read_json", None)
+    monkeypatch.setattr("training.engine.data.annotations.read_json", None)
     check_coco(load_annotations(path))

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from training.data import build_train_data, prepare_batch
-from training.data.sampler import EpochBatchSampler
-from training.errors import UserError
+from training.engine.data.sampler import EpochBatchSampler
+from training.engine.errors import UserError
 
 COUNT = 14  # images, of which image 0 has no annotation
 

@@ -14,7 +14,7 @@ import open_clip
 from open_clip.transform import crop_region, normalize, pad_to, resize_longest
 from training.data.prepare import DevicePrefetcher, prepare_batch
 from training.data.resample import device_crops, device_image, resample
-from training.data.scenes_compose import SceneOptions, draw_scene
+from training.scenes.compose import SceneOptions, draw_scene
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SETTINGS = {"mean": (0.48, 0.45, 0.40), "std": (0.26, 0.27, 0.28), "image_size": 64, "crop_size": 24}

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from open_clip.transform import crop_region, pad_to, resize_longest
-from training.data.annotations import load_annotations
 from training.data.datasets import RegionOptions, RegionText
 from training.data.grid import grid_choices, grid_regions, grid_template
-from training.data.images import read_image
 from training.data.proposals import draw_proposals, proposal_regions
 from training.data.resample import device_crops, device_image
+from training.engine.data.annotations import load_annotations
+from training.engine.data.images import read_image
 
 SIZE, CROP = 128, 32
 # The reference pads CMYK with white and resizes palette images by nearest neighbour; only boxes compare for these.

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from training.data.scenes import main, write_dataset
-from training.data.scenes_compose import SceneOptions, categories, draw_pairs, draw_scene
+from training.scenes.compose import SceneOptions, categories, draw_pairs, draw_scene
+from training.scenes.generate import main, write_dataset
 
 OPTIONS = SceneOptions(size=96, things=12, stuff=5, pattern_names=True, min_aspect=0.6, pair_size=32)
 
@@ -96,7 +96,7 @@ def test_pairs_and_split(folder: Path) -> None:
 
 def test_objects_have_the_colour_of_their_name() -> None:
     """The median pixel of a solid object is nearest to the named colour, and captions name what is in the picture."""
-    from training.data.scenes_draw import COLORS
+    from training.scenes.draw import COLORS
 
     options = SceneOptions(things=20, pattern_names=True)
     right = total = 0

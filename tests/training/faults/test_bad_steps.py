@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import training.train as train_module
-from training.checkpoint import find_latest, read_checkpoint
-from training.train import Progress
+import training.engine.loop as train_module
+from training.engine.checkpoint import find_latest, read_checkpoint
+from training.engine.loop import Progress
 
 SHORT = {"epochs": 1, "warmup": 1, "log_every_n_steps": 1}
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 
 import open_clip
 from open_clip.weights import load_state_dict_file, load_weights
-from training.checkpoint import find_latest, read_checkpoint, save_atomically
 from training.class_embeddings import load_class_embeddings
-from training.errors import UserError
+from training.engine.checkpoint import find_latest, read_checkpoint, save_atomically
+from training.engine.errors import UserError
 
 COUNT = 50  # of truncations, and of altered bytes
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from training.checkpoint import read_checkpoint
+from training.engine.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

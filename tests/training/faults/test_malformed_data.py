@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from training.data import build_train_data, prepare_batch
-from training.data.images import ImageError
-from training.data.panoptic import build_eval_data
-from training.data.segment_masks import read_segment_ids
-from training.errors import UserError
+from training.engine.data.images import ImageError
+from training.engine.data.masks import read_segment_ids
+from training.engine.errors import UserError
+from training.evaluation.panoptic import build_eval_data
 
 KINDS = ("grid_distill", "proposals_distill", "region_clip", "contrastive")
 FUZZ = settings(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from training.train import EXIT_INTERRUPTED
+from training.engine.loop import EXIT_INTERRUPTED
 
 ROOT = Path(__file__).parents[3]
 MINUTES = float(os.environ.get("CLIPSELF_SOAK_MINUTES", "30"))  # of CPU time, both trainings together
@@ -32,7 +32,7 @@ TRAININGS = {
 @pytest.fixture(scope="module")
 def quick_start_data(tmp_path_factory) -> Path:
     """As the quick start draws it, with fewer images."""
-    from training.data.scenes import main as generate
+    from training.scenes.generate import main as generate
 
     folder = tmp_path_factory.mktemp("scenes")
     generate(["--out", str(folder), "--train", "400", "--val", "16", "--pairs", "640", "--size", "128", "--pair-size",

@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import training.train as train_module
-from training.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
-from training.errors import UserError
-from training.failures import EXIT_FAILED, explain
+import training.engine.loop as train_module
+from training.engine.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
+from training.engine.errors import UserError
+from training.engine.failures import EXIT_FAILED, explain
+from training.engine.loop import EXIT_INTERRUPTED
 from training.main import continue_after_restart
 from training.params import parse_args
-from training.train import EXIT_INTERRUPTED
 
 SHORT = {"epochs": 2, "warmup": 1, "save_every_n_steps": 2}
 

@@ -1,0 +1,1 @@
+"""Open-vocabulary detection: shared parts, and one detector in each sub-package."""

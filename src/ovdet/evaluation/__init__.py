@@ -1,0 +1,1 @@
+"""AP of detections on COCO, LVIS and VOC."""

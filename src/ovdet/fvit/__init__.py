@@ -1,0 +1,1 @@
+"""F-ViT: a detector on a frozen, distilled CLIP vision transformer."""

@@ -1,0 +1,106 @@
+"""From a config to a detector with its vocabulary, the same for training, testing and the tools."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import open_clip
+from ovdet import files as checkpoint
+from ovdet.config import Config, config_from_dict, format_config, load_config, resolve_path
+from ovdet.errors import as_user_error
+from ovdet.fvit.detector import Detector, build_detector
+from ovdet.vocabulary import Vocabulary, vocabulary_embeddings, weights_hash
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Vit:
+    """A CLIP model, its tokenizer, and what identifies its image tower in detector files."""
+
+    model: open_clip.CLIP
+    tokenizer: Callable[[list[str]], Tensor]
+    identity: dict[str, str]
+
+
+def read_config(path: str, overrides: Sequence[str]) -> Config:
+    """The config of a file and ``section.key=value`` overrides. UserError when it is faulty."""
+    with as_user_error():
+        return load_config(path, overrides)
+
+
+def load_vit(config: Config) -> Vit:
+    """The CLIP model of a config on the CPU; random weights follow ``train.seed``.
+
+    ``model.name`` may also be a model config file (``.json``).
+
+    Raises:
+        UserError: unknown model, or weights that are missing or of another architecture.
+    """
+    model = config.model
+    name = model.name
+    with as_user_error():
+        if name.endswith(".json"):
+            path = Path(resolve_path(name))
+            name = path.parent.name if path.stem == "config" else path.stem
+            open_clip.add_model_config(path, name)
+        torch.manual_seed(config.train.seed)
+        pretrained, folder = model.pretrained, model.cache_dir
+        if Path(resolve_path(pretrained)).is_file():
+            pretrained = resolve_path(pretrained)
+        folder = resolve_path(folder) if folder and pretrained == "eva" else folder or None
+        clip = open_clip.create_model(name, pretrained=pretrained or None, cache_dir=folder).eval()
+        tokenizer = open_clip.get_tokenizer(name)
+    weights = str(folder) if pretrained == "eva" else str(pretrained) or f"random, seed {config.train.seed}"
+    return Vit(clip, tokenizer, {"name": name, "weights": weights, "hash": weights_hash(clip.visual)})
+
+
+def make_detector(
+    config: Config, vit: Vit, vocabulary: Vocabulary, *, device: torch.device, progress: bool = False
+) -> Detector:
+    """A detector for a vocabulary, on a device; its trainable parts start from ``train.seed``.
+
+    Every process must call it. Raises UserError for embeddings or sizes that do not fit.
+    """
+    embeddings = vocabulary_embeddings(
+        config, vit.model, vit.tokenizer, vocabulary.names, device=device, progress=progress
+    )
+    with as_user_error():
+        torch.manual_seed(config.train.seed)
+        return build_detector(config, vit.model, embeddings, vocabulary.base_mask).to(device)
+
+
+def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:
+    """The config that a detector was trained with. UserError when it, or an override, is faulty."""
+    with as_user_error(), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / f"{Path(path).stem}.toml"
+        file.write_text(format_config(config_from_dict(content["config"], source=f"checkpoint {path}")))
+        return load_config(file, overrides)
+
+
+def load_detector(path: str, detector: Detector, vit: Vit) -> dict[str, Any]:
+    """Load a detector file into a detector; returns the file's content.
+
+    Raises:
+        UserError: missing, damaged, of another architecture, or trained on another ViT.
+    """
+    content = checkpoint.load(path)
+    checkpoint.check_vit(content, vit.identity, path)
+    with as_user_error():
+        detector.load_trainable_state_dict(content["detector"])
+    return content
+
+
+def free_vocabulary(names: Sequence[str], base: Sequence[str] = ()) -> Vocabulary:
+    """A vocabulary of one's own; classes that the detector was trained on (``base``) count as base, others as novel."""
+    known = {name.lower().replace("_", " ") for name in base}
+    novel = tuple(name.lower().replace("_", " ") not in known for name in names)
+    return Vocabulary(tuple(names), tuple(range(1, len(names) + 1)), novel)

@@ -1,0 +1,261 @@
+"""The detector: frozen ViT, pyramid, region proposals, box and mask heads, fusion with the VLM's own scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms, nms
+
+from open_clip import CLIP, ImageTower
+from ovdet.config import Config
+from ovdet.fvit.backbone import FrozenViT
+from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.parts.box_head import BoxHead
+from ovdet.parts.fpn import Neck, level_strides
+from ovdet.parts.mask_head import MaskHead
+from ovdet.parts.rpn import RPN
+
+FROZEN = "backbone."  # prefix of what is not trained
+
+
+class Detector(nn.Module):
+    """Open-vocabulary detector (F-ViT; CLIPSelf, ICLR 2024, section 4). C classes, and background.
+
+    Boxes are float ``[N, 4]``, xyxy in pixels of the padded input. The trainable parts are everything but
+    ``backbone``; the ViT is frozen and stays in eval mode whatever :meth:`train` is told. Batch norms are
+    ``BatchNorm2d``: convert them with ``nn.SyncBatchNorm.convert_sync_batchnorm`` to train on several GPUs.
+
+    Args:
+        config: sections ``model`` and ``test`` are read.
+        visual: image tower, frozen in place.
+    """
+
+    class_embeddings: Tensor
+    base_mask: Tensor
+
+    def __init__(self, config: Config, visual: ImageTower) -> None:
+        super().__init__()
+        model = config.model
+        self.config, self.test_config = model, config.test
+        self.strides = level_strides(visual.patch_size)
+        self.backbone = FrozenViT(visual, model.blocks)
+        self.neck = Neck(self.backbone.width, model.channels)
+        self.rpn = RPN(model, model.channels, self.strides)
+        # The fifth level is for proposals only, as in Mask R-CNN.
+        self.box_head = BoxHead(model, model.channels, visual.embed_dim, self.strides[:4])
+        self.mask_head = MaskHead(model, model.channels, self.strides[:4]) if model.masks else None
+        # Not part of any state: the vocabulary is the user's.
+        self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
+        self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)
+
+    # -- vocabulary and state ---------------------------------------------------------------------------------------
+
+    def set_vocabulary(self, class_embeddings: Tensor, base_mask: Tensor) -> None:
+        """Detect these classes from now on.
+
+        Args:
+            class_embeddings: ``[C+1, D]``, last row background; brought to unit length here.
+            base_mask: bool ``[C]``, True for classes with training labels.
+
+        Raises:
+            ValueError: shapes that do not fit, or rows that are zero or not finite.
+        """
+        dim = self.class_embeddings.shape[1]
+        if class_embeddings.ndim != 2 or class_embeddings.shape[1] != dim:
+            raise ValueError(
+                f"class embeddings are of shape {tuple(class_embeddings.shape)}, the model needs [classes + 1, {dim}]: "
+                "make them with the text tower of the same model"
+            )
+        if len(class_embeddings) != len(base_mask) + 1:
+            raise ValueError(
+                f"{len(class_embeddings)} class embeddings for {len(base_mask)} classes: give one per class and a last "
+                'one for "background"'
+            )
+        bad = (~class_embeddings.isfinite().all(dim=1) | (class_embeddings == 0).all(dim=1)).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(f"class embeddings in rows {bad[:5]} are zero or not finite: make the embeddings anew")
+        device = self.class_embeddings.device
+        self.class_embeddings = F.normalize(class_embeddings.detach().to(device, torch.float32), dim=-1)
+        self.base_mask = base_mask.to(device, torch.bool)
+
+    def trainable_state_dict(self) -> dict[str, Tensor]:
+        """State of the trained parts: no ViT, no class embeddings."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(FROZEN)}
+
+    def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Load :meth:`trainable_state_dict`. The mask head is left out when this detector has none.
+
+        Raises:
+            ValueError: entries are missing, left over or of another shape.
+        """
+        own = self.trainable_state_dict()
+        if self.mask_head is None:
+            state = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
+        problems = {
+            "lacks": sorted(own.keys() - state.keys()),
+            "has unknown": sorted(state.keys() - own.keys()),
+            "has other shapes of": sorted(
+                name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
+            ),
+        }
+        for what, names in problems.items():
+            if names:
+                raise ValueError(
+                    f"the detector's state {what} {', '.join(names[:3])} ({len(names)} in all): "
+                    "use the config that it was trained with"
+                )
+        self.load_state_dict(state, strict=False)
+
+    # -- running ----------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        images: Tensor,
+        image_sizes: Sequence[tuple[int, int]],
+        targets: Sequence[dict[str, Tensor]] | None = None,
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Losses in training mode, detections in eval mode.
+
+        Args:
+            images: ``[B, 3, S, S]``, normalised, padded right and bottom.
+            image_sizes: (height, width) of the valid area of each image, in pixels of the padded input.
+            targets: per image ``boxes`` ``[N, 4]``, ``labels`` int64 ``[N]`` (0..C-1, base classes only) and, for a
+                detector with masks, ``masks`` bool ``[N, S, S]``. N may be 0. Ignored in eval mode.
+
+        Returns:
+            In training mode ``loss_rpn_class``, ``loss_rpn_box``, ``loss_class``, ``loss_box`` and, with masks,
+            ``loss_mask``; their sum is the objective. What is sampled comes from torch's default generator. In eval
+            mode, per image and by falling score, ``boxes``, ``scores`` ``[N]``, ``labels`` ``[N]`` and, with masks,
+            ``masks``: probabilities ``[N, m, m]`` in the frame of the box, which
+            :func:`ovdet.parts.mask_head.paste_masks` puts into an image of any size.
+
+        Raises:
+            ValueError: training without targets, with labels of novel classes, or without the masks that are needed.
+        """
+        if not self.training:
+            return self._detect(images, image_sizes)
+        if targets is None:
+            raise ValueError("the detector is in training mode and got no targets: call eval() to detect")
+        return self._losses(images, image_sizes, targets)
+
+    def _losses(
+        self, images: Tensor, image_sizes: Sequence[tuple[int, int]], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        classes = len(self.base_mask)
+        labels = torch.cat([target["labels"] for target in targets])
+        if not ((labels >= 0) & (labels < classes)).all() or not self.base_mask[labels].all():
+            raise ValueError("targets hold labels that are not base classes: train on base-class annotations only")
+        if self.mask_head is not None and any("masks" not in target for target in targets):
+            raise ValueError("targets hold no masks: give them, or set model.masks=false")
+
+        maps = self.neck(self.backbone(images, dense=False).levels)
+        out = self.rpn(maps)
+        rpn_class, rpn_box = self.rpn.losses(out, image_sizes, [target["boxes"] for target in targets])
+        proposals = [p["boxes"] for p in self.rpn.proposals(out, image_sizes)]
+        samples = self.box_head.sample(proposals, image_sizes, targets, background=classes)
+        loss_class, loss_box = self.box_head.losses(maps[:4], samples, targets, self.class_embeddings, self.base_mask)
+        losses = {
+            "loss_rpn_class": rpn_class,
+            "loss_rpn_box": rpn_box,
+            "loss_class": loss_class,
+            "loss_box": loss_box,
+        }
+        if self.mask_head is not None:
+            losses["loss_mask"] = self.mask_head.losses(
+                maps[:4],
+                [boxes[: len(which)] for boxes, which in zip(samples.boxes, samples.positives, strict=True)],
+                samples.positives,
+                [target["masks"] for target in targets],
+                fallback=samples.boxes[0][0],
+            )
+        return losses
+
+    @torch.no_grad()
+    def _detect(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        config = self.test_config
+        vit = self.backbone(images, dense=True)  # the only pass: detection features and VLM map together
+        maps = self.neck(vit.levels)
+        proposals = [p["boxes"] for p in self.rpn.proposals(self.rpn(maps), image_sizes)]
+        embeddings, offsets = self.box_head(maps[:4], proposals)
+        boxes = self.box_head.refine(offsets, proposals, image_sizes)
+        # The VLM judges the boxes that are answered, and not the looser proposals they come from.
+        scores = fuse(
+            class_probabilities(self.box_head.logits(embeddings, self.class_embeddings, config.temperature)),
+            vlm_probabilities(vit.dense, boxes, images.shape[-2:], self.class_embeddings, config.vlm_temperature),
+            self.base_mask,
+            weight_base=config.vlm_weight_base,
+            weight_novel=config.vlm_weight_novel,
+        )
+        results = [
+            select_detections(b, s, score=config.score, iou=config.nms, most=config.per_image)
+            for b, s in zip(boxes, scores.split([len(b) for b in boxes]), strict=True)
+        ]
+        if self.mask_head is not None:
+            found = [result["boxes"] for result in results]
+            masks = self.mask_head(maps[:4], found).float().sigmoid()
+            for result, mask in zip(results, masks.split([len(b) for b in found]), strict=True):
+                result["masks"] = mask
+        return results
+
+    @torch.no_grad()
+    def proposals(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Class-agnostic proposals, in eval mode: the RPN's boxes, refined once by the box head.
+
+        Returns:
+            Per image and by falling score ``boxes`` ``[N, 4]`` and ``scores`` ``[N]`` (objectness), after another NMS
+            at ``model.rpn_nms``, as refined boxes move together.
+        """
+        maps = self.neck(self.backbone(images, dense=False).levels)
+        found = self.rpn.proposals(self.rpn(maps), image_sizes)
+        first = [p["boxes"] for p in found]
+        refined = self.box_head.refine(self.box_head(maps[:4], first)[1], first, image_sizes)
+        results = []
+        for boxes, p in zip(refined, found, strict=True):
+            keep = nms(boxes, p["scores"], self.config.rpn_nms)
+            results.append({"boxes": boxes[keep], "scores": p["scores"][keep]})
+        return results
+
+
+def select_detections(boxes: Tensor, scores: Tensor, *, score: float, iou: float, most: int) -> dict[str, Tensor]:
+    """Class-wise NMS over boxes that all classes share: ``boxes``, ``scores``, ``labels`` by falling score.
+
+    Args:
+        boxes: ``[K, 4]``; scores: ``[K, C]``.
+        score: smaller or equal ones are dropped; iou: NMS threshold; most: kept at most.
+    """
+    row, label = (scores > score).nonzero().unbind(1)
+    value, order = scores[row, label].sort(descending=True, stable=True)
+    row, label = row[order], label[order]
+    # Greedy NMS never looks down: what it keeps of the best n is what it keeps among them of all. With 1203 classes
+    # there are a hundred thousand candidates, of which the first few thousand are enough.
+    number = max(4 * most, 1000)
+    while True:
+        best = batched_nms(boxes[row[:number]], value[:number], label[:number], iou)[:most]
+        if len(best) == most or number >= len(value):
+            return {"boxes": boxes[row[best]], "scores": value[best], "labels": label[best]}
+        number *= 4
+
+
+def build_detector(config: Config, clip_model: CLIP, class_embeddings: Tensor, base_mask: Tensor) -> Detector:
+    """A detector on the image tower of a CLIP model.
+
+    Args:
+        clip_model: its image tower is frozen in place and becomes part of the detector; the text tower does not.
+        class_embeddings: float ``[C+1, D]``, all classes evaluated, last row background.
+        base_mask: bool ``[C]``, True for classes with training labels.
+
+    Raises:
+        ValueError: blocks, sizes or embeddings that do not fit the model.
+    """
+    patch = clip_model.visual.patch_size
+    if config.data.image_size % patch:
+        raise ValueError(
+            f"data.image_size is {config.data.image_size}: give a multiple of {patch}, the patch size of "
+            f"{config.model.name}"
+        )
+    detector = Detector(config, clip_model.visual)
+    detector.set_vocabulary(class_embeddings, base_mask)
+    return detector

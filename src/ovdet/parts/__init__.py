@@ -1,0 +1,1 @@
+"""Detection parts that take numbers and modules, never a config."""

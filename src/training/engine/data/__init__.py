@@ -1,0 +1,1 @@
+"""Readers shared by all programs: images, annotations, masks, samplers, workers."""

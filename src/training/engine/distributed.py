@@ -1,0 +1,139 @@
+"""Processes: what torchrun says of this one, and the few collectives that the program needs."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.engine.errors import UserError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among all.
+
+    Attributes:
+        rank, world_size: number of this process, and how many there are.
+        local_rank: number on this machine.
+        device: where it computes.
+        distributed: whether there is a process group.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    distributed: bool
+
+    @property
+    def is_master(self) -> bool:
+        """True for the process that writes and shows."""
+        return self.rank == 0
+
+
+def init_distributed(device: str | None = None, backend: str | None = None, timeout_s: float = 1800) -> Dist:
+    """Join the process group that torchrun describes in the environment; a single process without it.
+
+    Args:
+        device: ``"cuda"`` or ``"cpu"``; the GPU of the local rank when there is one, by default.
+        backend: nccl on GPUs and gloo on CPUs by default.
+        timeout_s: after which a collective whose partner is gone raises instead of hanging.
+
+    Raises:
+        UserError: CUDA was asked for and there is none, or fewer GPUs than processes.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is visible to PyTorch; use --device cpu or mend the driver")
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} visible): lower NPROC"
+            )
+        torch.cuda.set_device(local_rank)
+        place = torch.device("cuda", local_rank)
+    else:
+        place = torch.device(kind)
+    distributed = "RANK" in os.environ and "MASTER_ADDR" in os.environ
+    if distributed and not dist.is_initialized():
+        timeout = datetime.timedelta(seconds=timeout_s)
+        store = _store_after_restart(timeout)
+        where = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"), timeout=timeout, **where)
+    return Dist(rank, world_size, local_rank, place, distributed)
+
+
+def _store_after_restart(timeout: datetime.timedelta) -> dist.Store | None:
+    """A clean part of torchrun's key-value store for processes that it has restarted; None where it is not needed.
+
+    torchrun keeps one store for all restarts. A restarted process may find there the address at which its partner was
+    before, and wait for it until the time-out. Machines may count restarts differently, so this is for one machine; for
+    several there is torchrun's TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    environment = os.environ
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if restarts == "0" or not shared or environment.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    address, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timeout)
+    return dist.PrefixStore(f"restart{restarts}", store)
+
+
+def end_distributed() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _many() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over processes, in place; the tensor itself without a process group."""
+    if _many():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, in rank order."""
+    if not _many():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if _many():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A stretch of set-up after which all processes agree whether it went well.
+
+    A UserError of one (an image root that is missing on its machine) becomes a UserError of all, so that nobody waits
+    for a process that has left.
+    """
+    message = None
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    messages = [m for m in gather_objects(message) if m is not None]
+    if messages:
+        raise UserError(messages[0])

@@ -1,0 +1,1 @@
+"""Evaluation of dense CLIP models: mean accuracy of boxes, masks and crops on COCO panoptic."""

@@ -1,0 +1,1 @@
+"""Generated scenes: the data of the quick start, the tests and the benchmarks."""

@@ -1,0 +1,1 @@
+"""What teaches, and the store of its answers."""

@@ -1,0 +1,225 @@
+"""Parts of the detector against closed forms and independent implementations."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
+
+from ovdet.fvit.detector import select_detections
+from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.parts import boxes as box_ops
+from ovdet.parts.anchors import level_anchors
+from ovdet.parts.fpn import Neck, level_strides
+from ovdet.parts.losses import box_loss, classification_loss, mask_loss, objectness_loss
+from ovdet.parts.mask_head import mask_targets, paste_masks
+
+
+def random_boxes(number: int, size: float, generator: torch.Generator) -> torch.Tensor:
+    corners = torch.rand(number, 2, 2, generator=generator) * size
+    return torch.cat([corners.min(1).values, corners.max(1).values + 1], dim=1)
+
+
+@pytest.mark.parametrize(("patch", "size", "strides"), [(16, 128, (4, 8, 16, 32, 64)), (14, 112, (3.5, 7, 14, 28, 56))])
+def test_levels_have_their_strides(patch: int, size: int, strides: tuple):
+    assert level_strides(patch) == strides
+    cells = size // patch
+    maps = [torch.randn(2, 12, cells, cells) for _ in range(4)]
+    levels = Neck(12, 8)(maps)
+    assert [tuple(x.shape) for x in levels] == [(2, 8, int(size / s), int(size / s)) for s in strides]
+    # An odd, oblong grid: the levels above the ViT's lose a last row or column, never gain one.
+    sides = [tuple(x.shape[-2:]) for x in Neck(12, 8)([torch.randn(2, 12, 7, 5) for _ in range(4)])]
+    assert sides == [(28, 20), (14, 10), (7, 5), (3, 2), (2, 1)]
+
+
+@pytest.mark.parametrize("stride", [3.5, 4.0, 56.0])
+def test_anchors_centres_and_areas(stride: float):
+    anchors = level_anchors((3, 5), stride, 8.0, [0.5, 1.0, 2.0]).reshape(3, 5, 3, 4)
+    x1, y1, x2, y2 = anchors.unbind(-1)
+    for row, column in [(0, 0), (2, 4), (1, 3)]:
+        assert torch.allclose((x1 + x2)[row, column] / 2, torch.tensor((column + 0.5) * stride))
+        assert torch.allclose((y1 + y2)[row, column] / 2, torch.tensor((row + 0.5) * stride))
+    assert torch.allclose((x2 - x1) * (y2 - y1), torch.tensor((8 * stride) ** 2))
+    assert torch.allclose((y2 - y1) / (x2 - x1), torch.tensor([0.5, 1.0, 2.0]))
+
+
+def test_box_coding_is_torchvisions_and_round_trips():
+    generator = torch.Generator().manual_seed(0)
+    boxes, targets = (random_boxes(50, 300, generator) for _ in range(2))
+    weights = (10.0, 10.0, 5.0, 5.0)
+    offsets = box_ops.encode_boxes(targets, boxes, weights)
+    reference = BoxCoder(weights)
+    assert torch.allclose(offsets, reference.encode_single(targets, boxes), atol=1e-5)
+    noise = torch.randn(50, 4, generator=generator) * 30
+    assert torch.allclose(
+        box_ops.decode_boxes(noise, boxes, weights), reference.decode_single(noise, boxes), rtol=1e-4, atol=1e-2
+    )
+    near = boxes + torch.rand(50, 4, generator=generator) * boxes.new_tensor([-1, -1, 1, 1])
+    offsets = box_ops.encode_boxes(near, boxes, weights)
+    assert torch.allclose(box_ops.decode_boxes(offsets, boxes, weights), near, atol=1e-3)
+    # Boxes without extent are coded to finite numbers.
+    flat = torch.tensor([[5.0, 5.0, 5.0, 9.0]])
+    assert box_ops.encode_boxes(flat, flat, weights).isfinite().all()
+
+
+def test_matching():
+    truth = torch.tensor([[0.0, 0, 10, 10], [100, 100, 110, 110]])
+    boxes = torch.tensor(
+        [[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 2], [100, 100, 110, 104], [100, 100, 110, 102], [50, 50, 60, 60]]
+    )  # IoU 1, .5, .2 with the first; .4, .2 with the second; 0
+    chunked = [box_ops.match(boxes, truth, positive=0.7, negative=0.3, chunk=c).tolist() for c in (1, 64)]
+    assert chunked[0] == chunked[1] == [0, -2, -1, -2, -1, -1]
+    # The best box of the second true box is forced, as its IoU is at least 0.3.
+    assert box_ops.match(boxes, truth, positive=0.7, negative=0.3, at_least=0.3).tolist() == [0, -2, -1, 1, -1, -1]
+    assert box_ops.match(boxes, truth, positive=0.7, negative=0.3, at_least=0.5).tolist() == [0, -2, -1, -2, -1, -1]
+    assert box_ops.match(boxes, truth[:0], positive=0.7, negative=0.3, at_least=0.3).tolist() == [-1] * 6
+    assert box_ops.match(boxes[:0], truth, positive=0.5, negative=0.5, at_least=0.3).shape == (0,)
+    generator = torch.Generator().manual_seed(1)
+    boxes, truth = random_boxes(200, 100, generator), random_boxes(90, 100, generator)
+    best, index = box_iou(boxes, truth).max(1)
+    expected = torch.where(best >= 0.5, index, box_ops.BACKGROUND)
+    assert torch.equal(box_ops.match(boxes, truth, positive=0.5, negative=0.5, chunk=7), expected)
+
+
+def test_sampling_numbers():
+    matches = torch.tensor([-1] * 50 + [3] * 30 + [-2] * 20)
+    positive, background = box_ops.sample(matches, 40, 0.25)
+    assert len(positive) == 10 and len(background) == 30
+    assert (matches[positive] >= 0).all() and (matches[background] == -1).all()
+    assert len(set(positive.tolist())) == 10 and len(set(background.tolist())) == 30
+    positive, background = box_ops.sample(torch.tensor([-1, 0, -2]), 256, 0.5)
+    assert positive.tolist() == [1] and background.tolist() == [0]
+
+
+def test_pooling_is_torchvisions_for_whole_strides():
+    generator = torch.Generator().manual_seed(0)
+    strides = (4, 8, 16, 32)
+    maps = [torch.randn(2, 3, 512 // s, 512 // s, generator=generator) for s in strides]
+    boxes = [random_boxes(40, 450, generator), random_boxes(30, 60, generator)]
+    boxes[0][0] = torch.tensor([0.0, 0, 512, 500])
+    boxes = [torch.cat([b[:, :2], torch.maximum(b[:, 2:], b[:, :2] + 40)], dim=1) for b in boxes]
+    levels = [box_ops.assign_levels(b, strides) for b in boxes]
+    assert len(torch.cat(levels).unique()) == 4
+    # torchvision's multi-level pooling does not align: its cells are read half a cell further right and down. It also
+    # has no boxes smaller than a cell, hence the 40 pixels above.
+    moved = [b - torch.tensor(strides)[level][:, None] / 2 for b, level in zip(boxes, levels, strict=True)]
+    expected = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, 2)(
+        {str(i): m for i, m in enumerate(maps)}, moved, [(512, 512)] * 2
+    )
+    assert torch.allclose(box_ops.pool_levels(maps, strides, boxes, size=7, sampling=2), expected, atol=1e-4)
+
+
+def test_pooling_with_fractional_strides_reads_coordinates():
+    strides, size = (3.5, 7.0, 14.0, 28.0), 896
+    maps = []
+    for stride in strides:
+        n = int(size / stride)
+        centre = (torch.arange(n) + 0.5) * stride
+        maps.append(torch.stack(torch.meshgrid(centre, centre, indexing="xy"))[None])  # channel 0: x, channel 1: y
+    boxes = torch.tensor([[30.0, 50, 60, 90], [100, 100, 250, 300], [200, 60, 500, 420], [40, 40, 840, 840]])
+    assert box_ops.assign_levels(boxes, strides).tolist() == [0, 1, 2, 3]
+    pooled = box_ops.pool_levels(maps, strides, [boxes], size=7, sampling=4)
+    x1, y1, x2, y2 = boxes.unbind(1)
+    steps = (torch.arange(7) + 0.5) / 7
+    assert torch.allclose(pooled[:, 0, 3], x1[:, None] + steps * (x2 - x1)[:, None], atol=1e-2)
+    assert torch.allclose(pooled[:, 1, :, 2], y1[:, None] + steps * (y2 - y1)[:, None], atol=1e-2)
+
+
+def test_level_of_a_224_pixel_box_is_stride_16():
+    for side, level in [(55, 0), (57, 0), (113, 1), (225, 2), (449, 3), (1000, 3), (0, 0)]:
+        box = torch.tensor([[0.0, 0, side, side]])
+        assert box_ops.assign_levels(box, (4, 8, 16, 32)).item() == level
+        assert box_ops.assign_levels(box * 14 / 16, (3.5, 7, 14, 28)).item() == level
+
+
+def test_classification_loss_closed_form():
+    base = torch.tensor([True, False, True, False])
+    logits = torch.randn(5, 5, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([0, 2, 4, 4, 2])
+    loss = classification_loss(logits, labels, base, 0.6)
+    total = 0.0
+    for row, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        kept = {c: row[c] for c in (0, 2, 4)}  # base classes and background
+        nll = math.log(sum(math.exp(v) for v in kept.values())) - kept[label]
+        total += nll * (0.6 if label == 4 else 1.0)
+    assert loss.item() == pytest.approx(total / 5, rel=1e-5)
+    loss.backward()
+    assert (logits.grad[:, [1, 3]] == 0).all() and (logits.grad[:, [0, 2, 4]] != 0).all()
+    assert torch.allclose(logits.grad.sum(1), torch.zeros(5), atol=1e-6)
+    empty = classification_loss(logits[:0], labels[:0], base, 0.6)
+    assert empty.item() == 0 and empty.requires_grad
+
+
+def test_other_losses_closed_form():
+    predicted, target = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 0]]), torch.tensor([[0.0, 0, 0, 0], [1, 1, 1, -1]])
+    assert box_loss(predicted, target, 7).item() == pytest.approx(14 / 7)
+    assert box_loss(predicted[:0], target[:0], 0).item() == 0
+    logits, positive = torch.tensor([0.0, 2.0]), torch.tensor([True, False])
+    assert objectness_loss(logits, positive).item() == pytest.approx((math.log(2) + math.log(1 + math.e**2)) / 2)
+    assert mask_loss(torch.zeros(3, 4, 4), torch.rand(3, 4, 4) > 0.5).item() == pytest.approx(math.log(2))
+
+
+def test_fusion_closed_form():
+    detector, vlm = torch.tensor([[0.5, 0.2], [0.0, 1.0]]), torch.tensor([[0.1, 0.9], [0.3, 0.0]])
+    fused = fuse(detector, vlm, torch.tensor([True, False]), weight_base=0.1, weight_novel=0.8)
+    expected = [[0.5**0.9 * 0.1**0.1, 0.2**0.2 * 0.9**0.8], [0.0, 0.0]]
+    assert torch.allclose(fused, torch.tensor(expected))
+    assert torch.equal(fuse(detector, vlm, torch.tensor([True, False]), weight_base=0.0, weight_novel=1.0)[0],
+                       torch.tensor([0.5, 0.9]))  # fmt: skip
+    logits = torch.tensor([[0.0, math.log(2), math.log(5)]])  # background last: it competes and is not returned
+    assert torch.allclose(class_probabilities(logits), torch.tensor([[1 / 8, 2 / 8]]))
+
+
+def test_vlm_probabilities_closed_form():
+    generator = torch.Generator().manual_seed(0)
+    embeddings = F.normalize(torch.randn(4, 6, generator=generator), dim=1)
+    cells = F.normalize(torch.randn(2, 6, 2, 2, generator=generator), dim=1)
+    dense = cells.repeat_interleave(8, 2).repeat_interleave(8, 3)  # 16x16 map of four constant quarters
+    boxes = [torch.tensor([[70.0, 8, 120, 50]]), torch.tensor([[8.0, 70, 56, 120], [70, 70, 120, 120]])]
+    found = vlm_probabilities(dense, boxes, (128, 128), embeddings, 75.0)
+    for row, (image, y, x) in zip(found, [(0, 0, 1), (1, 1, 0), (1, 1, 1)], strict=True):
+        expected = (75 * embeddings @ cells[image, :, y, x]).softmax(0)[:3]
+        assert torch.allclose(row, expected, atol=1e-5)
+
+
+def test_selection():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60]])
+    scores = torch.tensor([[0.9, 0.01], [0.8, 0.7], [0.005, 0.3]])
+    found = select_detections(boxes, scores, score=0.01, iou=0.5, most=10)
+    assert found["labels"].tolist() == [0, 1, 1]  # the second box loses class 0 to the first, not class 1
+    assert torch.allclose(found["scores"], torch.tensor([0.9, 0.7, 0.3]))
+    assert torch.equal(found["boxes"], boxes[[0, 1, 2]])
+    assert len(select_detections(boxes, scores, score=0.01, iou=0.5, most=2)["scores"]) == 2
+    # Many candidates are looked at in portions; the answer is that of all at once.
+    generator = torch.Generator().manual_seed(0)
+    boxes = random_boxes(300, 40, generator)
+    scores = torch.randperm(6000, generator=generator).reshape(300, 20) / 6000  # no ties
+    for iou, most in [(0.5, 10), (0.05, 200), (0.5, 5000)]:
+        found = select_detections(boxes, scores, score=0.2, iou=iou, most=most)
+        row, label = (scores > 0.2).nonzero().unbind(1)
+        best = batched_nms(boxes[row], scores[row, label], label, iou)[:most]
+        assert torch.equal(found["scores"], scores[row, label][best]) and torch.equal(found["labels"], label[best])
+        assert torch.equal(found["boxes"], boxes[row[best]])
+    empty = select_detections(boxes[:0], scores[:0], score=0.0, iou=0.5, most=2)
+    assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == empty["scores"].shape == (0,)
+
+
+def test_masks_are_cut_and_pasted_back():
+    y, x = torch.meshgrid(torch.arange(200) + 0.5, torch.arange(240) + 0.5, indexing="ij")
+    disc = (x - 120) ** 2 + (y - 90) ** 2 < 50**2
+    box = torch.tensor([[64.3, 31.7, 181.2, 150.9], [70, 40, 170, 140]])
+    cut = mask_targets(torch.stack([torch.zeros_like(disc), disc]), torch.tensor([1, 1]), box, 28)
+    assert cut[1].float().mean().item() == pytest.approx(math.pi / 4, abs=0.02)
+    pasted = paste_masks(cut.float(), box, (200, 240))
+    for mask in pasted:
+        assert (mask & disc).sum() / (mask | disc).sum() > 0.95
+    # At twice the scale, and a box that leaves the image.
+    large = paste_masks(cut.float(), box * 2, (400, 480))
+    assert large[1].sum().item() == pytest.approx(4 * math.pi * 50**2, rel=0.03)
+    full = paste_masks(torch.ones(2, 28, 28), torch.tensor([[-10.0, -10, 20, 30], [300, 300, 310, 310]]), (200, 240))
+    assert full[0, :30, :20].all() and full[0].sum() == 600 and full[1].sum() == 0
+    assert mask_targets(disc[None], torch.zeros(0, dtype=torch.long), box[:0], 28).shape == (0, 28, 28)
