@@ -91,6 +91,12 @@ def clip(boxes: Tensor, size: tuple[int, int] | Tensor) -> Tensor:
     return torch.minimum(boxes.clamp(min=0), limits)
 
 
+def rescale(boxes: Tensor, size: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Boxes of an image of (height, width) pixels in the same image of another size."""
+    y, x = (new / old for new, old in zip(target, size, strict=True))
+    return boxes * boxes.new_tensor([x, y, x, y])
+
+
 def mirror(boxes: Tensor, width: int) -> Tensor:
     """Boxes of the mirrored image."""
     x1, y1, x2, y2 = boxes.unbind(-1)
