@@ -12,7 +12,6 @@ try:
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from ovdet.config import resolve_path
 from ovdet.data.annotations import check_image_root, load_annotations
 from ovdet.distributed import join, leave, together
 from ovdet.errors import UserError, run
@@ -41,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     process = join(args.device)
     setup_logging(process.rank)
     with together():
-        path = resolve_path(config.data.val_annotations)
+        path = config.locate(config.data.val_annotations)
         annotations = load_annotations(path, key="data.val_annotations")
-        check_image_root(annotations, resolve_path(config.data.val_images), key="data.val_images")
+        check_image_root(annotations, config.locate(config.data.val_images), key="data.val_images")
         vocabulary = make_vocabulary(config, annotations)
         vit = load_vit(config)
     detector = make_detector(config, vit, vocabulary, device=process.device, progress=process.is_master)

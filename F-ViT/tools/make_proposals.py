@@ -33,7 +33,6 @@ except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(ROOT / "src"))
 
 from open_clip.transform import crop_region, normalize  # noqa: E402
-from ovdet.config import Config  # noqa: E402
 from ovdet.data.annotations import load_annotations  # noqa: E402
 from ovdet.data.dataset import TestDataset  # noqa: E402
 from ovdet.data.images import read_image, resolve  # noqa: E402
@@ -42,6 +41,7 @@ from ovdet.distributed import Process, broadcast, gather_to_master, join, leave,
 from ovdet.errors import UserError, as_user_error, run  # noqa: E402
 from ovdet.evaluation.coco import write_json  # noqa: E402
 from ovdet.fvit.assemble import Vit, free_vocabulary, load_detector, load_vit, read_config  # noqa: E402
+from ovdet.fvit.config import FViTConfig  # noqa: E402
 from ovdet.fvit.detector import build_detector  # noqa: E402
 from ovdet.journal import setup_logging  # noqa: E402
 from ovdet.testing import SkipJudge, autocast, detect  # noqa: E402
@@ -99,7 +99,7 @@ def name_boxes(
 
 
 def images_with_boxes(
-    config: Config, vit: Vit, checkpoint: str, names: list[str], root: str, *, process: Process, args: Any
+    config: FViTConfig, vit: Vit, checkpoint: str, names: list[str], root: str, *, process: Process, args: Any
 ) -> Iterator[dict[str, Any]]:
     """Proposals of this process's share of the images, named where nouns are asked for."""
     with as_user_error():

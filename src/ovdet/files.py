@@ -16,6 +16,8 @@ log = logging.getLogger(__name__)
 
 LATEST = "latest.pt"
 FORMAT = "fvit"
+VERSION = 1  # of the names and the config; files written before there were versions have none
+_RENAMED = {"box_head.log_temperature": "classifier.log_temperature"}  # in files without a version
 
 
 def save(content: dict[str, Any], path: Path) -> None:
@@ -74,12 +76,26 @@ def detector_content(
     """A small detector file: the trained parts, the ViT by name and hash, the config, the class names."""
     return {
         "format": FORMAT,
+        "version": VERSION,
         "detector": detector.trainable_state_dict(),
         "vit": vit,
         "config": config,
         "base": base,
         "novel": novel,
     }
+
+
+def version_of(content: dict[str, Any]) -> int:
+    """Version of a detector file: 0 where it was written before there were versions."""
+    return int(content.get("version", 0))
+
+
+def detector_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """State of the trained parts of a detector file, under the names of today."""
+    state = content["detector"]
+    if version_of(content) == 0:
+        state = {_RENAMED.get(name, name): value for name, value in state.items()}
+    return state
 
 
 def check_vit(content: dict[str, Any], vit: dict[str, str], path: str | Path) -> None:

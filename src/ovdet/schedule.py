@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ovdet.config import TrainConfig
+from ovdet.sections import TrainConfig
 
 
 def scaled_lr(config: TrainConfig, world_size: int) -> float:

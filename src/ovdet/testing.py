@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from open_clip.transform import normalize
-from ovdet.config import Config, resolve_path
 from ovdet.data.annotations import Annotations
 from ovdet.data.dataset import TestDataset
 from ovdet.data.loader import test_loader
@@ -22,6 +21,7 @@ from ovdet.data.masks import encode_mask
 from ovdet.distributed import Process, from_master, gather_to_master
 from ovdet.errors import UserError
 from ovdet.evaluation.coco import evaluate_detections, format_table, read_truth, write_json
+from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import Detector
 from ovdet.parts.mask_head import paste_masks
 from ovdet.vocabulary import Vocabulary
@@ -149,7 +149,7 @@ def coco_results(
 
 
 def test(
-    config: Config,
+    config: FViTConfig,
     detector: Detector,
     annotations: Annotations,
     vocabulary: Vocabulary,
@@ -170,7 +170,7 @@ def test(
     if "segm" in kinds and detector.mask_head is None:
         raise UserError("--eval segm needs a detector with masks: use a config with model.masks=true, or --eval bbox")
     data = config.data
-    dataset = TestDataset(annotations.file_names, root=resolve_path(data.val_images), image_size=data.image_size)
+    dataset = TestDataset(annotations.file_names, root=config.locate(data.val_images), image_size=data.image_size)
     loader = test_loader(
         dataset, batch_size=config.test.batch_size, workers=data.workers, rank=process.rank,
         world_size=process.world_size, pin=process.device.type == "cuda",
@@ -206,9 +206,9 @@ test.__test__ = False
 
 
 def _score(
-    config: Config, results: list[dict[str, Any]], vocabulary: Vocabulary, kinds: Sequence[str], folder: Path | None
+    config: FViTConfig, results: list[dict[str, Any]], vocabulary: Vocabulary, kinds: Sequence[str], folder: Path | None
 ) -> dict[str, dict[str, float]]:
-    path = resolve_path(config.data.val_annotations)
+    path = config.locate(config.data.val_annotations)
     truth = read_truth(path)
     novel = [name for name, is_novel in zip(vocabulary.names, vocabulary.novel, strict=True) if is_novel]
     metrics = {}

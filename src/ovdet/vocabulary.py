@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip.prompts import PROMPT_TEMPLATES, class_embeddings
-from ovdet.config import Config, resolve_path
+from ovdet.config import Config
 from ovdet.data.annotations import Annotations
 from ovdet.distributed import broadcast
 from ovdet.errors import UserError
@@ -124,7 +124,7 @@ def vocabulary_embeddings(
     """
     width = model.visual.embed_dim
     if config.data.embeddings:
-        return read_embeddings(resolve_path(config.data.embeddings), names, width)
+        return read_embeddings(config.locate(config.data.embeddings), names, width)
     return broadcast(
         lambda: compute_embeddings(
             model, tokenizer, [*names, BACKGROUND], device=device, cache_folder=cache_folder, progress=progress

@@ -14,7 +14,6 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from ovdet.config import Config
 from ovdet.data.annotations import Annotations, check_image_root, load_annotations
 from ovdet.data.dataset import Skipped, TestDataset, TrainDataset
 from ovdet.data.images import ImageError, read_image, resolve
@@ -22,6 +21,7 @@ from ovdet.data.loader import TestSampler, TrainSampler, collate_train, train_lo
 from ovdet.data.masks import decode_segmentation, encode_mask
 from ovdet.data.transforms import View, apply_view, apply_view_to_masks, boxes_of_masks, draw_view
 from ovdet.errors import UserError
+from ovdet.fvit.config import FViTConfig
 from ovdet.vocabulary import make_vocabulary, read_embeddings, training_labels
 
 # -- annotations ------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_plain_view():
 
 
 def test_vocabulary_and_training_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    config = Config()
+    config = FViTConfig()
     config.data.novel = ["cat"]
     a = load_annotations(small_file(tmp_path), key="k")
     vocabulary = make_vocabulary(config, a)

@@ -17,7 +17,6 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ovdet.config import TrainConfig
 from ovdet.data.annotations import load_annotations
 from ovdet.distributed import Process
 from ovdet.engine import EXIT_INTERRUPTED, Trainer
@@ -25,6 +24,7 @@ from ovdet.errors import UserError
 from ovdet.files import load
 from ovdet.fvit.assemble import config_of_checkpoint, load_detector, load_vit, make_detector, read_config
 from ovdet.schedule import lr_at, scaled_lr
+from ovdet.sections import TrainConfig
 from ovdet.testing import test as run_test
 from ovdet.testing import to_original
 from ovdet.vocabulary import compute_embeddings, make_vocabulary

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,9 @@ from torch import Tensor
 
 import open_clip
 from ovdet import files as checkpoint
-from ovdet.config import Config, config_from_dict, format_config, load_config, resolve_path
+from ovdet.config import config_from_dict, load_config
 from ovdet.errors import as_user_error
+from ovdet.fvit.config import UNVERSIONED, FViTConfig
 from ovdet.fvit.detector import Detector, build_detector
 from ovdet.vocabulary import Vocabulary, vocabulary_embeddings, weights_hash
 
@@ -31,13 +31,13 @@ class Vit:
     identity: dict[str, str]
 
 
-def read_config(path: str, overrides: Sequence[str]) -> Config:
+def read_config(path: str, overrides: Sequence[str]) -> FViTConfig:
     """The config of a file and ``section.key=value`` overrides. UserError when it is faulty."""
     with as_user_error():
-        return load_config(path, overrides)
+        return load_config(FViTConfig, path, overrides)
 
 
-def load_vit(config: Config) -> Vit:
+def load_vit(config: FViTConfig) -> Vit:
     """The CLIP model of a config on the CPU; random weights follow ``train.seed``.
 
     ``model.name`` may also be a model config file (``.json``).
@@ -49,14 +49,14 @@ def load_vit(config: Config) -> Vit:
     name = model.name
     with as_user_error():
         if name.endswith(".json"):
-            path = Path(resolve_path(name))
+            path = Path(config.locate(name))
             name = path.parent.name if path.stem == "config" else path.stem
             open_clip.add_model_config(path, name)
         torch.manual_seed(config.train.seed)
         pretrained, folder = model.pretrained, model.cache_dir
-        if Path(resolve_path(pretrained)).is_file():
-            pretrained = resolve_path(pretrained)
-        folder = resolve_path(folder) if folder and pretrained == "eva" else folder or None
+        if Path(config.locate(pretrained)).is_file():
+            pretrained = config.locate(pretrained)
+        folder = config.locate(folder) if folder and pretrained == "eva" else folder or None
         clip = open_clip.create_model(name, pretrained=pretrained or None, cache_dir=folder).eval()
         tokenizer = open_clip.get_tokenizer(name)
     weights = str(folder) if pretrained == "eva" else str(pretrained) or f"random, seed {config.train.seed}"
@@ -64,7 +64,7 @@ def load_vit(config: Config) -> Vit:
 
 
 def make_detector(
-    config: Config, vit: Vit, vocabulary: Vocabulary, *, device: torch.device, progress: bool = False
+    config: FViTConfig, vit: Vit, vocabulary: Vocabulary, *, device: torch.device, progress: bool = False
 ) -> Detector:
     """A detector for a vocabulary, on a device; its trainable parts start from ``train.seed``.
 
@@ -78,12 +78,13 @@ def make_detector(
         return build_detector(config, vit.model, embeddings, vocabulary.base_mask).to(device)
 
 
-def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:
+def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> FViTConfig:
     """The config that a detector was trained with. UserError when it, or an override, is faulty."""
-    with as_user_error(), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{Path(path).stem}.toml"
-        file.write_text(format_config(config_from_dict(content["config"], source=f"checkpoint {path}")))
-        return load_config(file, overrides)
+    values = content["config"]
+    if checkpoint.version_of(content) == 0:
+        values = {name: {**UNVERSIONED.get(name, {}), **section} for name, section in values.items()}
+    with as_user_error():
+        return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", overrides=overrides)
 
 
 def load_detector(path: str, detector: Detector, vit: Vit) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def load_detector(path: str, detector: Detector, vit: Vit) -> dict[str, Any]:
     content = checkpoint.load(path)
     checkpoint.check_vit(content, vit.identity, path)
     with as_user_error():
-        detector.load_trainable_state_dict(content["detector"])
+        detector.load_trainable_state_dict(checkpoint.detector_state(content))
     return content
 
 

@@ -10,12 +10,15 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, nms
 
 from open_clip import CLIP, ImageTower
-from ovdet.config import Config
 from ovdet.fvit.backbone import FrozenViT
+from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
 from ovdet.parts.box_head import BoxHead
+from ovdet.parts.classifier import CosineClassifier
 from ovdet.parts.fpn import Neck, level_strides
+from ovdet.parts.losses import classification_loss
 from ovdet.parts.mask_head import MaskHead
+from ovdet.parts.rois import sample_rois
 from ovdet.parts.rpn import RPN
 
 FROZEN = "backbone."  # prefix of what is not trained
@@ -36,17 +39,34 @@ class Detector(nn.Module):
     class_embeddings: Tensor
     base_mask: Tensor
 
-    def __init__(self, config: Config, visual: ImageTower) -> None:
+    def __init__(self, config: FViTConfig, visual: ImageTower) -> None:
         super().__init__()
         model = config.model
         self.config, self.test_config = model, config.test
         self.strides = level_strides(visual.patch_size)
+        pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest or 14 * self.strides[0]}
         self.backbone = FrozenViT(visual, model.blocks)
         self.neck = Neck(self.backbone.width, model.channels)
-        self.rpn = RPN(model, model.channels, self.strides)
+        self.rpn = RPN(
+            model.channels, self.strides, convs=model.rpn_convs, norm=nn.BatchNorm2d if model.rpn_norm else None,
+            anchor_scale=model.anchor_scale, anchor_ratios=model.anchor_ratios, anchor_offset=model.anchor_offset,
+            samples=model.rpn_samples, positive_share=model.rpn_positive_share, positive_iou=model.rpn_positive_iou,
+            negative_iou=model.rpn_negative_iou, pre_nms=model.rpn_pre_nms, post_nms=model.rpn_post_nms,
+            nms=model.rpn_nms, padding=model.rpn_padding, empty_counts_one=model.rpn_empty_counts_one,
+            limit_below=model.box_limit_below,
+        )  # fmt: skip
+        self.classifier = CosineClassifier(model.temperature, model.temperature_kind)
         # The fifth level is for proposals only, as in Mask R-CNN.
-        self.box_head = BoxHead(model, model.channels, visual.embed_dim, self.strides[:4])
-        self.mask_head = MaskHead(model, model.channels, self.strides[:4]) if model.masks else None
+        self.box_head = BoxHead(
+            model.channels, visual.embed_dim, self.strides[:4], size=model.box_size, convs=model.box_convs,
+            fcs=model.box_fcs, width=model.box_width or visual.embed_dim, own_fcs=model.box_own_fcs,
+            embedding_relu=model.embedding_relu, limit_below=model.box_limit_below, **pooling,
+        )  # fmt: skip
+        self.mask_head = None
+        if model.masks:
+            self.mask_head = MaskHead(
+                model.channels, self.strides[:4], size=model.mask_size, convs=model.mask_convs, **pooling
+            )
         # Not part of any state: the vocabulary is the user's.
         self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
         self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)
@@ -155,13 +175,19 @@ class Detector(nn.Module):
         out = self.rpn(maps)
         rpn_class, rpn_box = self.rpn.losses(out, image_sizes, [target["boxes"] for target in targets])
         proposals = [p["boxes"] for p in self.rpn.proposals(out, image_sizes)]
-        samples = self.box_head.sample(proposals, image_sizes, targets, background=classes)
-        loss_class, loss_box = self.box_head.losses(maps[:4], samples, targets, self.class_embeddings, self.base_mask)
+        model, truth = self.config, [target["boxes"] for target in targets]
+        samples = sample_rois(
+            proposals, image_sizes, truth, [target["labels"] for target in targets], classes,
+            number=model.roi_samples, positive_share=model.roi_positive_share, iou=model.roi_iou,
+            low_quality=model.roi_low_quality, truth_keeps_label=model.roi_truth_keeps_label,
+        )  # fmt: skip
+        embeddings, offsets = self.box_head(maps[:4], samples.boxes)
+        logits = self.classifier(embeddings, self.class_embeddings)
         losses = {
             "loss_rpn_class": rpn_class,
             "loss_rpn_box": rpn_box,
-            "loss_class": loss_class,
-            "loss_box": loss_box,
+            "loss_class": classification_loss(logits, samples.labels, self.base_mask, model.background_weight),
+            "loss_box": self.box_head.box_loss(offsets, samples, truth),
         }
         if self.mask_head is not None:
             losses["loss_mask"] = self.mask_head.losses(
@@ -181,10 +207,10 @@ class Detector(nn.Module):
         proposals = [p["boxes"] for p in self.rpn.proposals(self.rpn(maps), image_sizes)]
         embeddings, offsets = self.box_head(maps[:4], proposals)
         boxes = self.box_head.refine(offsets, proposals, image_sizes)
-        # The VLM judges the boxes that are answered, and not the looser proposals they come from.
+        judged = boxes if config.vlm_boxes == "refined" else proposals
         scores = fuse(
-            class_probabilities(self.box_head.logits(embeddings, self.class_embeddings, config.temperature)),
-            vlm_probabilities(vit.dense, boxes, images.shape[-2:], self.class_embeddings, config.vlm_temperature),
+            class_probabilities(self.classifier(embeddings, self.class_embeddings, config.temperature)),
+            vlm_probabilities(vit.dense, judged, images.shape[-2:], self.class_embeddings, config.vlm_temperature),
             self.base_mask,
             weight_base=config.vlm_weight_base,
             weight_novel=config.vlm_weight_novel,
@@ -239,7 +265,7 @@ def select_detections(boxes: Tensor, scores: Tensor, *, score: float, iou: float
         number *= 4
 
 
-def build_detector(config: Config, clip_model: CLIP, class_embeddings: Tensor, base_mask: Tensor) -> Detector:
+def build_detector(config: FViTConfig, clip_model: CLIP, class_embeddings: Tensor, base_mask: Tensor) -> Detector:
     """A detector on the image tower of a CLIP model.
 
     Args:

@@ -24,12 +24,17 @@ def encode_boxes(targets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Te
     return offsets * offsets.new_tensor(weights)
 
 
-def decode_boxes(offsets: Tensor, boxes: Tensor, weights: Sequence[float]) -> Tensor:
-    """Inverse of :func:`encode_boxes`: ``[N, 4]`` xyxy, float32."""
+def decode_boxes(offsets: Tensor, boxes: Tensor, weights: Sequence[float], *, limit_below: bool = True) -> Tensor:
+    """Inverse of :func:`encode_boxes`: ``[N, 4]`` xyxy, float32. A side grows at most 62.5 times.
+
+    Args:
+        limit_below: whether it also shrinks at most 62.5 times.
+    """
     offsets = offsets.float() / torch.tensor(weights, device=offsets.device)
     centre, side = _centre_side(boxes)
     centre = centre + offsets[:, :2] * side
-    half = side * offsets[:, 2:].clamp(max=_MOST_LOG_SCALE).exp() / 2
+    least = -_MOST_LOG_SCALE if limit_below else None
+    half = side * offsets[:, 2:].clamp(min=least, max=_MOST_LOG_SCALE).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -94,18 +99,26 @@ def clip_to(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.stack([boxes[:, i].clamp(0, bound) for i, bound in enumerate((width, height, width, height))], dim=-1)
 
 
-def assign_levels(boxes: Tensor, strides: Sequence[float]) -> Tensor:
-    """Level of each box, int64 ``[K]``: ``floor(log2(sqrt(area) / (14 * stride_0)))``, within the levels given.
+def assign_levels(boxes: Tensor, levels: int, finest: float = 56.0) -> Tensor:
+    """Level of each box, int64 ``[K]``: ``floor(log2(sqrt(area) / finest))``, within 0 .. ``levels`` - 1.
 
-    So a box of 14 to 28 cells' side is pooled from the finest level, whatever the patch (224 pixels: stride 16).
+    Args:
+        finest: level 1 begins at twice this side, in pixels. Lin et al. 2017 pool a box of 224 pixels from stride 16:
+            56 where the finest stride is 4.
     """
     side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
-    level = torch.floor(torch.log2(side / (14 * strides[0]) + 1e-6))
-    return level.clamp(0, len(strides) - 1).long()
+    level = torch.floor(torch.log2(side / finest + 1e-6))
+    return level.clamp(0, levels - 1).long()
 
 
 def pool_levels(
-    maps: Sequence[Tensor], strides: Sequence[float], boxes: Sequence[Tensor], *, size: int, sampling: int = 0
+    maps: Sequence[Tensor],
+    strides: Sequence[float],
+    boxes: Sequence[Tensor],
+    *,
+    size: int,
+    sampling: int = 0,
+    finest: float = 56.0,
 ) -> Tensor:
     """RoIAlign (aligned) of each box on its level of the pyramid: ``[sum K_i, C, size, size]``.
 
@@ -113,11 +126,12 @@ def pool_levels(
         maps: levels ``[B, C, h_l, w_l]``, fine to coarse; strides: input pixels per cell, fractions welcome.
         boxes: one ``[K_i, 4]`` per image in input pixels.
         sampling: points per output cell and axis, 0 = as many as the box's size asks for.
+        finest: see :func:`assign_levels`.
     """
     image = torch.cat([b.new_full((len(b), 1), i, dtype=torch.float32) for i, b in enumerate(boxes)])
     flat = torch.cat(list(boxes)).float()
     rois = torch.cat([image, flat], dim=1)
-    level = assign_levels(flat, strides)
+    level = assign_levels(flat, len(strides), finest)
     pooled, order = [], []
     for i, (features, stride) in enumerate(zip(maps, strides, strict=True)):
         chosen = (level == i).nonzero()[:, 0]

@@ -1,4 +1,4 @@
-"""Losses of the detector. Each is summed over what was sampled and divided by its number, in float32."""
+"""Losses of the detector. Each is summed over what was sampled and divided by a number of samples, in float32."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def box_loss(predicted: Tensor, target: Tensor, samples: int) -> Tensor:
     return (predicted.float() - target).abs().sum() / max(samples, 1)
 
 
-def objectness_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Binary cross-entropy of objectness logits ``[N]`` against bool ``[N]``, mean over N (0 for N = 0)."""
+def objectness_loss(logits: Tensor, positive: Tensor, samples: int) -> Tensor:
+    """Binary cross-entropy of objectness logits ``[N]`` against bool ``[N]``, summed and divided by ``samples``."""
     target = positive.to(torch.float32)
-    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum") / max(len(logits), 1)
+    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum") / max(samples, 1)
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:

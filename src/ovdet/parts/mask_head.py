@@ -9,27 +9,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-from ovdet.config import ModelConfig
 from ovdet.parts import boxes as box_ops
-from ovdet.parts.fpn import conv_norm
+from ovdet.parts.fpn import Norm, conv_norm
 from ovdet.parts.losses import mask_loss
 
 
 class MaskHead(nn.Module):
-    """Convolutions with batch norm, a transposed convolution x2 and one logit per cell (Mask R-CNN, one mask for all).
+    """Convolutions with norm, a transposed convolution x2 and one logit per cell (Mask R-CNN, one mask for all).
 
     Args:
-        config: the ``mask_*`` values and ``roi_sampling``.
         channels: of the pyramid.
         strides: of the pyramid levels that boxes are pooled from.
+        size: RoIAlign side, masks have twice that; sampling, finest: see :func:`ovdet.parts.boxes.pool_levels`.
+        convs: 3x3 convolutions, each with ``norm`` (None: with bias) and ReLU.
     """
 
-    def __init__(self, config: ModelConfig, channels: int, strides: Sequence[float]) -> None:
+    def __init__(
+        self,
+        channels: int,
+        strides: Sequence[float],
+        *,
+        size: int = 14,
+        sampling: int = 0,
+        finest: float = 56.0,
+        convs: int = 4,
+        norm: Norm | None = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
-        self.config, self.strides = config, tuple(strides)
+        self.strides, self.size, self.sampling, self.finest = tuple(strides), size, sampling, finest
         layers: list[nn.Module] = []
-        for _ in range(config.mask_convs):
-            layers += [conv_norm(channels, channels, 3), nn.ReLU()]
+        for _ in range(convs):
+            layers += [conv_norm(channels, channels, 3, norm), nn.ReLU()]
         self.layers = nn.Sequential(
             *layers, nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, 1, 1)
         )
@@ -40,9 +50,9 @@ class MaskHead(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
-        """Mask logits ``[sum K_i, m, m]`` in the frame of each box, m = 2 * ``mask_size``."""
+        """Mask logits ``[sum K_i, m, m]`` in the frame of each box, m = 2 * ``size``."""
         x = box_ops.pool_levels(
-            maps, self.strides, boxes, size=self.config.mask_size, sampling=self.config.roi_sampling
+            maps, self.strides, boxes, size=self.size, sampling=self.sampling, finest=self.finest
         )
         return self.layers(x)[:, 0]
 
@@ -63,7 +73,7 @@ class MaskHead(nn.Module):
                 parameters get their (zero) gradients and the batch norm its batch in every step and process.
         """
         if any(len(b) for b in boxes):
-            side = 2 * self.config.mask_size
+            side = 2 * self.size
             targets = torch.cat([mask_targets(m, w, b, side) for m, w, b in zip(masks, which, boxes, strict=True)])
             return mask_loss(self(maps, boxes), targets)
         return 0 * self(maps, [fallback[None], *boxes[1:]]).float().sum()
