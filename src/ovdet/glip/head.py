@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ovdet.glip.dyconv import DyConv
 from ovdet.glip.fusion import LIMIT, FusionBlock, TextLayer
 
-PRIOR = 0.01  # score that the head starts with
+START_LOGIT = math.log(0.01 / 0.99)  # the head starts with scores of 0.01
 
 
 class Text(NamedTuple):
@@ -113,7 +113,7 @@ class GroundingHead(nn.Module):
         self.text_projection = nn.Linear(width, channels)
         self.log_scale = nn.Parameter(torch.zeros(1))
         self.bias_lang = nn.Parameter(torch.zeros(width))
-        self.bias0 = nn.Parameter(torch.full((1,), math.log(PRIOR / (1 - PRIOR))))
+        self.bias0 = nn.Parameter(torch.full((1,), START_LOGIT))
         self.level_scales = nn.ParameterList(nn.Parameter(torch.ones(1)) for _ in range(options.levels))
         for conv in (self.bbox_pred, self.centerness):
             nn.init.normal_(conv.weight, std=0.01)
@@ -123,7 +123,7 @@ class GroundingHead(nn.Module):
         if options.classifier:
             self.cls_logits = nn.Conv2d(channels, options.classifier, 1).requires_grad_(False)
             nn.init.normal_(self.cls_logits.weight, std=0.01)
-            nn.init.constant_(self.cls_logits.bias, self.bias0.item())
+            nn.init.constant_(self.cls_logits.bias, START_LOGIT)
 
     @property
     def reads_text(self) -> bool:

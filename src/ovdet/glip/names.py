@@ -17,7 +17,7 @@ LAYOUTS = ("glip", "mmdet", "own")
 #: Entries of files that are no parameters of the network, or of parts that grounding does not have.
 IGNORED = re.compile(
     r"(^|\.)(position_ids|relative_position_index|cell_anchors\.\d+|attn_mask)$"
-    r"|(^|\.)(pooler|resizer|mlm_head|tunable_linear|shallow_contrastive_projection_\w+)\."
+    r"|(^|\.)(pooler|resizer|mlm_head|shallow_contrastive_projection_\w+)\."
     r"|^data_preprocessor\."
 )
 

@@ -7,13 +7,18 @@ differ by 0.2 to 1.0.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
+
+from ovdet.errors import UserError
 
 TAPS = (1, 2, 3)  # stages read, of strides 8, 16 and 32
 
@@ -107,3 +112,53 @@ class Swin(nn.Module):
         """Maps ``[B, C_i, H/s, W/s]`` for s = 8, 16, 32 of images ``[B, 3, H, W]``; sides are multiples of 32."""
         maps = self.body(images)  # [B, h, w, C]
         return [norm(x).permute(0, 3, 1, 2).contiguous() for norm, x in zip(self.norms, maps, strict=True)]
+
+
+def load_swin_weights(swin: Swin, source: str) -> None:
+    """ImageNet weights for the body: a file of Swin's authors or of timm, or a name of timm's hub.
+
+    The classifier, its norm and index tables are left out; the three output norms, which classification does not have,
+    stay as they are.
+
+    Raises:
+        UserError: nothing there, offline, or weights of another size.
+    """
+    path = Path(source)
+    if path.is_file():
+        state = _read_weights(path)
+    else:
+        try:
+            state = timm.create_model(source.removeprefix("timm/"), pretrained=True).state_dict()
+        except Exception as error:  # timm and the hub raise a dozen kinds
+            raise UserError(
+                f"image.weights {source} is neither a file nor in the cache, and cannot be fetched "
+                f"({type(error).__name__}): give the file of Swin's ImageNet weights (image.weights=FILE)"
+            ) from error
+    original = any(re.match(r"layers\.0\.downsample\.", name) for name in state)
+    renamed = {}
+    for name, value in state.items():
+        if re.match(r"(head|norm)\.|.*(relative_position_index|attn_mask)$", name):
+            continue
+        if original:  # Swin's authors keep a merging with the stage before it
+            name = re.sub(r"^layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) + 1}.downsample", name)
+        renamed[re.sub(r"^layers\.", "layers_", name)] = value
+    own = swin.body.state_dict()
+    wrong = own.keys() ^ renamed.keys()
+    wrong |= {name for name in own.keys() & renamed.keys() if own[name].shape != renamed[name].shape}
+    if wrong:
+        raise UserError(
+            f"image.weights {source}: {len(wrong)} of {len(own)} parameters are missing, unknown or of another shape "
+            f"({sorted(wrong)[0]}): give the Swin that the config's [image] section describes"
+        )
+    swin.body.load_state_dict(renamed)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(str(path))
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # both readers raise a dozen kinds for damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        raise UserError(f"image.weights {path} cannot be read ({reason}): fetch it anew") from error
+    return content.get("model", content)
