@@ -142,7 +142,8 @@ class GLIP(nn.Module):
 
         Returns:
             Per image and by falling score ``boxes`` ``[K, 4]``, xyxy in pixels of the original, ``scores`` ``[K]`` and
-            ``labels`` int64 ``[K]``, of the prompt.
+            ``labels`` int64 ``[K]``, of the prompt. Last pixels are scaled before one is added, as published results
+            are, so a box may end up to a pixel outside of an image that is smaller than the input.
         """
         number = len(sizes)
         shared = len(prompts) == 1 and number > 1
