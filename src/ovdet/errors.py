@@ -7,11 +7,9 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 
+from training.engine.errors import UserError
+
 log = logging.getLogger(__name__)
-
-
-class UserError(Exception):
-    """A fault in the input: one line that names the file or value and the remedy."""
 
 
 @contextlib.contextmanager

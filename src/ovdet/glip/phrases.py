@@ -1,7 +1,7 @@
 """Phrases of a caption: given by the user, or found as noun phrases.
 
-Noun phrases are an optional determiner, adjectives, and nouns. A tagger tells which word is what: NLTK's or spaCy's, its
-data from a folder, or a built-in rule of word lists and endings, which is no more than that.
+A noun phrase is an optional determiner, adjectives, and nouns. A tagger says which word is what: NLTK's or spaCy's,
+whose data comes from a folder, or a built-in rule of word lists and endings, which is no more than that.
 """
 
 from __future__ import annotations

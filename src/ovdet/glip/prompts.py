@@ -77,33 +77,27 @@ def make_prompts(
     if not entries:
         raise UserError("the list of classes is empty: name at least one")
     labels = list(range(len(entries))) if labels is None else list(labels)
-    counts = [len(tokenizer.encode(e.text + separator).ids) - 2 for e in entries]
     prompts: list[Prompt] = []
     start = 0
     while start < len(entries):
-        end, room = start, tokenizer.limit - 2
-        while end < len(entries) and (not chunk or end - start < chunk) and (counts[end] <= room or end == start):
-            room -= counts[end]
-            end += 1
-        prompt = None
-        while prompt is None:
-            # The last name of a text has no separator behind it, so one more may fit.
-            if end < len(entries) and (not chunk or end - start < chunk):
-                prompt = _prompt(entries[start : end + 1], labels[start : end + 1], tokenizer, separator)
-                if prompt is not None:
-                    end += 1
-                    break
-            prompt = _prompt(entries[start:end], labels[start:end], tokenizer, separator)
-            if prompt is None and end - start == 1:
-                needed = len(tokenizer.encode(entries[start].text).ids)
-                raise UserError(
-                    f'class "{entries[start].name[:60]}" alone needs {needed} tokens, but the text encoder takes '
-                    f"{tokenizer.limit}: shorten its name or its prompt"
-                )
-            if prompt is None:  # names can merge with what stands beside them
-                end -= 1
-        prompts.append(prompt)
-        start = end
+        # The longest run that fits: more names never need fewer tokens, and each needs one at least.
+        low, high = start, min(len(entries), start + (chunk or tokenizer.limit))
+        best = None
+        while low < high:
+            middle = (low + high + 1) // 2
+            prompt = _prompt(entries[start:middle], labels[start:middle], tokenizer, separator)
+            if prompt is None:
+                high = middle - 1
+            else:
+                low, best = middle, prompt
+        if best is None:
+            needed = len(tokenizer.encode(entries[start].text).ids)
+            raise UserError(
+                f'class "{entries[start].name[:60]}" alone needs {needed} tokens, but the text encoder takes '
+                f"{tokenizer.limit}: shorten its name or its prompt"
+            )
+        prompts.append(best)
+        start = low
     return prompts
 
 
