@@ -43,24 +43,34 @@ def best_per_image(detections: Sequence[dict[str, Any]], most: int = LVIS_DETECT
 def evaluate_by_category(
     truth: dict[str, Any], detections: list[dict[str, Any]], *, kind: str, chunk: int = 64
 ) -> np.ndarray:
-    """Precision ``[10 IoUs, 101 recalls, C, 4 areas]``, -1 for classes without objects.
+    """Precision ``[10 IoUs, 101 recalls, C, 4 areas]`` at 300 detections an image, -1 for classes without objects."""
+    return accumulate_by_category(truth, best_per_image(detections), kind=kind, limit=LVIS_DETECTIONS, chunk=chunk)[0]
 
-    Classes do not influence one another once the 300 detections are chosen, so they are judged ``chunk`` at a time: the
+
+def accumulate_by_category(
+    truth: dict[str, Any], detections: list[dict[str, Any]], *, kind: str, limit: int, chunk: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision ``[10 IoUs, 101 recalls, C, 4 areas]`` and recall ``[10, C, 4]``, -1 for classes without objects.
+
+    Classes do not influence one another once the detections are chosen, so they are judged ``chunk`` at a time: the
     evaluator keeps an entry for every pair of image and class, 24 million in LVIS val.
+
+    Args:
+        detections: those that count; no image has more than ``limit`` of one class.
     """
-    kept = best_per_image(detections)
     order = sorted(c["id"] for c in truth["categories"])
     parts = []
-    for part in _chunks(order, truth, kept, chunk):
+    for part in _chunks(order, truth, detections, chunk):
         gold = COCO(part["truth"])
         evaluator = COCOeval_faster(
             gold, gold.loadRes(part["found"]), kind, print_function=log.debug, lvis_style=True
         )  # fmt: skip
-        evaluator.params.maxDets = [LVIS_DETECTIONS]
+        evaluator.params.maxDets = [limit]
         evaluator.evaluate()
         evaluator.accumulate()
-        parts.append(evaluator.eval["precision"][..., -1])
-    return np.concatenate(parts, axis=2)
+        parts.append((evaluator.eval["precision"][..., -1], evaluator.eval["recall"][..., -1]))
+    precision, recall = zip(*parts, strict=True)
+    return np.concatenate(precision, axis=2), np.concatenate(recall, axis=1)
 
 
 def _chunks(
