@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovdet.config import load_config
-from ovdet.errors import UserError, as_user_error, run
-from ovdet.files import save
 from ovdet.glip import files, names
 from ovdet.glip.build import build_glip, load_clip, make_tokenizer
 from ovdet.glip.config import GlipConfig
+from training.engine.checkpoint import save_atomically
+from training.engine.errors import UserError, as_user_error, run_program
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         state = names.write_state(model.state_dict(), args.layout, fusion=config.head.fusion)
         content = {"state_dict": state} if args.layout == "mmdet" else {"model": _as_published(state)}
-    save(content, args.target)
+    save_atomically(content, args.target)
     print(f"{args.target}: {len(model.state_dict())} tensors, {found} to {args.layout} layout")
     return 0
 
@@ -64,4 +64,4 @@ def _as_published(state: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(run_program(main))

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 import open_clip
-from ovdet.errors import UserError, as_user_error
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.head import GroundingHead, HeadOptions
 from ovdet.glip.image import ClipPyramid, ImageEncoder, SwinPyramid
@@ -17,6 +16,7 @@ from ovdet.glip.model import GLIP
 from ovdet.glip.swin import Swin, load_swin_weights
 from ovdet.glip.text import BertText, ClipText
 from ovdet.glip.tokens import ClipPairs, Tokenizer, WordPieces
+from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ovdet.config import config_to_dict
-from ovdet.errors import UserError
 from ovdet.glip import names
 from ovdet.glip.config import GlipConfig
-from ovdet.vocabulary import weights_hash
+from training.engine.checkpoint import weights_hash
+from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -105,14 +105,10 @@ def load_whole(model: nn.Module, path: str | Path, *, ema: bool = False, key: st
     return layout
 
 
-def rest_of(model: nn.Module, part: Iterable[str]) -> nn.Module:
-    """The state outside of ``part`` as a module that can be hashed."""
+def rest_hash(model: nn.Module, part: Iterable[str]) -> str:
+    """Hash of a model's state without the entries of ``part``."""
     part = set(part)
-    holder = nn.Module()
-    for name, value in model.state_dict().items():
-        if name not in part:
-            holder.register_buffer(name.replace(".", "/"), value)
-    return holder
+    return weights_hash({name: value for name, value in model.state_dict().items() if name not in part})
 
 
 def content_of(model: nn.Module, config: GlipConfig, *, part: Iterable[str] | None = None) -> dict[str, Any]:
@@ -125,7 +121,7 @@ def content_of(model: nn.Module, config: GlipConfig, *, part: Iterable[str] | No
     state = model.state_dict()
     if part is not None:
         part = set(part)
-        base = {"weights": config.model.weights or config.clip.pretrained, "hash": weights_hash(rest_of(model, part))}
+        base = {"weights": config.model.weights or config.clip.pretrained, "hash": rest_hash(model, part)}
         state = {name: value for name, value in state.items() if name in part}
     else:
         base = None
@@ -145,7 +141,7 @@ def load_part(model: nn.Module, content: Mapping[str, Any], path: str | Path) ->
         raise UserError(
             f"{path}: {wrong[0]} ({len(wrong)} in all) does not fit: use the config that it was trained with"
         )
-    if weights_hash(rest_of(model, state)) != base["hash"]:
+    if rest_hash(model, state) != base["hash"]:
         raise UserError(
             f'{path}: was trained on other weights ("{base["weights"]}") than those at hand: give the same ones '
             "(model.weights, clip.pretrained)"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ovdet.errors import UserError
 from ovdet.glip.decode import Selection
 from ovdet.glip.head import Text
 from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.prompts import knowledge_prompt
+from training.engine.errors import UserError
 
 TEXTS_AT_ONCE = 16  # prompts that are encoded together
 

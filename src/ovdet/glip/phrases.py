@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovdet.errors import UserError
 from ovdet.glip.model import Prompt
 from ovdet.glip.tokens import Span, Tokenizer, tokens_of_spans
+from training.engine.errors import UserError
 
 TAGGERS = ("rule", "nltk", "spacy")
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|[^\w\s]")

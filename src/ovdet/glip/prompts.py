@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ovdet.errors import UserError
 from ovdet.glip.model import Prompt
 from ovdet.glip.tokens import Encoded, Span, Tokenizer, tokens_of_spans
+from training.engine.errors import UserError
 
 SEPARATOR = ". "
 KNOWLEDGE = ("def_wiki", "def_wn", "path_wn", "gpt3", "gpt3_and_wiki")

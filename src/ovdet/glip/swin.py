@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models.swin_transformer import SwinTransformerBlock, window_partition, window_reverse
 from torch import Tensor, nn
 
-from ovdet.errors import UserError
+from training.engine.errors import UserError
 
 TAPS = (1, 2, 3)  # stages read, of strides 8, 16 and 32
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from open_clip.text_tower import TextTower
-from ovdet.errors import UserError
+from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from open_clip.tokenizer import SimpleTokenizer, clean_text
-from ovdet.errors import UserError
+from training.engine.errors import UserError
 
 Span = tuple[int, int]  # characters [begin, end) of a text
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from ovdet.config import format_config
-from ovdet.errors import UserError
 from ovdet.glip.model import GLIP
+from training.engine.errors import UserError
 
 
 @pytest.fixture(scope="module")

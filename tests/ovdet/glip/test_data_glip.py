@@ -15,7 +15,6 @@ from PIL import Image
 
 from ovdet.data.annotations import parse
 from ovdet.data.dataset import Skipped
-from ovdet.errors import UserError
 from ovdet.glip import tokens as tk
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data import packing
@@ -31,6 +30,7 @@ from ovdet.glip.data.sources import DetectionSource, GroundingSource
 from ovdet.glip.data.transforms import names_a_side, target_size
 from ovdet.glip.data.tsv import load_tsv
 from ovdet.glip.prompts import ClassPrompt
+from training.engine.errors import UserError
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ovdet.errors import UserError
 from ovdet.glip.evaluation import flickr, wild
 from ovdet.glip.evaluation.fixed_ap import best_per_class, fixed_ap
+from training.engine.errors import UserError
 
 _LINE = re.compile(r"\((AP|AR)\) @\[ IoU=(\S+)\s*\| area=\s*(\w+) .* catIds=\s*(\w+)\] = (\S+)")
 

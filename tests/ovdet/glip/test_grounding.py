@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ovdet.errors import UserError
 from ovdet.glip import phrases as ph
 from ovdet.glip import tokens as tk
 from ovdet.glip.decode import Selection
@@ -26,6 +25,7 @@ from ovdet.glip.prompts import (
     read_knowledge,
     write_query,
 )  # fmt: skip
+from training.engine.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ovdet.config import load_config
-from ovdet.errors import UserError
 from ovdet.glip import files, names
 from ovdet.glip.build import count_parameters, on_meta
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.model import GLIP
+from training.engine.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[3] / "GLIP" / "configs"
 

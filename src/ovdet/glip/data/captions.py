@@ -16,8 +16,8 @@ import torch
 from torchvision.ops import nms
 
 from ovdet.data.annotations import is_id
-from ovdet.errors import UserError
 from ovdet.glip.data.records import Builder, Records, read_box, read_spans
+from training.engine.errors import UserError
 
 
 def load_captions(path: str, *, key: str, score: float = 0.0, overlap: float = -1.0) -> Records:

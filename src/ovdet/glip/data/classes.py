@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from numpy.random import Generator
 
-from ovdet.errors import UserError
 from ovdet.glip.prompts import SEPARATOR, ClassPrompt, clean_name, write_query
 from ovdet.glip.tokens import Span, Tokenizer
+from training.engine.errors import UserError
 
 
 def is_background(identity: int, name: str) -> bool:

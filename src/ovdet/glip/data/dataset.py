@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ovdet.data.dataset import Skipped
-from ovdet.data.images import ImageError, read_image, resolve
 from ovdet.glip.data.sources import Source
 from ovdet.glip.data.transforms import names_a_side, resized_view, target_size, usable_boxes
 from ovdet.glip.losses import GroundTruth
 from ovdet.glip.tokens import Tokenizer, positive_map, tokens_of_spans
+from training.engine.data.images import ImageError, decode, read_image, resolve
 
 
 class TrainDataset(Dataset):
@@ -62,7 +61,7 @@ class TrainDataset(Dataset):
         try:
             example = source.read(row, rng)
             name = example.name
-            image = read_bytes(example.image, name) if isinstance(example.image, bytes) else read_image(example.image)
+            image = decode(example.image, name) if isinstance(example.image, bytes) else read_image(example.image)
         except ImageError as error:
             return Skipped(error.file, error.reason)
         except ValueError as error:
@@ -86,17 +85,6 @@ class TrainDataset(Dataset):
             "truth": GroundTruth(boxes, labels),
             "image_id": example.image_id,
         }
-
-
-def read_bytes(content: bytes, name: str) -> Tensor:
-    """RGB uint8 ``[3, H, W]`` of an image file's bytes. ImageError where they are none."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
-    except Exception as error:  # Pillow raises a dozen kinds
-        raise ImageError(name, f"not a readable image ({type(error).__name__})") from None
 
 
 class TestDataset(Dataset):

@@ -9,9 +9,9 @@ from collections import defaultdict
 from typing import Any
 
 from ovdet.data.annotations import image_file_name, is_id
-from ovdet.errors import UserError
 from ovdet.glip.data.records import Builder, Records, read_box, read_spans
 from training.engine.data.annotations import read_json
+from training.engine.errors import UserError
 
 
 def load_grounding(path: str, *, key: str, evaluation: bool = False) -> Records:

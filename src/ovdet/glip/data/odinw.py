@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ovdet.errors import UserError
+from training.engine.errors import UserError
 
 ANNOTATIONS = ("annotations_without_background.json", "_annotations.coco.json", "annotations.json")
 SPLITS = {"train": ("train",), "valid": ("valid", "val", "validation"), "test": ("test",)}

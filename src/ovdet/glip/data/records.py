@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ovdet.errors import UserError
 from ovdet.glip.tokens import Span
 from training.engine.data.annotations import Strings
+from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 

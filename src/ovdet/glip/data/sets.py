@@ -17,7 +17,6 @@ from typing import Any
 
 from ovdet.config import Config, load_config
 from ovdet.data.annotations import check_image_root, load_annotations
-from ovdet.errors import UserError, as_user_error
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.captions import load_captions
 from ovdet.glip.data.classes import ClassTexts, class_prompts
@@ -27,6 +26,7 @@ from ovdet.glip.data.tsv import load_tsv
 from ovdet.glip.prompts import ClassPrompt, read_class_prompts
 from ovdet.glip.tokens import Tokenizer
 from ovdet.sections import Rule, not_negative, positive, shares
+from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
 

@@ -11,14 +11,14 @@ import numpy as np
 from numpy.random import Generator
 
 from ovdet.data.annotations import Annotations
-from ovdet.data.images import resolve
-from ovdet.errors import UserError
 from ovdet.glip.data.classes import ClassTexts
 from ovdet.glip.data.fewshot import choose_shots
 from ovdet.glip.data.packing import draw_number, pack
 from ovdet.glip.data.records import Records
 from ovdet.glip.data.tsv import TsvImages
 from ovdet.glip.tokens import Span, Tokenizer
+from training.engine.data.images import resolve
+from training.engine.errors import UserError
 
 LEAST_SIDE = 1.0  # an object that trains has longer sides, in pixels
 

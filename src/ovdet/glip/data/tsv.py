@@ -16,9 +16,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ovdet.errors import UserError
 from ovdet.glip.data.captions import add_caption
 from ovdet.glip.data.records import Builder, Records
+from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ovdet.errors import UserError
+from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 

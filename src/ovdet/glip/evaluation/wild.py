@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovdet.errors import UserError
 from ovdet.evaluation.coco import write_json
 from ovdet.glip.data.odinw import ODINW13
+from training.engine.errors import UserError
 
 
 def averages(results: Mapping[str, Mapping[str, float]], metric: str = "AP") -> dict[str, float]:
