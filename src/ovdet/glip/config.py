@@ -172,6 +172,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm; 0 = no limit
     decay_at: list[float] = field(default_factory=lambda: [0.67, 0.89])  # shares of the run after which the rate falls
     decay_factor: float = 0.1
+    weight_decay_at: list[float] = field(default_factory=list)  # one share: the decay falls as well, at it times each
     warmup_steps: int = 2000
     warmup_factor: float = 0.001
     patience: int = 0  # evaluations without gain after which the rate falls; 0: by decay_at
@@ -193,11 +194,17 @@ class TrainConfig:
         yield "train.precision", self.precision, self.precision in kinds, '"fp32", "amp_bf16" or "amp_fp16"'
         yield "train.ema", self.ema, 0 <= self.ema < 1, "0 or more and below 1"
         yield "train.decay_at", self.decay_at, all(0 < share < math.inf for share in self.decay_at), "positive shares"
+        yield (
+            "train.weight_decay_at",
+            self.weight_decay_at,
+            len(self.weight_decay_at) < 2,
+            "one share of decay_at, or none",
+        )
         needs = self.eval_every > 0 or not (self.patience or self.stop_patience)
         yield "train.eval_every", self.eval_every, needs, "positive where train.patience or train.stop_patience is set"
-        yield from positive("train", self, ("epochs", "batch_size", "log_every", "save_every"))
+        yield from positive("train", self, ("epochs", "batch_size", "lr", "log_every", "save_every"))
         yield from not_negative(
-            "train", self, ("lr", "text_lr", "weight_decay", "clip", "decay_factor", "warmup_steps", "warmup_factor",
+            "train", self, ("text_lr", "weight_decay", "clip", "decay_factor", "warmup_steps", "warmup_factor",
                             "patience", "stop_patience", "seed", "eval_every")
         )  # fmt: skip
 

@@ -111,17 +111,20 @@ def rest_hash(model: nn.Module, part: Iterable[str]) -> str:
     return weights_hash({name: value for name, value in model.state_dict().items() if name not in part})
 
 
-def content_of(model: nn.Module, config: GlipConfig, *, part: Iterable[str] | None = None) -> dict[str, Any]:
+def content_of(
+    model: nn.Module, config: GlipConfig, *, part: Iterable[str] | None = None, base_hash: str | None = None
+) -> dict[str, Any]:
     """What a file of this program holds.
 
     Args:
         part: names of the parameters to keep, where the others are those of ``model.weights`` (or of the towers);
             None keeps everything.
+        base_hash: of these others, see :func:`rest_hash`; computed if None.
     """
     state = model.state_dict()
     if part is not None:
         part = set(part)
-        base = {"weights": config.model.weights or config.clip.pretrained, "hash": rest_hash(model, part)}
+        base = {"weights": config.model.weights or config.clip.pretrained, "hash": base_hash or rest_hash(model, part)}
         state = {name: value for name, value in state.items() if name in part}
     else:
         base = None

@@ -51,10 +51,11 @@ class BertText(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the layers in the backward pass."""
-        if enable:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        if enable != self.model.is_gradient_checkpointing:
+            # Renamed in transformers 5; the former name goes with 6.
+            name = f"activation_checkpointing_{'enable' if enable else 'disable'}"
+            name = name if hasattr(self.model, name) else name.replace("activation", "gradient")
+            getattr(self.model, name)(*([{"use_reentrant": False}] if enable else []))
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """States ``[B, T, L]`` of ids int64 ``[B, T]``; ``mask`` bool ``[B, T]``, False for padding."""

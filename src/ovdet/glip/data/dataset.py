@@ -125,7 +125,7 @@ def pad_images(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, list[tup
 
 
 class Collate:
-    """Samples to batches: ``images``, ``sizes`` and ``skipped`` (file, reason), and lists of everything else.
+    """Samples to batches: ``images``, ``sizes``, ``image_ids``, ``skipped`` (file, reason), lists of everything else.
 
     ``images`` is None where no sample could be read. ``samples`` counts those that could.
 
@@ -141,6 +141,7 @@ class Collate:
         batch: dict[str, Any] = {"images": None, "sizes": [], "samples": len(good)}
         if good:
             batch["images"], batch["sizes"] = pad_images([s["image"] for s in good], self.divisor)
-            batch |= {key: [s[key] for s in good] for key in good[0] if key != "image"}
+            batch |= {key: [s[key] for s in good] for key in good[0] if key not in ("image", "image_id")}
+        batch["image_ids"] = [s["image_id"] for s in good if "image_id" in s]
         batch["skipped"] = [(s.file, s.reason) for s in samples if isinstance(s, Skipped)]
         return batch
