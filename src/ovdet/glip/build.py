@@ -14,7 +14,7 @@ from ovdet.glip.head import GroundingHead, HeadOptions
 from ovdet.glip.image import ClipPyramid, ImageEncoder, SwinPyramid
 from ovdet.glip.model import GLIP
 from ovdet.glip.swin import Swin, load_swin_weights
-from ovdet.glip.text import BertText, ClipText
+from ovdet.glip.text import BertText, ClipText, is_hub_name
 from ovdet.glip.tokens import ClipPairs, Tokenizer, WordPieces
 from training.engine.errors import UserError, as_user_error
 
@@ -91,7 +91,7 @@ def make_tokenizer(config: GlipConfig) -> Tokenizer:
     if text.kind == "clip":
         return ClipPairs(min(text.limit, 77))
     source = config.locate(text.vocabulary)
-    if not Path(source).exists() and source.count("/") <= 1 and not source.endswith(".txt"):
+    if not Path(source).exists() and is_hub_name(source):
         source = _hub_vocabulary(source)
     return WordPieces(source, text.limit, text.tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,12 @@ class BertText(nn.Module):
             attention_probs_dropout_prob=dropout,
         )  # fmt: skip
         self.model = BertModel(config, add_pooling_layer=False)
-        self.width, self.vocabulary, self.layers = width, vocabulary, layers
+        self.width, self.vocabulary, self._recompute = width, vocabulary, False
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the layers in the backward pass."""
-        if enable != self.model.is_gradient_checkpointing:
+        if enable != self._recompute:
+            self._recompute = enable
             # Renamed in transformers 5; the former name goes with 6.
             name = f"activation_checkpointing_{'enable' if enable else 'disable'}"
             name = name if hasattr(self.model, name) else name.replace("activation", "gradient")
@@ -80,6 +82,11 @@ class BertText(nn.Module):
         log.info("text encoder: %d parameters from %s", len(own), file)
 
 
+def is_hub_name(source: str) -> bool:
+    """Whether a text can be a name of the hub ("bert-base-uncased", "google/bert"), and is no path."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) is not None and not source.endswith((".txt", ".bin"))
+
+
 def _weights_file(source: str, cache_dir: str | None) -> Path:
     names = ("model.safetensors", "pytorch_model.bin")
     path = Path(source)
@@ -90,7 +97,7 @@ def _weights_file(source: str, cache_dir: str | None) -> Path:
             if (path / name).is_file():
                 return path / name
         raise UserError(f"text.weights {source}: the folder holds neither {' nor '.join(names)}: put one of them there")
-    if "/" in source and not source.count("/") == 1 or source.startswith((".", "~")):
+    if not is_hub_name(source):
         raise UserError(f"text.weights {source} does not exist: give a folder with model.safetensors, or a hub name")
     from huggingface_hub import hf_hub_download
 

@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -288,3 +290,42 @@ def test_a_used_folder_is_not_overwritten(config_file: Path, tmp_path: Path, cap
     (tmp_path / "run" / "notes.txt").write_text("mine")
     assert run(config_file, tmp_path / "run") == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_processes_train_and_test_as_one(config_file: Path, tmp_path: Path):
+    """Twice one image a step, the counts of positives shared, against two images in one process."""
+    program = Path(train_command.__file__).resolve().parents[4] / "GLIP"
+    sure = ["fusion_dropout", "text_dropout"]
+    more = [*(f"head.{name}=0" for name in sure), "text.dropout=0", "image.drop_path=0", "image.drop_block=0"]
+    results = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        launch = [sys.executable]
+        if processes == 2:
+            launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
+        arguments = [
+            str(config_file),
+            "--work-dir",
+            str(folder),
+            "--device",
+            "cpu",
+            f"train.batch_size={2 // processes}",
+        ]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(program.parent / "src")}
+        done = subprocess.run(
+            [*launch, str(program / "train.py"), *arguments, *more], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        content = torch.load(folder / "model_last.pt", weights_only=True)["model"]
+        results[processes] = content, json.loads((folder / "results.json").read_text())
+        tested = subprocess.run(
+            [*launch, str(program / "test.py"), str(folder / "model_last.pt"), "--device", "cpu"],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert tested.returncode == 0, tested.stderr[-2000:]
+        metrics = json.loads((folder / "model_last_test" / "metrics.json").read_text())
+        assert metrics["AP"] == pytest.approx(results[processes][1][-1]["AP"])
+    (one, records), (two, other_records) = results[1], results[2]
+    assert all(torch.allclose(value, two[name], atol=2e-4) for name, value in one.items())
+    assert [r["step"] for r in records] == [r["step"] for r in other_records]

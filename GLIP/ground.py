@@ -1,0 +1,16 @@
+"""Find what a caption or a list names: python ground.py IMAGE... --checkpoint FILE --caption "..." | --classes ..."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+try:
+    import ovdet  # noqa: F401
+except ImportError:  # run from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+
+from ovdet.glip.commands.ground import main
+
+if __name__ == "__main__":
+    sys.exit(main())
