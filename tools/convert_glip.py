@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.target}: the folder {args.target.parent} does not exist: make it first")
     with as_user_error():
         config = load_config(GlipConfig, args.config, args.overrides)
-    model = build_glip(config, make_tokenizer(config), clip=load_clip(config))
+    clip = load_clip(config)
+    model = build_glip(config, make_tokenizer(config, clip), clip=clip)
     found = files.load_whole(model, args.source, ema=args.ema, key="source")
     if args.layout == "own":
         content = files.content_of(model, config)

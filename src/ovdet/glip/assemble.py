@@ -90,7 +90,9 @@ def load_model(config: GlipConfig, checkpoint: str | Path, *, ema: bool = False)
 
 
 def _build(config: GlipConfig) -> GLIP:
-    tokenizer, clip = make_tokenizer(config), load_clip(config)
+    torch.manual_seed(config.train.seed)
+    clip = load_clip(config)
+    tokenizer = make_tokenizer(config, clip)
     torch.manual_seed(config.train.seed)
     return build_glip(config, tokenizer, clip=clip)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import open_clip
+from open_clip.tokenizer import SimpleTokenizer
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.head import GroundingHead, HeadOptions
 from ovdet.glip.image import ClipPyramid, ImageEncoder, SwinPyramid
@@ -81,15 +82,23 @@ def _text(config: GlipConfig, clip: open_clip.CLIP | None) -> BertText | ClipTex
     return encoder
 
 
-def make_tokenizer(config: GlipConfig) -> Tokenizer:
+def make_tokenizer(config: GlipConfig, clip: open_clip.CLIP | None = None) -> Tokenizer:
     """The tokenizer of a config.
 
+    Args:
+        clip: the model of ``[clip]``, whose text tower says how long a text may be.
+
     Raises:
-        UserError: BERT's vocabulary is missing or of another size than the text encoder.
+        UserError: BERT's vocabulary is missing or of another size than the text encoder; or a CLIP model with a
+            tokenizer that does not tell characters.
     """
     text = config.text
     if text.kind == "clip":
-        return ClipPairs(min(text.limit, 77))
+        with as_user_error():
+            known = isinstance(open_clip.get_tokenizer(_clip_name(config)), SimpleTokenizer)
+        if not known:
+            raise UserError(f'clip.name {config.clip.name}: its tokenizer is not CLIP\'s; use text.kind="bert" with it')
+        return ClipPairs(min(text.limit, clip.context_length if clip is not None else text.limit))
     source = config.locate(text.vocabulary)
     if not Path(source).exists() and is_hub_name(source):
         source = _hub_vocabulary(source)
@@ -120,14 +129,20 @@ def load_clip(config: GlipConfig) -> open_clip.CLIP | None:
     if not clip.name or not clip.pretrained:
         missing = "name" if not clip.name else "pretrained"
         raise UserError(f'clip.{missing} is empty: name the model and its weights (clip.pretrained="random" for none)')
-    name = clip.name
     with as_user_error():
-        if name.endswith(".json"):
-            path = Path(config.locate(name))
-            name = path.parent.name if path.stem == "config" else path.stem
-            open_clip.add_model_config(path, name)
+        name = _clip_name(config)
         pretrained = None if clip.pretrained == RANDOM else config.locate(clip.pretrained)
         return open_clip.create_model(name, pretrained, cache_dir=clip.cache_dir or None)
+
+
+def _clip_name(config: GlipConfig) -> str:
+    """Name of the model of ``[clip]``; a model config file is registered."""
+    name = config.clip.name
+    if name.endswith(".json"):
+        path = Path(config.locate(name))
+        name = path.parent.name if path.stem == "config" else path.stem
+        open_clip.add_model_config(path, name)
+    return name
 
 
 def load_start_weights(model: GLIP, config: GlipConfig) -> None:
@@ -141,7 +156,11 @@ def load_start_weights(model: GLIP, config: GlipConfig) -> None:
 
 
 def _start_part(section: str, kind: str, weights: str, config: GlipConfig, model: GLIP) -> None:
-    if kind == "clip" or weights == RANDOM:
+    if kind == "clip":
+        if section == "text" and weights == RANDOM:
+            model.text.tower.init_weights()
+        return
+    if weights == RANDOM:
         return
     if not weights:
         raise UserError(

@@ -56,7 +56,9 @@ class TextConfig:
     tokens: int = 30522  # of the vocabulary
     limit: int = 256  # most tokens of a text
     vocabulary: str = "bert-base-uncased"  # vocab.txt, or the folder that holds it
-    weights: str = ""  # that training starts from: a folder, a name of the hub, or "random"; unused with model.weights
+    # That training starts from: a folder, a name of the hub, or "random"; unused with model.weights. A CLIP tower has
+    # its weights from [clip], unless they are to be random.
+    weights: str = ""
     dropout: float = 0.1
     frozen: bool = False
 
@@ -133,6 +135,7 @@ class DataConfig:
     val_images: str = ""
     protocol: str = "coco"  # how results are judged: "coco", "lvis" (fixed AP) or "flickr" (recall)
     sentences: str = ""  # folder of Flickr30k Entities' Sentences and Annotations, with protocol "flickr"
+    novel: list[str] = field(default_factory=list)  # classes whose AP is given apart, as they are in the file
     names: list[str] = field(default_factory=list)  # other words for the classes, in the order of their ids
     prompts: str = ""  # json of prefix, name and suffix of each class
     shots: int = 0  # examples of each class that training uses; 0: all

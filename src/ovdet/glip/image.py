@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -71,15 +72,20 @@ class SwinPyramid(ImageEncoder):
 
 
 class ClipPyramid(ImageEncoder):
-    """The dense maps of a CLIP image tower as a pyramid of strides p/2 to 8p, p the patch.
+    """The dense maps of a CLIP image tower as a pyramid whose strides are about those of GLIP: 8 to 128.
 
-    A shallow block is enlarged, a middle one taken as it is, and the last one, read densely, is pooled (Li et al. 2022,
-    "simple pyramid", with a block of its own for each level).
+    A shallow, a middle and the last block, the last read densely, give a level each; what is not of its stride is
+    enlarged by transposed convolutions or pooled (after the simple pyramid of Li et al. 2022).
 
     Args:
         tower: image tower of any model of this project; a dense one (distilled) suits best.
         blocks: indices of the shallow and of the middle block.
+        channels: of every level.
         frozen: keep the tower as it is, in eval mode and without gradients.
+        drop: see :class:`ovdet.glip.pyramid.FPN`.
+
+    Raises:
+        ValueError: blocks that do not exist or do not ascend.
     """
 
     def __init__(
@@ -97,14 +103,14 @@ class ClipPyramid(ImageEncoder):
                 parameter.requires_grad_(False)
             for module in (tower.trunk.norm, tower.trunk.fc_norm, tower.trunk.head):
                 module.requires_grad_(False)  # the pyramid reads blocks, not the joint space
-        width = tower.width
-        self.up = nn.ConvTranspose2d(width, width, 2, stride=2)
-        self.down = nn.MaxPool2d(2, stride=2)
-        self.norms = nn.ModuleList(nn.GroupNorm(1, width) for _ in self.take)
-        self.fpn = FPN([width] * 3, channels, drop=drop)
-        patch = tower.patch_size
-        self.strides = tuple(patch * factor for factor in (0.5, 1, 2, 4, 8))
-        self.divisor, self.channels = 2 * patch, channels
+        # By how much a cell of the finest level is smaller than a patch: a power of two, or 1.
+        finer = max(round(math.log2(tower.patch_size / 8)), 0)
+        self.norms = nn.ModuleList(nn.GroupNorm(1, tower.width) for _ in self.take)
+        self.scales = nn.ModuleList(_scale(tower.width, finer - i) for i in range(3))
+        self.fpn = FPN([tower.width] * 3, channels, drop=drop)
+        finest = tower.patch_size / 2**finer
+        self.strides = tuple(finest * 2**i for i in range(5))
+        self.divisor, self.channels = tower.patch_size * 2 ** max(2 - finer, 0), channels
 
     def _normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.tower.image_mean, self.tower.image_std)
@@ -117,11 +123,17 @@ class ClipPyramid(ImageEncoder):
         return self
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.tower.grad_checkpointing = enable
+        self.tower.grad_checkpointing = enable and not self.frozen
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         """Levels ``[B, channels, h_i, w_i]`` of normalised pixels ``[B, 3, H, W]``."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             maps = self.tower.dense_tokens(pixels, take=self.take)[1]
-        shallow, middle, deep = (norm(x) for norm, x in zip(self.norms, maps, strict=True))
-        return self.fpn([self.up(shallow), middle, self.down(deep)])
+        return self.fpn([scale(norm(x)) for scale, norm, x in zip(self.scales, self.norms, maps, strict=True)])
+
+
+def _scale(width: int, power: int) -> nn.Module:
+    """A map ``[B, width, h, w]`` enlarged by 2 to the power, or pooled where it is negative."""
+    if power < 0:
+        return nn.MaxPool2d(2**-power)
+    return nn.Sequential(*(nn.ConvTranspose2d(width, width, 2, stride=2) for _ in range(power)))

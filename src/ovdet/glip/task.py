@@ -144,6 +144,11 @@ class Grounding(Task):
     def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
         train = self.config.train
         self.total_steps = total_steps
+        if train.warmup_steps >= total_steps:
+            log.warning(
+                "train.warmup_steps is %d, but the run has %d steps: the rate never reaches train.lr; lower it",
+                train.warmup_steps, total_steps,
+            )  # fmt: skip
 
         def rate(step: int, epoch: int) -> float:
             falls = self.patience.rate

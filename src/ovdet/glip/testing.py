@@ -103,6 +103,9 @@ class ClassTest:
         check_image_root(annotations, root, key="data.val_images")
         self.image_ids = annotations.image_ids
         self.category_ids, self.names = annotations.category_ids, annotations.names
+        unknown = sorted(set(data.novel) - set(self.names))
+        if unknown:
+            raise UserError(f'data.novel: "{unknown[0]}" is no class of {self.path}: write the names as it does')
         written = written_classes(data.names, config.locate(data.prompts), self.names, "data.names")
         entries = written or [ClassPrompt(clean_name(name)) for name in self.names]
         labels = [i for i, name in enumerate(self.names) if not is_background(int(self.category_ids[i]), name)]
@@ -149,7 +152,7 @@ class ClassTest:
             if self.config.data.protocol == "lvis":
                 metrics = fixed_ap(self.truth, results, file=self.path)
             else:
-                metrics = evaluate_detections(self.truth, results, file=self.path)
+                metrics = evaluate_detections(self.truth, results, file=self.path, novel=self.config.data.novel)
             if folder is not None:
                 write_json(folder / "results.bbox.json", results)
                 write_json(folder / "metrics.json", metrics)

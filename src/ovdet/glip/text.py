@@ -45,7 +45,7 @@ class BertText(nn.Module):
         config = BertConfig(
             vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
             intermediate_size=hidden, max_position_embeddings=BERT_POSITIONS, hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
+            attention_probs_dropout_prob=dropout, use_cache=False,
         )  # fmt: skip
         self.model = BertModel(config, add_pooling_layer=False)
         self.width, self.vocabulary, self._recompute = width, vocabulary, False
