@@ -140,6 +140,7 @@ class DataConfig:
     prompts: str = ""  # json of prefix, name and suffix of each class
     shots: int = 0  # examples of each class that training uses; 0: all
     shot_seed: int = 3
+    copies: int = 1  # how often train_annotations counts in an epoch
     sizes: list[int] = field(default_factory=lambda: [480, 560, 640, 720, 800])  # shorter side, drawn for each image
     longest: int = 1333
     test_size: int = 800
@@ -155,7 +156,7 @@ class DataConfig:
         yield "data.sizes", self.sizes, bool(self.sizes) and min(self.sizes) > 0, "positive sides"
         clash = not (self.shuffle and self.prompts)
         yield "data.shuffle", self.shuffle, clash, "false together with data.prompts, whose order is fixed"
-        yield from positive("data", self, ("longest", "test_size"))
+        yield from positive("data", self, ("longest", "test_size", "copies"))
         yield from not_negative("data", self, ("shots", "shot_seed", "negatives", "workers"))
         yield from shares("data", self, ("flip",))
 

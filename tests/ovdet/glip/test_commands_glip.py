@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ovdet.glip import files
-from ovdet.glip.commands import ground, label
+from ovdet.glip.commands import ground, label, odinw
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.captions import load_captions
 from ovdet.glip.draw import draw
@@ -184,3 +184,55 @@ def test_labels_that_cannot_be(
     (tmp_path / "bad.jsonl").write_text('{"image": "a.png"}\n')
     refused("holds no image with a caption", str(tmp_path / "bad.jsonl"), *common, "--out", str(tmp_path / "b"))
     assert not (tmp_path / "b").exists()
+
+
+# -- many data sets ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wild(tmp_path: Path) -> Path:
+    """Two data sets with three splits of three images each."""
+    rng = np.random.default_rng(0)
+    for name, classes in (("Ponds", ["fish", "jelly fish"]), ("Rooms", ["dog"])):
+        for split in ("train", "valid", "test"):
+            folder = tmp_path / "odinw" / name / split
+            folder.mkdir(parents=True)
+            images, annotations = [], []
+            for i in range(3):
+                Image.fromarray(rng.integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+                images.append({"id": i, "file_name": f"{i}.png", "height": 48, "width": 64})
+                place = {"image_id": i, "category_id": i % len(classes), "bbox": [5, 5, 20, 20], "area": 400}
+                annotations.append({"id": i + 1, **place})
+            categories = [{"id": i, "name": n} for i, n in enumerate(classes)]
+            content = {"images": images, "annotations": annotations, "categories": categories}
+            (folder / "annotations_without_background.json").write_text(json.dumps(content))
+    return tmp_path / "odinw"
+
+
+def test_many_data_sets_are_tested_and_tuned(
+    checkpoint: Path, wild: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    out = tmp_path / "out"
+    common = [str(wild), "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"]
+    fast = ["data.workers=0", "data.sizes=[64]", "train.warmup_steps=1"]
+    assert odinw.main([*common, *fast]) == 0
+    assert "zero_shot, AP of 1 seed(s)" in capsys.readouterr().out
+    board = json.loads((out / "leader_board_zero_shot.json").read_text())
+    assert set(board) == {"Ponds", "Rooms"} and all(isinstance(v, list) for v in board.values())
+    monkeypatch.setattr(odinw, "EPOCHS", 2)
+    tune = ["--mode", "language_prompt_v2", "--shots", "1", "--seeds", "3", "30", "--sets", "Ponds"]
+    assert odinw.main([*common, *fast, *tune]) == 0
+    board = json.loads((out / "leader_board_language_prompt_v2_1.json").read_text())
+    assert set(board["Ponds"]) == {"3", "30"}
+    run = out / "Ponds" / "language_prompt_v2_1_3"
+    config = torch.load(run / "run" / "model_best.pt", weights_only=True)["config"]
+    assert config["data"]["copies"] == 8 and config["train"]["lr"] == 0.05 and config["train"]["stop_patience"] == 8
+    means = json.loads((out / "metrics_language_prompt_v2_1.json").read_text())["means"]
+    assert set(means) == {"AP of 1 sets"}
+    # What is there is not run again.
+    stamp = (run / "test" / "metrics.json").stat().st_mtime_ns
+    assert odinw.main([*common, *fast, *tune]) == 0
+    assert (run / "test" / "metrics.json").stat().st_mtime_ns == stamp
+    capsys.readouterr()
+    assert odinw.main([*common, "--shots", "1"]) == 2 and "--shots needs --mode" in capsys.readouterr().err
+    assert odinw.main([*common, "--sets", "Seas"]) == 2 and "lacks Seas" in capsys.readouterr().err

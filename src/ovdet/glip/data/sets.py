@@ -93,7 +93,7 @@ def training_sets(config: GlipConfig) -> list[SetConfig]:
             return [load_config(SetConfig, config.locate(path)) for path in data.train_sets]
     section = SetSection(
         annotations=data.train_annotations, images=data.train_images, negatives=data.negatives, shuffle=data.shuffle,
-        names=data.names, prompts=data.prompts, shots=data.shots, shot_seed=data.shot_seed,
+        names=data.names, prompts=data.prompts, shots=data.shots, shot_seed=data.shot_seed, copies=data.copies,
     )  # fmt: skip
     return [SetConfig(path=config.path, set=section)]
 
