@@ -128,3 +128,12 @@ def test_flop_of_a_step_against_pytorch_s_own_count(load: Callable[[str], Module
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             tower.encode_dense(torch.zeros(1, 3, 96, 96)) if dense else tower(torch.zeros(1, 3, 96, 96))
         assert forward_flop(tower, 96, dense=dense) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_glip(run: Run):
+    pytest.importorskip("transformers")
+    config = str(BENCHMARKS.parent / "GLIP" / "configs" / "glip_t_small.toml")
+    flags = ["--height", "64", "--width", "96", "--repeats", "1", "--chunks", "2", "--device", "cpu"]
+    text, result = run("glip", "--config", config, *flags)
+    assert "dynamic blocks" in text and 0 < result["training"]["deformable convolution, share"] < 1
+    assert all(seconds > 0 for seconds, _ in result["testing"].values())

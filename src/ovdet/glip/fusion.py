@@ -37,7 +37,7 @@ class BiAttention(nn.Module):
         super().__init__()
         if width % heads:
             raise ValueError(f"fusion width is {width}: it must be a multiple of the {heads} heads")
-        self.heads, self.dropout, self.stable = heads, dropout, stable
+        self.heads, self.dropout, self.stable, self.fused = heads, dropout, stable, True
         self.scale = (width // heads) ** -0.5
         self.v_proj, self.l_proj = nn.Linear(visual, width), nn.Linear(text, width)
         self.values_v_proj, self.values_l_proj = nn.Linear(visual, width), nn.Linear(text, width)
@@ -56,6 +56,27 @@ class BiAttention(nn.Module):
             mask: bool ``[B, T]``, False for padding tokens. They still read the image, but nobody reads them.
         """
         query, key = self._split(self.v_proj(visual) * self.scale), self._split(self.l_proj(text))
+        values = self._split(self.values_v_proj(visual)), self._split(self.values_l_proj(text))
+        attend = self._plain if self.stable or not self.fused or _limits_act(query, key) else self._fused
+        gains = (gain.transpose(1, 2).flatten(2) for gain in attend(query, key, *values, mask))
+        return self.out_v_proj(next(gains)), self.out_l_proj(next(gains))
+
+    def _fused(
+        self, query: Tensor, key: Tensor, values_v: Tensor, values_l: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Two fused attentions, for logits that no limit touches: the matrix of logits never exists."""
+        dropout = self.dropout if self.training else 0.0
+        allowed = mask[:, None, None].expand(-1, 1, query.shape[2], -1)
+        attention = F.scaled_dot_product_attention
+        return (
+            attention(query, key, values_l, attn_mask=allowed, dropout_p=dropout, scale=1.0),
+            attention(key, query, values_v, dropout_p=dropout, scale=1.0),
+        )
+
+    def _plain(
+        self, query: Tensor, key: Tensor, values_v: Tensor, values_l: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Attention written out, with all limits; ``[B, heads, N, width / heads]`` and ``[B, heads, T, ...]``."""
         logits = query @ key.transpose(-1, -2)  # [B, heads, N, T]
         if self.stable:
             logits = logits - logits.max()
@@ -66,11 +87,14 @@ class BiAttention(nn.Module):
         to_text = _keep_within(transposed - transposed.amax(-1, keepdim=True)).softmax(-1)
         to_image = F.dropout(to_image.to(query.dtype), self.dropout, self.training)
         to_text = F.dropout(to_text.to(query.dtype), self.dropout, self.training)
-        image_gain = to_image @ self._split(self.values_l_proj(text))
-        text_gain = to_text @ self._split(self.values_v_proj(visual))
-        return self.out_v_proj(image_gain.transpose(1, 2).flatten(2)), self.out_l_proj(
-            text_gain.transpose(1, 2).flatten(2)
-        )
+        return to_image @ values_l, to_text @ values_v
+
+
+@torch.no_grad()
+def _limits_act(query: Tensor, key: Tensor) -> bool:
+    """Whether any logit, or difference of two, may reach the limit: their products are bounded by their lengths."""
+    bound = query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()
+    return not bool(bound < LIMIT / 2)  # also for NaN
 
 
 class FusionBlock(nn.Module):

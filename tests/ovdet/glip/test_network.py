@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ovdet.glip.dyconv import DyConv, DynamicReLU, deformable
-from ovdet.glip.fusion import FusionBlock
+from ovdet.glip.fusion import BiAttention, FusionBlock, _limits_act
 from ovdet.glip.head import GroundingHead, HeadOptions, Text, flatten_levels
 from ovdet.glip.names import to_glip
 
@@ -117,6 +117,26 @@ def test_fusion_matches_the_recorded_one(arrays, stable: bool):
             gains = block.attn(*inputs, mask)
         for gain, name in zip(gains, ("delta_v", "delta_l"), strict=True):
             assert torch.allclose(gain, content["clamped/" + name], **TOLERANCE)
+
+
+def test_fused_attention_is_the_plain_one():
+    """Values and gradients in float64; where a limit may act the plain form is taken."""
+    torch.manual_seed(0)
+    block = BiAttention(12, 10, 16, heads=4).double().eval()
+    visual, text = torch.randn(2, 9, 12, dtype=torch.float64), torch.randn(2, 5, 10, dtype=torch.float64)
+    mask = torch.arange(5) < torch.tensor([[3], [5]])
+    results = []
+    for fused in (True, False):
+        block.fused = fused
+        inputs = visual.clone().requires_grad_(), text.clone().requires_grad_()
+        gains = block(*inputs, mask)
+        sum(gain.sin().sum() for gain in gains).backward()
+        results.append([*gains, *(i.grad for i in inputs), block.l_proj.weight.grad.clone()])
+        block.zero_grad()
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, atol=1e-12)
+    large = torch.full((1, 1, 2, 4), 200.0)
+    assert _limits_act(large, large) and not _limits_act(large, large / 10) and _limits_act(large * torch.nan, large)
 
 
 def test_padding_tokens_are_read_by_nobody():
