@@ -229,6 +229,14 @@ def test_grounding_files(tmp_path: Path, words: tk.WordPieces, caplog: pytest.Lo
         load_grounding(str(tmp_path / "absent.json"), key="set")
 
 
+def test_sources_of_a_mixed_set(tmp_path: Path):
+    images = [{"id": i, "file_name": "a.png", "caption": "a dog", "data_source": s} for i, s in enumerate("xyz")]
+    (tmp_path / "g.json").write_text(json.dumps({"images": images, "annotations": []}))
+    records = load_grounding(str(tmp_path / "g.json"), key="set", folders={"x": "one", "y": "two/three"})
+    assert [records.images[i] for i in range(2)] == ["one/a.png", "two/three/a.png"]
+    assert records.skipped == {"image of the source 'z', which has no folder": 1}
+
+
 def test_samples_that_cannot_be(tmp_path: Path, words: tk.WordPieces):
     builder = Builder("x")
     builder.add(1, "a.png", "dog " * 70, [((0, 0, 9, 9), 1.0, [(0, 3)])])

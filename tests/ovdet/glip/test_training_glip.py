@@ -263,6 +263,7 @@ def test_a_run_ends_when_nothing_is_gained(config_file: Path, tmp_path: Path):
         (["image.weights="], "image.weights is empty"),
         (["text.weights=/nowhere/bert"], "text.weights /nowhere/bert does not exist"),
         (["text.weights=google-bert/absent"], "neither a folder nor in the cache"),
+        (["image.weights=timm/absent"], "neither a file nor in the cache"),
         (["text.vocabulary=/nowhere/vocab.txt"], "does not exist"),
         (["text.tokens=30522"], "but the text encoder knows 30522"),
         (["model.weights=/nowhere/glip.pth"], "no such file"),
@@ -275,8 +276,14 @@ def test_a_run_ends_when_nothing_is_gained(config_file: Path, tmp_path: Path):
     ],
 )
 def test_faulty_input_is_one_line(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, more: list[str], message: str
-):
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    more: list[str], message: str,
+):  # fmt: skip
+
+    def offline(*_: object, **__: object) -> None:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
     logging.getLogger().setLevel(logging.WARNING)
     assert run(config_file, tmp_path / "run", "train.epochs=1", *more) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]

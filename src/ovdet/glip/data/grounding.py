@@ -6,6 +6,7 @@ Images carry ``caption``, annotations ``bbox`` (xywh) and ``tokens_positive``, t
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 from ovdet.data.annotations import image_file_name, is_id
@@ -14,11 +15,14 @@ from training.engine.data.annotations import read_json
 from training.engine.errors import UserError
 
 
-def load_grounding(path: str, *, key: str, evaluation: bool = False) -> Records:
+def load_grounding(
+    path: str, *, key: str, evaluation: bool = False, folders: Mapping[str, str] | None = None
+) -> Records:
     """Read a grounding file. Entries that cannot be used are left out, counted and named in the log.
 
     Args:
         key: what the path was given as, for messages.
+        folders: where images of each ``data_source`` lie below the image root, for sets that are made of several.
         evaluation: keep ``tokens_positive_eval`` (the phrases asked for), ``sentence_id`` and ``original_img_id``.
 
     Raises:
@@ -46,12 +50,19 @@ def load_grounding(path: str, *, key: str, evaluation: bool = False) -> Records:
         if not isinstance(caption, str) or not caption.strip():
             builder.skipped["image without a caption"] += 1
             continue
+        name = image_file_name(image)
+        if folders:
+            folder = folders.get(str(image.get("data_source")))
+            if folder is None:
+                builder.skipped[f"image of the source {image.get('data_source')!r}, which has no folder"] += 1
+                continue
+            name = f"{folder}/{name}"
         found = [o for o in (_object(entry, caption, builder) for entry in objects.pop(identity, [])) if o]
         extra = None
         if evaluation:
             keys = ("tokens_positive_eval", "sentence_id", "original_img_id", "data_source")
             extra = {name: image[name] for name in keys if name in image}
-        builder.add(identity, image_file_name(image), caption, found, extra)
+        builder.add(identity, name, caption, found, extra)
     if objects:
         builder.skipped["annotation of an image that is not listed"] += sum(map(len, objects.values()))
     return builder.finish(key)

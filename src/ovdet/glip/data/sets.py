@@ -40,6 +40,7 @@ class SetSection:
     kind: str = "detection"
     annotations: str = ""  # COCO-style json; captions: .json, .jsonl, a folder of shards, or the .yaml of a TSV set
     images: str = ""  # image root; empty for TSV sets
+    folders: list[str] = field(default_factory=list)  # "source=folder below images" of a mixed grounding set
     copies: int = 1  # how often the set counts in an epoch
     # Detection.
     negatives: int = 0  # class names besides those present (85 in pre-training); 0: all classes, always
@@ -61,6 +62,8 @@ class SetSection:
         yield "set.annotations", self.annotations, bool(self.annotations), "the path of a file"
         clash = not (self.prompts and (self.shuffle or self.names))
         yield "set.prompts", self.prompts, clash, "given without set.shuffle and set.names"
+        pairs = all("=" in pair for pair in self.folders)
+        yield "set.folders", self.folders, pairs, 'pairs of the form "source=folder"'
         yield "set.overlap", self.overlap, self.overlap < 1 and not math.isnan(self.overlap), "below 1"
         yield "set.shot_seed", self.shot_seed, self.shot_seed >= -1, "-1 or more"
         yield from positive("set", self, ("copies",))
@@ -139,7 +142,8 @@ def open_set(config: SetConfig, tokenizer: Tokenizer) -> Source:
         return source
     pictures = None
     if section.kind == "grounding":
-        records = load_grounding(path, key=key)
+        folders = dict(pair.split("=", 1) for pair in section.folders)
+        records = load_grounding(path, key=key, folders=folders)
     elif Path(path).suffix in (".yaml", ".yml"):
         records, pictures = load_tsv(path, key=key, score=section.score, overlap=section.overlap)
     else:
