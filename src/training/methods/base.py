@@ -6,7 +6,6 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,13 +31,6 @@ def multiscale_sizes(size: int, patch_size: int) -> tuple[int, ...]:
     return sizes
 
 
-class Sum(NamedTuple):
-    """A quantity summed over the items of a micro-batch; ``group`` names the items that it is averaged over."""
-
-    value: Tensor
-    group: str
-
-
 class Method(nn.Module):
     """Student, frozen teachers and losses in one module, so that gradients are exchanged by construction.
 
@@ -50,12 +42,18 @@ class Method(nn.Module):
     are spread. Every parameter that requires a gradient gets one in every backward pass (a zero one from a micro-batch
     without items), so no process waits for another.
 
+    A method says by ``groups`` what a loss is averaged over (``"regions"`` where it does not), and by ``logs`` what is
+    logged instead of the losses.
+
     Args:
         student: the model that trains.
         teachers: by name; frozen.
         weights: of the losses, by name.
         world_size: number of processes that average their gradients.
     """
+
+    groups: Mapping[str, str] = {}
+    logs: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -87,9 +85,8 @@ class Method(nn.Module):
         """Items of a prepared batch by group; the same groups for every batch."""
         raise NotImplementedError
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
-        """The losses of a prepared batch that has items, by the names of ``weights``; and, detached, other sums to
-        log."""
+    def losses(self, batch: dict) -> dict[str, Tensor]:
+        """The losses of a prepared batch, summed over its items, by the names of ``weights``; and what ``logs`` names."""
         raise NotImplementedError
 
     def prepare(self, batches: list[dict], *, seed: int) -> None:
@@ -121,11 +118,10 @@ class Method(nn.Module):
         """
         counts = self.counts(batch)
         losses = self.losses(batch) if self.has_items(counts) else {}
-        terms = [self.weights[name] * sum_.value * self.scale[sum_.group] for name, sum_ in losses.items()
-                 if name in self.weights]  # fmt: skip
+        terms = [self.weights[n] * v * self.scale[self.group(n)] for n, v in losses.items() if n in self.weights]
         loss = sum(terms[1:], terms[0]) if terms else self.zero_loss()
         zero = loss.detach().new_zeros(())
-        logged = {name: losses[name].value.detach() if name in losses else zero for name in self.logged()}
+        logged = {name: losses[name].detach() if name in losses else zero for name in self.logged()}
         return {
             "loss": loss,
             **{f"{name}_sum": value for name, value in logged.items()},
@@ -139,9 +135,13 @@ class Method(nn.Module):
         """
         return any(counts.values())
 
-    def logged(self) -> tuple[str, ...]:
-        """Names of the sums that every forward pass gives; the losses, unless a method adds to them."""
-        return tuple(self.weights)
+    def group(self, name: str) -> str:
+        """What a loss or logged sum is averaged over."""
+        return self.groups.get(name, "regions")
+
+    def logged(self) -> dict[str, str]:
+        """The sums that every forward pass gives, and what each is averaged over."""
+        return {name: self.group(name) for name in self.logs or self.weights}
 
     def end_step(self) -> None:
         """Keep a temperature that trains in CLIP's range: ``logit_scale`` in [0, ln 100]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_clip import CLIP
 from training.engine.flags import COUNT, flag
-from training.methods.base import RegionMethod, Sum
+from training.methods.base import RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
 from training.methods.registry import Entry, Setting
 
@@ -45,6 +45,9 @@ class CLIM(RegionMethod):
         readout: dense reading.
     """
 
+    groups = {"contrast": "pairs", "correct": "pairs"}
+    logs = ("correct",)
+
     def __init__(
         self, *, student: CLIP, mosaic_size: int = 1024, mosaics: tuple[int, ...] = (2, 3, 4), rank: int = 0,
         world_size: int = 1, readout: str | None = None,
@@ -58,9 +61,6 @@ class CLIM(RegionMethod):
         if self.student.logit_bias is not None:
             self.student.logit_bias.requires_grad_(False)
 
-    def logged(self) -> tuple[str, ...]:
-        return ("correct",)
-
     def counts(self, batch: dict) -> dict[str, float]:
         """Pairs of a batch."""
         return {"pairs": float(len(batch["texts"]))}
@@ -69,7 +69,7 @@ class CLIM(RegionMethod):
         """Every process gathers, also one without pairs."""
         return True
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """The loss, and how many cells and images find their text, summed over pairs."""
         images = batch["images"]
         features = self.embed_pairs(images) if len(images) else self.zero_loss().expand(0, self.student.embed_dim)
@@ -77,7 +77,7 @@ class CLIM(RegionMethod):
             texts = self.student.encode_text(batch["texts"], normalize=True) if len(images) else features.detach()
         rows = rows_of_processes(len(features), images.device, self.rank, self.world_size)
         loss, correct = contrast(features, texts, self.student.logit_scale, rows, self.rank)
-        return {"contrast": Sum(loss, "pairs"), "correct": Sum(correct, "pairs")}
+        return {"contrast": loss, "correct": correct}
 
     def embed_pairs(self, images: Tensor) -> Tensor:
         """Embeddings ``[n, D]`` of images ``[n, 3, s, s]`` in their order, as cells of mosaics or by themselves."""

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from open_clip import CLIP
 from training.engine.flags import NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod, Sum
+from training.methods.base import RegionFlags, RegionMethod
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
 from training.teachers.describe import CropTeacherFlags, crop_teacher
@@ -31,19 +33,18 @@ class CLIPSelf(RegionMethod):
         more: see :class:`~training.methods.base.RegionMethod`.
     """
 
+    logs = ("cosine",)
+
     def __init__(
         self, *, student: CLIP, teachers: Mapping[str, Teacher] | None, cosine_weight: float = 1.0, **more: Any
     ) -> None:
         super().__init__(student=student, teachers=teachers, weights={"distance": cosine_weight}, **more)
 
-    def logged(self) -> tuple[str, ...]:
-        return ("cosine",)
-
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """Distance and cosine, summed over regions."""
         target = self.ask("crops", batch)
         cosine = (self.embed_regions(batch) * target.float()).sum(-1)
-        return {"distance": Sum((1 - cosine).sum(), "regions"), "cosine": Sum(cosine.sum(), "regions")}
+        return {"distance": (1 - cosine).sum(), "cosine": cosine.sum()}
 
 
 def build(options: CLIPSelfFlags, setting: Setting) -> CLIPSelf:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from open_clip import CLIP
-from training.methods.base import Method, Sum
+from training.methods.base import Method
 from training.methods.contrast import contrast, rows_of_processes
 from training.methods.registry import Entry, Setting
 
@@ -28,14 +28,14 @@ class Contrastive(Method):
         rank, world_size: this process among all.
     """
 
+    groups = {"contrast": "pairs", "correct": "pairs"}
+    logs = ("correct",)
+
     def __init__(self, *, student: CLIP, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(student=student, weights={"contrast": 1.0}, world_size=world_size)
         self.rank = rank
         if student.logit_bias is not None:
             student.logit_bias.requires_grad_(False)
-
-    def logged(self) -> tuple[str, ...]:
-        return ("correct",)
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Pairs of a batch."""
@@ -49,11 +49,11 @@ class Contrastive(Method):
         images = self.student.encode_image(batch["images"], normalize=True)
         return images.float(), self.student.encode_text(batch["texts"], normalize=True).float()
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """The loss, and how many images find their text, summed over pairs."""
         counts = rows_of_processes(len(batch["texts"]), batch["images"].device, self.rank, self.world_size)
         loss, correct = contrast(*self._embed(batch), self.student.logit_scale, counts, self.rank)
-        return {"contrast": Sum(loss, "pairs"), "correct": Sum(correct, "pairs")}
+        return {"contrast": loss, "correct": correct}
 
     def has_items(self, counts: dict[str, float]) -> bool:
         """Every process gathers, also one without pairs."""
@@ -74,5 +74,6 @@ METHOD = Entry(
     losses=("contrast",),
     readout=None,
     texts=True,
+    trains_texts=True,
     learns_from=("captions",),
 )

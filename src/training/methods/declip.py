@@ -11,7 +11,7 @@ from torch import Tensor
 from open_clip import CLIP
 from training.engine.errors import UserError
 from training.engine.flags import NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod, Sum
+from training.methods.base import RegionFlags, RegionMethod
 from training.methods.correlation import cells_of, correlation_loss
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -52,6 +52,8 @@ class DeCLIP(RegionMethod):
         more: see :class:`~training.methods.base.RegionMethod`; ``readout`` is one of ``CONTEXT``.
     """
 
+    groups = {"context": "images"}
+
     def __init__(
         self, *, student: CLIP, teachers: Mapping[str, Teacher] | None = None, cosine_weight: float = 1.0,
         context_weight: float = 0.25, as_released: bool = False, readout: str | None = "qq", **more: Any,
@@ -67,21 +69,21 @@ class DeCLIP(RegionMethod):
         regions = super().counts(batch)["regions"]
         return {"regions": regions, "images": self.images_in(batch)}
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """Distance summed over regions, and context over images."""
         dense, tokens = self.read(self.images(batch), CONTEXT[self.readout])
         return self.content_and_context(batch, dense, tokens)
 
-    def content_and_context(self, batch: dict, dense: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Sum]:
+    def content_and_context(self, batch: dict, dense: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The two losses of a map ``[B, D, h, w]`` and the tokens ``[B, N, W]`` of its attention."""
         out = {}
         if "distance" in self.weights:
             cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)
-            out["distance"] = Sum((1 - cosine).sum(), "regions")
+            out["distance"] = (1 - cosine).sum()
         if "context" in self.weights:
             target = self.ask("vfm", batch)
             own = [self._on_grid(t, dense.shape[-2:], target.shape[-2:]) for t in tokens.values()]
-            out["context"] = Sum(correlation_loss(own, cells_of(target)), "images")
+            out["context"] = correlation_loss(own, cells_of(target))
         return out
 
     def _on_grid(self, tokens: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:

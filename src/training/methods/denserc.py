@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from open_clip import CLIP
 from training.engine.flags import NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod, Sum
+from training.methods.base import RegionFlags, RegionMethod
 from training.methods.correlation import cells_of, correlation_loss
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -35,6 +37,8 @@ class DenseRC(RegionMethod):
         more: see :class:`~training.methods.base.RegionMethod`.
     """
 
+    groups = {"coherence": "images"}
+
     def __init__(
         self, *, student: CLIP, teachers: Mapping[str, Teacher] | None = None, cosine_weight: float = 1.0,
         coherence_weight: float = 0.025, **more: Any,
@@ -46,17 +50,17 @@ class DenseRC(RegionMethod):
         """Regions, and images: correlations are averaged over these."""
         return {**super().counts(batch), "images": self.images_in(batch)}
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """Distance summed over regions, and coherence over images."""
         dense, _ = self.read(self.images(batch))
         out = {}
         if "distance" in self.weights:
             cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)
-            out["distance"] = Sum((1 - cosine).sum(), "regions")
+            out["distance"] = (1 - cosine).sum()
         if "coherence" in self.weights:
             target = self.ask("vfm", batch)
             own = cells_of(dense, target.shape[-2:])
-            out["coherence"] = Sum(correlation_loss([own], cells_of(target), "mse"), "images")
+            out["coherence"] = correlation_loss([own], cells_of(target), "images")
         return out
 
 

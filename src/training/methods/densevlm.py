@@ -14,7 +14,7 @@ from open_clip import CLIP
 from open_clip.regions import roi_features
 from training.engine.errors import UserError
 from training.engine.flags import NOT_NEGATIVE, POSITIVE, SHARE, flag
-from training.methods.base import RegionFlags, RegionMethod, Sum
+from training.methods.base import RegionFlags, RegionMethod
 from training.methods.names import read_names
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -50,6 +50,8 @@ class DenseVLM(RegionMethod):
         more: see :class:`~training.methods.base.RegionMethod`.
     """
 
+    groups = {"things": "things", "stuff": "stuff"}
+
     def __init__(
         self, *, student: CLIP, teachers: Mapping[str, Teacher] | None, student_classes: Tensor,
         teacher_classes: Tensor, things: int, weight: float = 1.0, threshold: float = 0.3, temperature: float = 0.01,
@@ -81,7 +83,7 @@ class DenseVLM(RegionMethod):
         """Regions that the teacher is sure of, by kind."""
         return {kind: float(chosen.sum()) for kind, chosen in batch["of_kind"].items()}
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """The divergence by kind, summed over regions."""
         own = self.logits(self.embed_regions(batch), self.student_classes)
         out = {}
@@ -89,7 +91,7 @@ class DenseVLM(RegionMethod):
             columns = slice(self.things) if kind == "things" else slice(None)
             log_own = own[chosen][:, columns].log_softmax(-1)
             log_target = batch["teacher_logits"][chosen][:, columns].log_softmax(-1)
-            out[kind] = Sum((log_target.exp() * (log_target - log_own)).sum(), kind)
+            out[kind] = (log_target.exp() * (log_target - log_own)).sum()
         return out
 
 

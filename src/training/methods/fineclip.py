@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_clip import CLIP
 from training.engine.flags import COUNT, NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod, Sum
+from training.methods.base import RegionFlags, RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
 from training.methods.registry import Entry, Setting
 
@@ -41,6 +41,8 @@ class FineCLIP(RegionMethod):
         more: see :class:`~training.methods.base.RegionMethod`.
     """
 
+    groups = {"captions": "captions", "region_captions": "region_captions"}
+
     def __init__(
         self, *, student: CLIP, cosine_weight: float = 1.0, caption_weight: float = 1.0,
         region_caption_weight: float = 1.0, padded_to: int = 0, rank: int = 0, **more: Any,
@@ -70,22 +72,22 @@ class FineCLIP(RegionMethod):
         """Every process gathers, also one without captions."""
         return True
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """The losses, summed over regions, captions and region captions."""
         images = self.images(batch)
         regions = self.pool_regions(self.read(images)[0], batch)
         out = {}
         if "distance" in self.weights:
             crops = self.student.encode_image(batch["crops"], normalize=True).float() if len(regions) else regions
-            out["distance"] = Sum((1 - (regions * crops).sum(-1)).sum(), "regions")
+            out["distance"] = (1 - (regions * crops).sum(-1)).sum()
         if "captions" in self.weights:
             chosen = images[batch["captions_of"]]
             features = self.student.encode_image(chosen, normalize=True) if len(chosen) else self.no_rows()
-            out["captions"] = Sum(self._contrast(features, batch["captions"]), "captions")
+            out["captions"] = self._contrast(features, batch["captions"])
         if "region_captions" in self.weights:
             chosen = regions[batch["region_captions_of"]] if len(batch["region_captions_of"]) else self.no_rows()
             padding = self.padded_to * len(batch["boxes"]) - len(chosen) if self.padded_to else 0
-            out["region_captions"] = Sum(self._contrast(chosen, batch["region_captions"], padding), "region_captions")
+            out["region_captions"] = self._contrast(chosen, batch["region_captions"], padding)
         return out
 
     def no_rows(self) -> Tensor:

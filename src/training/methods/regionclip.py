@@ -11,7 +11,7 @@ from torch import Tensor
 
 from open_clip import CLIP
 from training.engine.flags import NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod, Sum
+from training.methods.base import RegionFlags, RegionMethod
 from training.methods.registry import Entry, Setting
 
 
@@ -44,6 +44,8 @@ class RegionCLIP(RegionMethod):
             to impose a subset.
     """
 
+    logs = ("correct",)
+
     def __init__(
         self, *, student: CLIP, noun_embeddings: Tensor, contrast_weight: float = 1.0, num_classes: int = 100,
         **more: Any,
@@ -52,9 +54,6 @@ class RegionCLIP(RegionMethod):
         self.register_buffer("nouns", F.normalize(noun_embeddings.float(), dim=-1), persistent=False)
         self.num_classes = min(num_classes, len(noun_embeddings))
         self.classes: Tensor | None = None
-
-    def logged(self) -> tuple[str, ...]:
-        return ("correct",)
 
     def prepare(self, batches: list[dict], *, seed: int) -> None:
         """Choose the step's classes: the same on every process."""
@@ -76,7 +75,7 @@ class RegionCLIP(RegionMethod):
             chosen = torch.cat([chosen, others[order[:missing].to(others.device)]])
         return chosen
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """The loss, and how many regions rank their class first, summed over regions."""
         regions, labels = self.embed_regions(batch), batch["labels"]
         with torch.autocast(regions.device.type, enabled=False):
@@ -84,7 +83,7 @@ class RegionCLIP(RegionMethod):
             target = (labels[:, None] == self.classes[None]).float()
             loss = F.binary_cross_entropy_with_logits(logits, target, reduction="sum")
         correct = (self.classes[logits.detach().argmax(1)] == labels).sum().float()
-        return {"contrast": Sum(loss, "regions"), "correct": Sum(correct, "regions")}
+        return {"contrast": loss, "correct": correct}
 
 
 def build(options: RegionCLIPFlags, setting: Setting) -> RegionCLIP:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -59,6 +59,7 @@ class Entry:
         teachers: options -> its teachers.
         readout: dense reading that it trains unless ``--readout`` says otherwise; None where it trains none.
         texts: whether it runs the student's text tower in each step.
+        trains_texts: whether that tower trains.
         learns_from: what people made for its data: ``boxes``, ``class names``, ``captions``; none if empty.
         recipes: name -> command line that it stands for.
     """
@@ -73,6 +74,7 @@ class Entry:
     teachers: Callable[[Any], tuple[TeacherSpec, ...]] = lambda options: ()
     readout: str | None = "value"
     texts: bool = False
+    trains_texts: bool = False
     learns_from: tuple[str, ...] = ()
     recipes: Mapping[str, str] = field(default_factory=dict)
 
@@ -106,6 +108,16 @@ def find_method(name: str) -> Entry:
     if name not in _own():
         raise UserError(f"--method {name}: there is none of this name; use one of {', '.join(list_methods())}")
     return _own()[name]
+
+
+def make_method(name: str, setting: Setting, **flags: Any) -> Method:
+    """A method by name, for use from Python: ``make_method("clipself", setting, cosine_weight=2.0)``.
+
+    Raises:
+        TypeError: the method has no such flag.
+    """
+    entry = find_method(name)
+    return entry.build(entry.options(**flags), replace(setting, readout=setting.readout or entry.readout))
 
 
 def find_recipe(name: str) -> tuple[Entry, str]:

@@ -11,7 +11,7 @@ from torchvision.ops import roi_align
 
 from open_clip import CLIP
 from training.engine.flags import NOT_NEGATIVE, POSITIVE, flag
-from training.methods.base import RegionFlags, RegionMethod, Sum
+from training.methods.base import RegionFlags, RegionMethod
 from training.methods.correlation import cells_of, correlation_loss
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -51,20 +51,20 @@ class SC(RegionMethod):
         super().__init__(student=student, teachers=teachers, weights=weights, **more)
         self.temperature, self.one_sided = temperature, one_sided
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """Both, summed over regions."""
         dense, _ = self.read(self.images(batch))
         out = {}
         if "distance" in self.weights:
             cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)
-            out["distance"] = Sum((1 - cosine).sum(), "regions")
+            out["distance"] = (1 - cosine).sum()
         if "correlation" in self.weights:
             target = self.ask("cells", batch)  # [K, D, g, g]
             own = cells_of(region_grids(dense, batch["boxes"], target.shape[-1]))
             loss = correlation_loss(
                 [own], cells_of(target), "ce", temperature=self.temperature, one_sided=self.one_sided
             )
-            out["correlation"] = Sum(loss, "regions")
+            out["correlation"] = loss
         return out
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from training.engine.errors import UserError
 from training.engine.flags import COUNT, NOT_NEGATIVE, SHARE, flag
-from training.methods.base import Sum
 from training.methods.correlation import cells_of, semantic_loss
 from training.methods.declip import CONTEXT, DeCLIP, DeCLIPFlags
 from training.methods.names import read_names, read_texts
@@ -47,6 +46,8 @@ class SynCLIP(DeCLIP):
         more: see :class:`DeCLIP`.
     """
 
+    groups = {"context": "images", "semantics": "names"}
+
     def __init__(self, *, labels: Tensor, rich: Tensor, semantic: dict[str, Any], choose: bool, **more: Any) -> None:
         super().__init__(**more)
         self.register_buffer("label_texts", labels.float(), persistent=False)
@@ -73,7 +74,7 @@ class SynCLIP(DeCLIP):
         """Regions, images and names."""
         return {**super().counts(batch), "names": float(len(batch["classes"]))}
 
-    def losses(self, batch: dict) -> dict[str, Sum]:
+    def losses(self, batch: dict) -> dict[str, Tensor]:
         """DeCLIP's, and the semantics summed over names."""
         dense, tokens = self.read(self.images(batch), CONTEXT[self.readout])
         out = self.content_and_context(batch, dense, tokens)
@@ -84,7 +85,7 @@ class SynCLIP(DeCLIP):
                 ids = batch["classes"][batch["classes_of"] == image]
                 texts = self.label_texts[ids], self.rich_texts[ids]
                 total = total + semantic_loss(cells, cells_of(start)[image], vfm[image], *texts, **self.semantic)
-        return {**out, "semantics": Sum(total, "names")}
+        return {**out, "semantics": total}
 
 
 def build(options: SynCLIPFlags, setting: Setting) -> SynCLIP:

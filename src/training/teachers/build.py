@@ -14,6 +14,7 @@ import open_clip
 from open_clip import CLIP, ImageTower
 from open_clip.weights import load_torch_file
 from training.data.prepare import View
+from training.engine.checkpoint import weights_hash
 from training.engine.errors import UserError
 from training.teachers.describe import TeacherSpec
 
@@ -78,6 +79,11 @@ class Teacher(nn.Module):
             return pixels.new_zeros(shape)
         return torch.cat(parts)  # outside: the student's backward pass keeps it
 
+    def identity(self) -> str:
+        """Hash of everything that its answers to a picture depend on."""
+        tower = self.model.visual if isinstance(self.model, CLIP) else self.model
+        return f"{self.spec.emits} {self.spec.readout or ''} {weights_hash(tower.state_dict())}"
+
     def forget_texts(self) -> None:
         """Drop the text tower."""
         if isinstance(self.model, CLIP):
@@ -128,7 +134,7 @@ def build_teacher(
         size = spec.size or cells * patch
         if size % patch:
             near = max(round(size / patch), 1) * patch
-            raise UserError(f"--{spec.name}{'-teacher' if spec.kind == 'clip' else ''}-size {size} is no multiple of the patch size {patch}: use {near}")  # fmt: skip
+            raise UserError(f"input of {size} pixels: no multiple of the patch size {patch} of {spec.model}; use {near}")
         teacher.view = View(spec.source, size, tuple(mean), tuple(std), dtype)
     elif spec.size:
         teacher.view = View(spec.source, spec.size, tuple(mean), tuple(std), dtype)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -45,6 +44,9 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
         "regions": annotations_key(dataset.annotations, dataset.indices),
     }
     path = Path(folder) / teacher.spec.name
+    strangers = [f.name for f in Path(folder).glob("[!.]*") if not f.is_dir()]
+    if strangers:
+        raise UserError(f"--cache-teacher {folder} holds something else ({strangers[0]}): give another folder")
     if view.source == "images":
         cells = int(np.prod(teacher.cells()))
         offsets = np.arange(len(dataset.annotations) + 1, dtype=np.int64) * cells
