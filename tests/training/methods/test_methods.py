@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -17,12 +16,14 @@ from open_clip.factory import build_model
 from open_clip.image_tower import ImageTower
 from open_clip.text_tower import TextTower
 from open_clip.weights import export_state_dict, load_state
-from training.engine.errors import UserError
-from training.engine.optim import build_optimizer
 from training.engine.schedule import make_schedule, set_lr
 from training.ensemble import ensemble_state
-from training.methods import build_method
+from training.methods import Setting, make_method
 from training.methods.base import multiscale_sizes
+from training.models import build_optimizer
+from training.options import OptimOptions
+from training.teachers.build import build_teacher
+from training.teachers.describe import TeacherSpec
 
 CASES = [
     "eva.v2.unlocked_2", "eva.v2.unlocked_all", "vit_gelu.v2.unlocked_2", "vit_gelu.v2.unlocked_all",
@@ -43,13 +44,13 @@ def make_model(golden: Path, kind: str):
     return model
 
 
-def make_args(**changes) -> argparse.Namespace:
-    defaults = dict(
-        dataset_type="grid_distill", lock_image=True, lock_image_unlocked_groups=2, cosine_weight=1.0,
-        contrast_weight=1.0, extract_type="v2", multiscale=False, model="EVA02-tiny", lr=2e-3, wd=0.1,
-        beta1=None, beta2=None, eps=None,
-    )  # fmt: skip
-    return argparse.Namespace(**{**defaults, **changes})
+def build(name: str = "clipself", *, student, teacher=None, nouns=None, unlocked: int | None = 2, **flags):
+    """A method on a student of which the last ``unlocked`` groups train (None: not locked)."""
+    if unlocked is not None:
+        student.lock_image_tower(unlocked)
+    spec = TeacherSpec("crops", source="crops", emits="embedding")
+    teachers = {} if teacher is None else {"crops": build_teacher(spec, teacher, image_size=128)}
+    return make_method(name, Setting(student, teachers, embed=lambda names: nouns), **flags)
 
 
 def read_batch(golden: Path, index: int) -> dict:
@@ -98,8 +99,7 @@ def test_clipself_losses_and_gradient_norms(golden, case):
     kind, extract, _ = case.split(".")
     student, teacher = make_model(golden, kind), make_model(golden, kind)
     expected = json.loads(need(golden / "train" / "train.json").read_text())[case]
-    args = make_args(extract_type=extract, lock_image_unlocked_groups=expected["unlocked_groups"])
-    method = build_method(args, student=student, teacher=teacher)
+    method = build(student=student, teacher=teacher, unlocked=expected["unlocked_groups"], extract_type=extract)
     unreached = {id(p) for p in student.visual.unreached_by_dense()} if extract == "v2" else set()
     loss = run(method, read_batch(golden, 0))
     assert loss.item() == pytest.approx(expected["loss"], abs=1e-6)
@@ -112,17 +112,13 @@ def test_clipself_losses_and_gradient_norms(golden, case):
 
 def test_cosine_weight(golden):
     expected = json.loads(need(golden / "train" / "train.json").read_text())["eva.cosine_weight_2.5_batch1"]
-    method = build_method(
-        make_args(cosine_weight=2.5), student=make_model(golden, "eva"), teacher=make_model(golden, "eva")
-    )
+    method = build(student=make_model(golden, "eva"), teacher=make_model(golden, "eva"), cosine_weight=2.5)
     assert run(method, read_batch(golden, 1)).item() == pytest.approx(expected["loss"], abs=2e-6)
 
 
 def test_cosine_weight_scales_loss_and_metrics_stay(golden):
     expected = json.loads(need(golden / "train" / "train.json").read_text())["eva.v2.unlocked_2"]["loss"]
-    method = build_method(
-        make_args(cosine_weight=2.5), student=make_model(golden, "eva"), teacher=make_model(golden, "eva")
-    )
+    method = build(student=make_model(golden, "eva"), teacher=make_model(golden, "eva"), cosine_weight=2.5)
     batch = read_batch(golden, 0)
     method.begin_step([batch], seed=0)
     out = method(batch)
@@ -131,11 +127,11 @@ def test_cosine_weight_scales_loss_and_metrics_stay(golden):
 
 
 def test_chunks_of_crops_change_nothing(golden):
-    method = build_method(make_args(), student=make_model(golden, "eva"), teacher=make_model(golden, "eva"))
+    method = build(student=make_model(golden, "eva"), teacher=make_model(golden, "eva"))
     batch = read_batch(golden, 0)
-    whole = method.teach(batch)
-    method.teacher_chunk = 4
-    assert not whole.requires_grad and (method.teach(batch) - whole).abs().max() < 1e-6
+    whole = method.ask("crops", batch)
+    method.teachers["crops"].chunk = 4
+    assert not whole.requires_grad and (method.ask("crops", batch) - whole).abs().max() < 1e-6
 
 
 def formula_image(size: int) -> torch.Tensor:
@@ -154,7 +150,7 @@ def test_multiscale(golden):
     batch = {"images": image[None], "boxes": batch["boxes"][:1], "crops": batch["crops"][:count]}
     for case in expected["cases"]:
         student = make_model(golden, "eva")
-        method = build_method(make_args(multiscale=True), student=student, teacher=make_model(golden, "eva"))
+        method = build(student=student, teacher=make_model(golden, "eva"), multiscale=True)
         method.train()
         method.begin_step([batch], seed=case["python_random_seed"])
         assert method.size == case["target_size"]
@@ -189,8 +185,7 @@ def test_region_clip(golden):
         "labels": data["boxes"][..., 4][valid].long(),
     }
     student = make_model(golden, "eva")
-    args = make_args(dataset_type="region_clip", contrast_weight=0.5)
-    method = build_method(args, student=student, noun_embeddings=data["noun_embeddings"])
+    method = build("regionclip", student=student, nouns=data["noun_embeddings"], contrast_weight=0.5)
     method.train()
     method.begin_step([batch], seed=1)
     present = set(batch["labels"].tolist())
@@ -204,9 +199,7 @@ def test_region_clip(golden):
 
 
 def test_region_clip_with_few_classes(golden):
-    method = build_method(
-        make_args(dataset_type="region_clip"), student=make_model(golden, "eva"), noun_embeddings=torch.randn(7, 32)
-    )
+    method = build("regionclip", student=make_model(golden, "eva"), nouns=torch.randn(7, 32))
     boxes = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
     batch = {"images": read_batch(golden, 0)["images"], "boxes": [boxes, boxes[:0]], "labels": torch.tensor([3])}
     assert torch.isfinite(run(method, batch)) and sorted(method.classes.tolist()) == list(range(7))
@@ -214,9 +207,7 @@ def test_region_clip_with_few_classes(golden):
 
 def test_region_clip_classes_are_those_of_the_whole_step(golden):
     """Classes of every micro-batch, the rest drawn anew each step, the same for the same seed."""
-    method = build_method(
-        make_args(dataset_type="region_clip"), student=make_model(golden, "eva"), noun_embeddings=torch.randn(300, 32)
-    )
+    method = build("regionclip", student=make_model(golden, "eva"), nouns=torch.randn(300, 32))
     box = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
     batches = [
         {"images": torch.zeros(1, 3, 64, 64), "boxes": [box.expand(n, 4)], "labels": torch.tensor(labels)}
@@ -227,17 +218,18 @@ def test_region_clip_classes_are_those_of_the_whole_step(golden):
         method.begin_step(batches, seed=seed)
         drawn.append(method.classes.tolist())
         assert set(drawn[-1][:3]) == {7, 250, 299} and len(set(drawn[-1])) == 100
-    assert drawn[0] == drawn[2] != drawn[1] and method.scale == pytest.approx(1 / 3)
+    assert drawn[0] == drawn[2] != drawn[1] and method.scale["regions"] == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("dataset_type", ["grid_distill", "region_clip"])
+@pytest.mark.parametrize("name", ["clipself", "regionclip"])
 @pytest.mark.parametrize(("kind", "extract"), [("eva", "v2"), ("vit_quickgelu", "v2"), ("vit_quickgelu", "v1")])
-def test_without_regions_loss_and_gradients_are_zeros(golden, dataset_type, kind, extract):
+def test_without_regions_loss_and_gradients_are_zeros(golden, name, kind, extract):
     """A process without regions must still have a gradient for everything, or the others wait for it."""
     student = make_model(golden, kind)
-    args = make_args(dataset_type=dataset_type, extract_type=extract, lock_image=False)
-    teacher = make_model(golden, kind) if dataset_type == "grid_distill" else None
-    method = build_method(args, student=student, teacher=teacher, noun_embeddings=torch.randn(7, 32))
+    teacher = make_model(golden, kind) if name == "clipself" else None
+    method = build(
+        name, student=student, teacher=teacher, nouns=torch.randn(7, 32), unlocked=None, extract_type=extract
+    )
     none = torch.zeros(0, dtype=torch.long)
     batch = {"images": read_batch(golden, 0)["images"], "boxes": [torch.zeros(0, 4)] * 2, "labels": none}
     assert run(method, {**batch, "crops": torch.zeros(0, 3, 64, 64)}).item() == 0
@@ -255,13 +247,11 @@ def small_siglip() -> CLIP:
     return CLIP(ImageTower(trunk, image_size=64), text, init_logit_bias=-10.0)
 
 
-@pytest.mark.parametrize("dataset_type", ["grid_distill", "region_clip", "contrastive"])
+@pytest.mark.parametrize("name", ["clipself", "regionclip", "contrastive"])
 @pytest.mark.parametrize("kind", ["eva", "vit_quickgelu", "siglip"])
-def test_everything_that_trains_gets_a_gradient(golden, kind, dataset_type):
+def test_everything_that_trains_gets_a_gradient(golden, kind, name):
     student, teacher = (small_siglip() if kind == "siglip" else make_model(golden, kind) for _ in range(2))
-    args = make_args(dataset_type=dataset_type, lock_image=False)
-    nouns = torch.randn(7, student.embed_dim)
-    method = build_method(args, student=student, teacher=teacher, noun_embeddings=nouns)
+    method = build(name, student=student, teacher=teacher, nouns=torch.randn(7, student.embed_dim), unlocked=None)
     size, generator = student.visual.image_size, torch.Generator().manual_seed(0)
     batch = {
         "images": torch.randn(2, 3, size, size, generator=generator),
@@ -274,14 +264,14 @@ def test_everything_that_trains_gets_a_gradient(golden, kind, dataset_type):
     trainable = {n for n, p in student.named_parameters() if p.requires_grad}
     assert trainable == {n for n, p in student.named_parameters() if p.grad is not None}
     assert (
-        ("logit_scale" in trainable) == any(n.startswith("text.") for n in trainable) == (dataset_type == "contrastive")
+        ("logit_scale" in trainable) == any(n.startswith("text.") for n in trainable) == (name == "contrastive")
     )
 
 
 def test_contrastive_by_closed_form(golden):
     """OpenCLIP's loss in float64 from the embeddings, and the temperature's derivative by differences."""
     student = make_model(golden, "eva")
-    method = build_method(make_args(dataset_type="contrastive", lock_image=False), student=student)
+    method = build("contrastive", student=student, unlocked=None)
     generator = torch.Generator().manual_seed(0)
     batch = {
         "images": torch.randn(5, 3, 64, 64, generator=generator),
@@ -306,26 +296,20 @@ def test_contrastive_by_closed_form(golden):
 
 @pytest.mark.parametrize(("before", "after"), [(5.0, np.log(100)), (-0.5, 0.0), (2.0, 2.0)])
 def test_temperature_is_clamped_where_it_trains(golden, before, after):
-    trained = build_method(make_args(dataset_type="contrastive"), student=make_model(golden, "eva"))
-    frozen = build_method(make_args(), student=make_model(golden, "eva"), teacher=make_model(golden, "eva"))
+    trained = build("contrastive", student=make_model(golden, "eva"))
+    frozen = build(student=make_model(golden, "eva"), teacher=make_model(golden, "eva"))
     for method, expected in ((trained, after), (frozen, before)):
         method.student.logit_scale.data.fill_(before)
         method.end_step()
         assert method.student.logit_scale.item() == pytest.approx(expected, rel=1e-6)
 
 
-def test_multiscale_is_refused_without_regions(golden):
-    with pytest.raises(UserError, match="--multiscale"):
-        build_method(make_args(dataset_type="contrastive", multiscale=True), student=make_model(golden, "eva"))
-
-
 def test_three_steps_and_ensemble(golden):
     expected = json.loads(need(golden / "train" / "train.json").read_text())["three_steps"]
     student, start = make_model(golden, "eva"), make_model(golden, "eva")
-    args = make_args(lock_image_unlocked_groups=expected["unlocked_groups"], lr=expected["lr"])
-    method = build_method(args, student=student, teacher=start)
+    method = build(student=student, teacher=start, unlocked=expected["unlocked_groups"])
     names = {id(p): n for n, p in student.named_parameters()}
-    optimizer = build_optimizer(args, method)
+    optimizer = build_optimizer(OptimOptions(lr=expected["lr"]), "EVA02-tiny", method.student)
     assert optimizer.defaults["betas"] == tuple(expected["betas"]) and optimizer.defaults["eps"] == expected["eps"]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, expected["weight_decay"]]
     for group, key in zip(optimizer.param_groups, ("no_decay", "decay"), strict=True):
@@ -333,7 +317,7 @@ def test_three_steps_and_ensemble(golden):
         missing = set(expected[key]) - set(ours)
         assert set(ours) <= set(expected[key])
         assert all(n == "logit_scale" or ".3.attn.q" in n or ".3.attn.k" in n for n in missing)
-    schedule = make_schedule("cosine", base=args.lr, warmup=expected["warmup"], total=expected["total_steps"])
+    schedule = make_schedule("cosine", base=expected["lr"], warmup=expected["warmup"], total=expected["total_steps"])
     for step in range(3):
         assert schedule(step) == pytest.approx(expected["lr_per_step"][step], rel=1e-6)
         set_lr(optimizer, schedule(step))
@@ -362,10 +346,9 @@ def test_clipped_step(golden):
     expected = json.loads(need(golden / "train" / "train.json").read_text())
     setting = expected["three_steps"]
     student = make_model(golden, "eva")
-    args = make_args(lock_image_unlocked_groups=4, lr=setting["lr"])
-    method = build_method(args, student=student, teacher=make_model(golden, "eva"))
-    optimizer = build_optimizer(args, method)
-    schedule = make_schedule("cosine", base=args.lr, warmup=setting["warmup"], total=setting["total_steps"])
+    method = build(student=student, teacher=make_model(golden, "eva"), unlocked=4)
+    optimizer = build_optimizer(OptimOptions(lr=setting["lr"]), "EVA02-tiny", method.student)
+    schedule = make_schedule("cosine", base=setting["lr"], warmup=setting["warmup"], total=setting["total_steps"])
     set_lr(optimizer, schedule(0))
     run(method, read_batch(golden, 0))
     torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 0.1)
@@ -376,13 +359,14 @@ def test_clipped_step(golden):
 
 
 def test_teacher_stays_frozen_and_in_eval(golden):
-    method = build_method(make_args(), student=make_model(golden, "eva"), teacher=make_model(golden, "eva"))
+    method = build(student=make_model(golden, "eva"), teacher=make_model(golden, "eva"))
     method.train()
-    assert method.student.training and not method.teacher.training
-    assert not any(p.requires_grad for p in method.teacher.parameters())
+    teacher = method.teachers["crops"]
+    assert method.student.training and not any(m.training for m in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
     calls = []
-    method.teacher.encode_image = lambda *a, **k: calls.append(1)
+    method.teachers["crops"].model.encode_image = lambda *a, **k: calls.append(1)
     batch = read_batch(golden, 0)
     features = torch.nn.functional.normalize(torch.randn(len(batch["crops"]), 32), dim=-1)
-    run(method, {**batch, "teacher_features": features})
+    run(method, {**batch, "answers": {"crops": features}})
     assert not calls

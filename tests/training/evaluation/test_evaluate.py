@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -22,6 +21,7 @@ from open_clip.regions import mask_features, roi_features
 from open_clip.weights import load_state
 from training.engine.errors import UserError
 from training.evaluation.evaluate import evaluate, format_table
+from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import build_eval_data, collate_panoptic
 
 CLASSES = ["red", "green", "blue", "yellow", "violet", "turquoise", "white"]
@@ -53,7 +53,7 @@ class ColourModel(nn.Module):
         return F.normalize(middle, dim=-1) if normalize else middle
 
 
-def write_coloured(folder, scenes) -> Namespace:
+def write_coloured(folder, scenes) -> EvalOptions:
     """Images of 64 x 64 whose quarters have given colours; ``scenes`` lists four (colour, label) per image."""
     content = {"images": [], "annotations": [], "categories": []}
     for i, name in enumerate(CLASSES):
@@ -72,7 +72,7 @@ def write_coloured(folder, scenes) -> Namespace:
         content["annotations"].append(annotation)
     (folder / "panoptic.json").write_text(json.dumps(content))
     root = str(folder)
-    return Namespace(val_data=f"{root}/panoptic.json", val_image_root=root, val_segm_root=root, batch_size=2, workers=0)
+    return EvalOptions(val_data=f"{root}/panoptic.json", val_image_root=root, val_segm_root=root)
 
 
 SCENES = [
@@ -141,11 +141,9 @@ def test_crops_are_packed_over_batches(tmp_path, monkeypatch):
 def test_skipped_images_are_counted_and_bounded(tmp_path, caplog):
     args = write_coloured(tmp_path, SCENES)
     (tmp_path / "1_rgb.png").write_bytes(b"nothing")
-    args.max_skipped = 0.5
-    results = evaluate(ColourModel(), data_of(args), EMBEDDINGS, device="cpu", progress=False)
+    results = evaluate(ColourModel(), data_of(args, max_skipped=0.5), EMBEDDINGS, device="cpu", progress=False)
     assert results["count.skipped"] == 1 and results["count.images"] == 2
     assert "1_rgb.png" in caplog.text and format_table(results).endswith("1 images skipped")
-    args.max_skipped = 0.1
     with pytest.raises(UserError, match=r"1 of 3 images .*1_rgb.png"):
         evaluate(ColourModel(), data_of(args), EMBEDDINGS, device="cpu", progress=False)
 
@@ -158,10 +156,11 @@ def golden_eva(folder):
     return model
 
 
-def golden_args(folder, **kwargs) -> Namespace:
+def golden_args(folder) -> EvalOptions:
     data = folder / "data"
-    values = {"val_data": f"{data}/panoptic.json", "val_image_root": f"{data}/images"}
-    return Namespace(**values, **{"val_segm_root": f"{data}/panoptic", "batch_size": 2, "workers": 0, **kwargs})
+    return EvalOptions(
+        val_data=f"{data}/panoptic.json", val_image_root=f"{data}/images", val_segm_root=f"{data}/panoptic"
+    )
 
 
 def golden_embeddings(classes: int = 6) -> torch.Tensor:
@@ -216,7 +215,8 @@ def _evaluate_in_process(rank: int, world: int, golden, folder) -> None:
     )
     try:
         data = build_eval_data(
-            golden_args(golden, batch_size=1),
+            golden_args(golden),
+            batch_size=1,
             image_sizes=[128],
             patch_size=16,
             crop_size=64,

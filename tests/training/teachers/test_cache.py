@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from open_clip import CLIP
+from training.data.options import RegionOptions
+from training.data.regions import Proposals
 from training.engine.data.annotations import load_annotations
 from training.engine.errors import UserError
 from training.teachers.store import TeacherStore
@@ -98,7 +100,7 @@ def test_stale_caches_are_refused(program, proposals, tmp_path, capsys):
 def test_damaged_shards_are_made_anew(program, proposals, tmp_path):
     cache = tmp_path / "cache"
     assert run(program, proposals, name="first", cache_teacher=cache, epochs=1) == 0
-    (shard,) = cache.glob("shard-*.npy")
+    (shard,) = (cache / "crops").glob("shard-*.npy")
     good = shard.read_bytes()
     damaged = bytearray(good)
     damaged[len(good) // 2] ^= 1
@@ -124,7 +126,8 @@ def test_unreadable_images_are_counted_as_without_a_cache(program, proposals, sc
 
 def test_rows_of_several_shards(scenes, tmp_path):
     annotations = load_annotations(str(scenes / "annotations/instances_train2017.json"))
-    store = TeacherStore(tmp_path / "s", annotations, 4, {"weights": "w"}, shard_images=5)
+    offsets = Proposals(annotations, RegionOptions()).answer_offsets()
+    store = TeacherStore(tmp_path / "s", offsets, 4, {"weights": "w"}, shard_images=5)
     assert store.num_shards == 5 and sum(store.shape(s)[0] for s in range(5)) == len(annotations.boxes) + 24
     store.create()
     seen = set()
@@ -135,13 +138,16 @@ def test_rows_of_several_shards(scenes, tmp_path):
         assert store.is_complete(shard)
     for image in range(24):
         own = annotations.of(image)
-        for drawn in [*([i] for i in range(own.stop - own.start)), []]:
-            shard, (row,) = store.rows(image, drawn)
+        for drawn in range(own.stop - own.start + 1):  # the last: the region that stands in
+            shard, (row,) = store.rows(image, [drawn])
             assert (shard, row) not in seen
             seen.add((shard, int(row)))
-            assert store.embeddings(image, drawn).tolist() == [[row] * 4]
+            assert store.answers(image, [drawn]).tolist() == [[row] * 4]
+        assert len(store.of_image(image)) == own.stop - own.start + 1
     assert len(seen) == len(annotations.boxes) + 24
     with pytest.raises(ValueError, match="float16"):
         store.write(0, np.zeros((1, 4), np.float32))
     with pytest.raises(UserError, match="weights"):
-        TeacherStore(tmp_path / "s", annotations, 4, {"weights": "v"}, shard_images=5)
+        TeacherStore(tmp_path / "s", offsets, 4, {"weights": "v"}, shard_images=5)
+    with pytest.raises(UserError, match="width"):
+        TeacherStore(tmp_path / "s", offsets, 5, {"weights": "w"}, shard_images=5)

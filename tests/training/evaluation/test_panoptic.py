@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from PIL import Image
 
 from training.engine.data.masks import grid_masks, read_segment_ids, tight_box
 from training.engine.errors import UserError
+from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import PanopticDataset, build_eval_data, collate_panoptic, load_panoptic
 
 CMYK = 3  # padded white by the reference
@@ -44,15 +44,13 @@ def write_panoptic(folder, scenes, categories=(("sky", 0), ("cat", 1), ("dog", 1
     (folder / "panoptic.json").write_text(json.dumps(content))
 
 
-def eval_args(folder, **kwargs) -> Namespace:
+def eval_args(folder, **kwargs) -> EvalOptions:
     values = {
         "val_data": str(folder / "panoptic.json"),
         "val_image_root": str(folder / "images"),
         "val_segm_root": str(folder / "panoptic"),
-        "batch_size": 2,
-        "workers": 0,
     }
-    return Namespace(**{**values, **kwargs})
+    return EvalOptions(**{**values, **kwargs})
 
 
 @pytest.mark.parametrize("antialias", [False, True])
