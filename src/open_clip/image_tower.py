@@ -17,6 +17,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .checks import check_images
+from .upstream_api import ImageTowerAPI
+
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -146,7 +149,7 @@ def pool_each_token(pool: nn.Module, x: Tensor) -> Tensor:
     return y if pool.mlp is None else y + pool.mlp(pool.norm(y))
 
 
-class ImageTower(nn.Module):
+class ImageTower(ImageTowerAPI, nn.Module):
     """A timm trunk read as a CLIP image encoder.
 
     Args:
@@ -207,6 +210,7 @@ class ImageTower(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Cells (h, w) of an image ``[B, 3, H, W]``; ValueError when a side is not a multiple of the patch."""
+        check_images(image)
         height, width = image.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
