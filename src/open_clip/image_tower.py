@@ -224,7 +224,7 @@ class ImageTower(ImageTowerAPI, nn.Module):
         """Tokens entering the first block ``[B, prefix + h*w, W]``, and the rotary table (or None)."""
         trunk, grid = self.trunk, self.grid(image)
         x = trunk.patch_embed.norm(trunk.patch_embed.proj(image).flatten(2).transpose(1, 2))  # [B, h*w, W]
-        prefix = [t.expand(len(x), -1, -1) for t in (trunk.cls_token, trunk.reg_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (trunk.cls_token, trunk.reg_token) if t is not None]
         if trunk.pos_embed is None:
             x = torch.cat([*prefix, x], dim=1)
         else:
@@ -361,8 +361,11 @@ class ImageTower(ImageTowerAPI, nn.Module):
         stem += [t for t in (trunk.cls_token, trunk.reg_token) if t is not None]
         return [stem, [] if trunk.pos_embed is None else [trunk.pos_embed], *blocks]
 
-    def lock(self, unlocked_groups: int = 0) -> None:
-        """Freeze the tower except the last ``unlocked_groups`` of :meth:`parameter_groups` (0 freezes everything)."""
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Freeze the tower except the last ``unlocked_groups`` of :meth:`parameter_groups` (0 freezes everything).
+
+        ``freeze_bn_stats`` has nothing to act on, as in :meth:`open_clip.model.CLIP.lock_image_tower`.
+        """
         if unlocked_groups < 0:
             raise ValueError(f"unlocked_groups is {unlocked_groups}: give 0 (all frozen) or more")
         self.requires_grad_(False)

@@ -76,7 +76,7 @@ def upstream_state_dict(model: CLIP, config: dict) -> dict[str, Tensor]:
         if config.get("custom_text"):
             text = {k[len("text.") :] for k in model.state_dict() if k.startswith("text.")}
             state = {f"text.{k}" if k in text else k: v for k, v in state.items()}
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return state
 
 
 def _config_of(model: CLIP, model_config: dict | None) -> dict:
@@ -134,6 +134,7 @@ def save_pretrained(
         save_config_for_hf(model, made / CONFIG_NAME, model_config)
         if not skip_weights:
             state = upstream_state_dict(model, _config_of(model, model_config))
+            state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
             if safe_serialization:
                 save_file(state, made / SAFE_NAME, metadata={"format": "pt"})
             if safe_serialization != True:  # noqa: E712 ("both" too)

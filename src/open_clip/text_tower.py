@@ -113,7 +113,7 @@ class TextTower(nn.Module):
                 f"text width is {width}, embed_dim {output_dim}: without a projection they must be the same"
             )
         self.context_length, self.vocab_size, self.output_dim = context_length, vocab_size, output_dim
-        self.width, self.causal, self.pool, self.eos_id = width, causal, pool, eos_id
+        self.width, self.heads, self.causal, self.pool, self.eos_id = width, heads, causal, pool, eos_id
         self.grad_checkpointing = False
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
@@ -149,6 +149,19 @@ class TextTower(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass."""
         self.grad_checkpointing = enable
+
+    @property
+    def pool_type(self) -> str:
+        """OpenCLIP's name of :attr:`pool`."""
+        return self.pool
+
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """What a causal tower adds to its attention logits ``[L, L]``: -inf above the diagonal; None for others."""
+        if not self.causal:
+            return None
+        shape = (self.context_length, self.context_length)
+        return torch.full(shape, -torch.inf, device=self.positional_embedding.device).triu(1)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are usually not decayed."""
@@ -193,7 +206,7 @@ class TextTower(nn.Module):
         x = self.ln_final(x)
         if self.pool in ("argmax", "eos"):
             place = text.argmax(dim=-1) if self.pool == "argmax" else (text == self.eos_id).int().argmax(dim=-1)
-            x = x[torch.arange(len(x), device=x.device), place]
+            x = x[torch.arange(x.shape[0], device=x.device), place]  # len(x) would be a constant of a traced graph
         else:
             x = x[:, -1 if self.pool == "last" else 0]
         if self.text_projection is None:
@@ -215,11 +228,16 @@ class TextTower(nn.Module):
         stop_early: bool = False,
         normalize_intermediates: bool = False,
         intermediates_only: bool = False,
+        output_fmt: str = "NLC",
+        output_extra_tokens: bool = False,
     ) -> dict[str, Tensor | list[Tensor]]:
         """Outputs of blocks: ``text_intermediates``, a list of ``[B, L, W]``, and ``text_features`` ``[B, D]``.
 
-        Arguments as in :meth:`open_clip.upstream_api.ImageTowerAPI.forward_intermediates`.
+        Arguments as in :meth:`open_clip.upstream_api.ImageTowerAPI.forward_intermediates`, but that texts have no grid
+        (``output_fmt`` is ``"NLC"``) and no extra tokens.
         """
+        if output_fmt != "NLC":
+            raise ValueError(f'output_fmt is "{output_fmt}": texts have no grid, use NLC')
         wanted = taken_blocks(len(self.transformer.resblocks), indices)
         x, taken = self._run(text, wanted, max(wanted, default=-1) + 1 if stop_early else None)
         taken = [self.ln_final(t) for t in taken] if normalize_intermediates else taken

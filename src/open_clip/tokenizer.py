@@ -160,9 +160,9 @@ class SimpleTokenizer:
         """Ids of a text, without start and end."""
         return [i for word in _pattern(self._special).findall(self.clean_fn(text)) for i in self._word_ids(word)]
 
-    def decode(self, ids: list[int] | Tensor) -> str:
+    def decode(self, tokens: list[int] | Tensor) -> str:
         """Text of ids; a word end becomes a space. Bytes that are no utf-8 become the replacement character."""
-        symbols = "".join(self.decoder[int(i)] for i in ids)
+        symbols = "".join(self.decoder[int(i)] for i in tokens)
         symbols = symbols.replace(_WORD_END, " ")
         return bytes(b for s in symbols for b in ([self._bytes[s]] if s in self._bytes else s.encode())).decode(
             "utf-8", "replace"

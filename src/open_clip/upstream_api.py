@@ -167,6 +167,21 @@ class CLIPAPI:
         """Projection of the text tower to the joint dimension."""
         return self.text.text_projection
 
+    @property
+    def attn_mask(self) -> Tensor | None:
+        """Causal mask of the text tower ``[L, L]``; None for one that sees both ways."""
+        return self.text.attn_mask
+
+    @property
+    def text_pool_type(self) -> str:
+        """Token at which the text tower is read."""
+        return self.text.pool
+
+    @property
+    def text_eos_id(self) -> int:
+        """Id of the end token where the text tower is read at one."""
+        return self.text.eos_id
+
     def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """Scaled similarities of images and texts: ``[B_image, B_text]`` and its transpose."""
         features = [self.encode_image(image, normalize=True), self.encode_text(text, normalize=True)]
@@ -219,8 +234,6 @@ class CLIPAPI:
         """
         if output_logits and (image is None or text is None or intermediates_only):
             raise ValueError("output_logits needs the embeddings of images and texts")
-        if text_output_fmt != "NLC":
-            raise ValueError(f'text_output_fmt is "{text_output_fmt}": texts have no grid, use NLC')
         out: dict[str, Any] = {}
         common = {
             "stop_early": stop_early, "normalize_intermediates": normalize_intermediates,
@@ -232,7 +245,10 @@ class CLIPAPI:
                 output_extra_tokens=image_output_extra_tokens, **common,
             )  # fmt: skip
         if text is not None:
-            out |= self.text.forward_intermediates(text, indices=text_indices, **common)
+            out |= self.text.forward_intermediates(
+                text, indices=text_indices, output_fmt=text_output_fmt,
+                output_extra_tokens=text_output_extra_tokens, **common,
+            )  # fmt: skip
         for name in ("image_features", "text_features"):
             if name in out and normalize:
                 out[name] = F.normalize(out[name], dim=-1)

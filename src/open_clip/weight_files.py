@@ -129,7 +129,8 @@ def load_torch_file(path: str | Path) -> Any:
             raise ValueError(f"the checksum of {damaged} is wrong")
         if is_jit_archive(path):
             return read_jit_archive(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:  # of a path torch would look at the ending
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _find_state(content: object) -> dict[str, Tensor]:

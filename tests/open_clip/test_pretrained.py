@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 import open_clip
 from open_clip.factory import build_model
-from open_clip.pretrained import download, list_pretrained, list_pretrained_tags, pretrained_info
+from open_clip.pretrained import download, list_pretrained, list_pretrained_tags_by_model, pretrained_info
 
 # Millions of parameters as published by EVA-CLIP and OpenCLIP.
 SIZES = {
@@ -27,7 +27,7 @@ def test_published_sizes(name):
     with torch.device("meta"):
         model = build_model(open_clip.get_model_config(name))
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(SIZES[name], abs=0.006)
-    assert list_pretrained_tags(name)
+    assert list_pretrained_tags_by_model(name)
 
 
 def test_tags():
@@ -103,7 +103,7 @@ def test_create_model_by_tag(cache, tmp_path, monkeypatch):
     """Weights and pixel normalisation of a tag reach the model."""
     small = {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
     config = {"embed_dim": 16, "vision_cfg": small, "text_cfg": {"width": 16, "heads": 2, "layers": 1}}
-    monkeypatch.setitem(open_clip.factory._configs, "ViT-L-14", config)
+    monkeypatch.setitem(open_clip.configs._configs, "ViT-L-14", config)
     torch.manual_seed(1)
     state = build_model(config).state_dict()
     save_file(state, tmp_path / "weights")
