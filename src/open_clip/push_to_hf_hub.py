@@ -6,11 +6,13 @@ What is written loads here (``local-dir:``, ``hf-hub:``), in OpenCLIP and, as an
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -19,7 +21,10 @@ from .factory import create_model_from_pretrained, get_tokenizer
 from .hub import CONFIG_NAME
 from .model import CLIP
 from .tokenizer import HFTokenizer
+from .upstream_api import ImageSize
 from .weights import export_state_dict
+
+log = logging.getLogger(__name__)
 
 SAFE_NAME, PICKLE_NAME = "open_clip_model.safetensors", "open_clip_pytorch_model.bin"
 
@@ -101,6 +106,22 @@ def save_config_for_hf(model: CLIP, config_path: str | Path, model_config: dict 
     Path(config_path).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def _say_other_size(model: CLIP, config: dict) -> None:
+    """OpenCLIP builds a trunk of timm at timm's size, whatever the config says, and resizes it after loading only."""
+    name = config["vision_cfg"].get("timm_model_name")
+    known = timm.get_pretrained_cfg(name) if name else None
+    if known is None or not known.input_size:
+        return
+    grid = tuple(side // model.visual.patch_size for side in known.input_size[1:])
+    if grid != tuple(model.visual.native_grid):
+        height, width = ImageSize.of(model.visual.image_size)
+        log.warning(
+            "OpenCLIP builds %s for %dx%d pixels: make the model there with load_weights=False, "
+            "force_image_size=(%d, %d), then load %s by load_checkpoint",
+            name, *known.input_size[1:], height, width, SAFE_NAME,
+        )  # fmt: skip
+
+
 def save_pretrained(
     model: CLIP,
     save_directory: str | Path,
@@ -132,6 +153,7 @@ def save_pretrained(
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as name:  # nothing half-written under its name
         made = Path(name)
         save_config_for_hf(model, made / CONFIG_NAME, model_config)
+        _say_other_size(model, upstream_config(_config_of(model, model_config)))
         if not skip_weights:
             state = upstream_state_dict(model, _config_of(model, model_config))
             state = {name: value.detach().cpu().contiguous() for name, value in state.items()}

@@ -169,7 +169,7 @@ def image_transform(
 
     Args:
         image_size: side, or (height, width).
-        is_train: a random crop (and ``aug_cfg``) instead of ``resize_mode``.
+        is_train: a random crop, bicubic (and ``aug_cfg``), instead of ``resize_mode`` and ``interpolation``.
         mean, std: pixel normalisation; CLIP's when None.
         resize_mode, interpolation, fill_color: see :class:`PreprocessCfg`.
         aug_cfg: an :class:`AugmentationCfg`, or a dict of its values.
@@ -218,7 +218,8 @@ def _training(size: tuple[int, int], cfg: PreprocessCfg, aug: AugmentationCfg) -
     if aug.re_prob or aug.re_count:
         raise ValueError("aug_cfg asks for random erasing (re_prob, re_count): that is timm's, set use_timm=True")
     ratio = {} if aug.ratio is None else {"ratio": tuple(aug.ratio)}
-    crop = T.RandomResizedCrop(size, scale=tuple(aug.scale), interpolation=INTERPOLATIONS[cfg.interpolation], **ratio)
+    # Bicubic always, as OpenCLIP crops for training, also for models whose evaluation is bilinear.
+    crop = T.RandomResizedCrop(size, scale=tuple(aug.scale), interpolation=INTERPOLATIONS["bicubic"], **ratio)
     steps: list[Callable] = [crop, ToRGB()]
     if aug.color_jitter_prob:
         strength = aug.color_jitter
