@@ -71,7 +71,7 @@ class Teacher(nn.Module):
             if self.spec.emits == "embedding":
                 parts = [self.model.encode_image(c, normalize=True) for c in pixels.split(self.chunk)]
             elif isinstance(self.model, CLIP):
-                parts = [self.model.encode_dense(pixels, readout=self.spec.readout)]
+                parts = [self.model.encode_dense(pixels, keep_shape=True, readout=self.spec.readout)]
             else:
                 parts = [foundation_map(self.model, pixels)]
         if not len(pixels):
