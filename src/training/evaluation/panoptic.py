@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 from open_clip.transform import crop_region, resize_longest
 from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
-from training.engine.data.masks import grid_masks, read_segment_ids, tight_box
+from training.engine.data.masks import read_segment_ids, tight_box
 from training.engine.data.samples import Skipped, black, check_image_root, stack_padded
 from training.engine.errors import UserError
+from training.evaluation.grid_masks import grid_masks
 from training.evaluation.options import EvalOptions
 
 MAX_SEGMENTS = 100  # per image, counted before the area limits, as in the published evaluation
@@ -139,7 +140,7 @@ class PanopticDataset(Dataset):
         patch_size: p.
         crop_size: n, the model's native size.
         min_size, max_size: limits of the square root of a box's area, in pixels of the file.
-        mask_antialias: see :func:`training.engine.data.masks.grid_masks`.
+        mask_antialias: see :func:`training.evaluation.grid_masks.grid_masks`.
     """
 
     def __init__(

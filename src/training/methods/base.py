@@ -86,7 +86,7 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
-        """The losses of a prepared batch, summed over its items, by the names of ``weights``; and what ``logs`` names."""
+        """The losses of a prepared batch, summed over items, by the names of ``weights``; and what ``logs`` names."""
         raise NotImplementedError
 
     def prepare(self, batches: list[dict], *, seed: int) -> None:
