@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip import CLIP
+from open_clip.readouts import Unread
 from training.engine.flags import COUNT, flag
 from training.methods.base import RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
@@ -26,8 +27,10 @@ class CLIMFlags:
 def mosaic(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """(``[3, side * s, side * s]``, boxes ``[side**2, 4]`` in 0..1) of images ``[side**2, 3, s, s]``, rows first."""
     rows = images.unflatten(0, (side, side)).permute(2, 0, 3, 1, 4)  # [3, row, y, column, x]
-    y, x = torch.meshgrid(*(torch.arange(side, device=images.device),) * 2, indexing="ij")
-    boxes = torch.stack([x, y, x + 1, y + 1], -1).flatten(0, 1) / side
+    edges = torch.linspace(0, 1, side + 1, device=images.device)
+    y1, x1 = torch.meshgrid(edges[:-1], edges[:-1], indexing="ij")
+    y2, x2 = torch.meshgrid(edges[1:], edges[1:], indexing="ij")
+    boxes = torch.stack([x1, y1, x2, y2], -1).flatten(0, 1)
     return rows.flatten(3, 4).flatten(1, 2), boxes
 
 
@@ -60,6 +63,10 @@ class CLIM(RegionMethod):
         self.student.lock_text_tower()
         if self.student.logit_bias is not None:
             self.student.logit_bias.requires_grad_(False)
+
+    def unread(self) -> list[Unread]:
+        """Nothing."""
+        return []
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Pairs of a batch."""

@@ -62,7 +62,7 @@ class DeCLIP(RegionMethod):
             raise UserError(f"--readout {readout} has no context to distil: use {', '.join(CONTEXT)}")
         weights = {n: w for n, w in (("distance", cosine_weight), ("context", context_weight)) if w}
         super().__init__(student=student, teachers=teachers, weights=weights, readout=readout, **more)
-        self.as_released = as_released
+        self.projections, self.as_released = CONTEXT[readout], as_released
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, and images: correlations are averaged over these."""
@@ -71,7 +71,7 @@ class DeCLIP(RegionMethod):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """Distance summed over regions, and context over images."""
-        dense, tokens = self.read(self.images(batch), CONTEXT[self.readout])
+        dense, tokens = self.read(self.images(batch), self.projections)
         return self.content_and_context(batch, dense, tokens)
 
     def content_and_context(self, batch: dict, dense: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

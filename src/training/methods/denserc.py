@@ -1,4 +1,4 @@
-"""DenseRC (CVPR 2026): the gated values of the last layers as the dense reading, kept coherent by a foundation model."""
+"""DenseRC (CVPR 2026): gated values of the last layers as the dense reading, kept coherent by a foundation model."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class DenseRC(RegionMethod):
         if "coherence" in self.weights:
             target = self.ask("vfm", batch)
             own = cells_of(dense, target.shape[-2:])
-            out["coherence"] = correlation_loss([own], cells_of(target), "images")
+            out["coherence"] = correlation_loss([own], cells_of(target), "mse")
         return out
 
 
@@ -85,7 +85,7 @@ METHOD = Entry(
         *([crop_teacher(options)] if options.cosine_weight else []),
         *([vision_teacher(options)] if options.coherence_weight else []),
     ),
-    readout="gated",
+    readout="gated:3",
     recipes={
         "denserc-b16": "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7 "
         "--batch-size 4",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from open_clip import CLIP
+from open_clip.readouts import Unread
 from training.engine.flags import COUNT, NOT_NEGATIVE, flag
 from training.methods.base import RegionFlags, RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
@@ -57,6 +58,10 @@ class FineCLIP(RegionMethod):
         if self.student.logit_bias is not None:
             self.student.logit_bias.requires_grad_(False)
         self.student.logit_scale.requires_grad_({"captions", "region_captions"} & set(self.weights) != set())
+
+    def unread(self) -> list[Unread]:
+        """Nothing."""
+        return []
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, captions and region captions (with the released code's rows of zeros)."""
