@@ -187,11 +187,17 @@ class Method(nn.Module):
 
 
 @dataclass(frozen=True)
-class RegionFlags:
-    """Flags of methods on region embeddings."""
+class DenseFlags:
+    """Flags of methods that read a dense map."""
+
+    multiscale: bool = flag(False, "resize each step's images to a random size")
+
+
+@dataclass(frozen=True)
+class RegionFlags(DenseFlags):
+    """Flags of methods that read nothing but regions."""
 
     extract_type: str = flag("v2", "RoIAlign (v2) or masked tokens (v1, CLIP ViT only)", choices=("v1", "v2"))
-    multiscale: bool = flag(False, "resize each step's images to a random size")
 
 
 class RegionMethod(Method):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +45,8 @@ class CLIM(RegionMethod):
     Args:
         student: the model that trains.
         mosaic_size, mosaics: see the flags.
-        rank, world_size: this process among all.
-        readout: dense reading.
+        rank: this process.
+        more: see :class:`~training.methods.base.RegionMethod`.
     """
 
     groups = {"contrast": "pairs", "correct": "pairs"}
@@ -53,9 +54,9 @@ class CLIM(RegionMethod):
 
     def __init__(
         self, *, student: CLIP, mosaic_size: int = 1024, mosaics: tuple[int, ...] = (2, 3, 4), rank: int = 0,
-        world_size: int = 1, readout: str | None = None,
+        **more: Any,
     ) -> None:  # fmt: skip
-        super().__init__(student=student, weights={"contrast": 1.0}, world_size=world_size, readout=readout)
+        super().__init__(student=student, weights={"contrast": 1.0}, **more)
         self.mosaic_size, self.mosaics, self.rank = mosaic_size, mosaics, rank
 
     def freeze_unreached(self) -> None:
@@ -110,9 +111,8 @@ class CLIM(RegionMethod):
 def build(options: CLIMFlags, setting: Setting) -> CLIM:
     """CLIM as the flags say."""
     return CLIM(
-        student=setting.student, mosaic_size=options.mosaic_size, mosaics=options.mosaics, rank=setting.rank,
-        world_size=setting.world_size, readout=setting.readout,
-    )  # fmt: skip
+        **setting.common(), mosaic_size=options.mosaic_size, mosaics=options.mosaics, rank=setting.rank
+    )
 
 
 METHOD = Entry(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_clip import CLIP
 from training.engine.flags import NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod
+from training.methods.base import DenseFlags, RegionMethod
 from training.methods.correlation import cells_of, correlation_loss
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -18,7 +18,7 @@ from training.teachers.describe import CropTeacherFlags, VisionTeacherFlags, cro
 
 
 @dataclass(frozen=True)
-class DenseRCFlags(RegionFlags, CropTeacherFlags, VisionTeacherFlags):
+class DenseRCFlags(DenseFlags, CropTeacherFlags, VisionTeacherFlags):
     """Flags of DenseRC."""
 
     cosine_weight: float = flag(1.0, "weight of the cosine of region and crop", type=NOT_NEGATIVE)
@@ -67,9 +67,8 @@ class DenseRC(RegionMethod):
 def build(options: DenseRCFlags, setting: Setting) -> DenseRC:
     """DenseRC as the flags say."""
     return DenseRC(
-        student=setting.student, teachers=setting.teachers, cosine_weight=options.cosine_weight,
-        coherence_weight=options.coherence_weight, extract_type=options.extract_type, multiscale=options.multiscale,
-        readout=setting.readout, world_size=setting.world_size,
+        **setting.common(), cosine_weight=options.cosine_weight, coherence_weight=options.coherence_weight,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
 

@@ -42,6 +42,13 @@ class Setting:
     rank: int = 0
     world_size: int = 1
 
+    def common(self) -> dict[str, Any]:
+        """What every region method is made with: student, teachers, readout and world size."""
+        return {
+            "student": self.student, "teachers": self.teachers, "readout": self.readout,
+            "world_size": self.world_size,
+        }  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Entry:

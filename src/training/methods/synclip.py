@@ -101,10 +101,9 @@ def build(options: SynCLIPFlags, setting: Setting) -> SynCLIP:
     semantic = dict(weight=options.semantic_weight, share=(options.semantic_share, options.spatial_share),
                     neighbours=options.neighbours, kind=options.semantic_loss)  # fmt: skip
     return SynCLIP(
-        student=setting.student, teachers=setting.teachers, labels=labels, rich=rich, semantic=semantic, choose=choose,
+        **setting.common(), labels=labels, rich=rich, semantic=semantic, choose=choose,
         cosine_weight=options.cosine_weight, context_weight=options.context_weight, as_released=options.as_released,
-        extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
 

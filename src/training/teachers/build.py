@@ -68,17 +68,19 @@ class Teacher(nn.Module):
 
         A CLIP's map is that of its reading; a foundation model's has the patch tokens after the final norm.
         """
+        if not len(pixels):
+            return pixels.new_zeros((0, self.width) if self.spec.emits == "embedding" else (0, self.width, *self.cells()))
         with torch.inference_mode():
             if self.spec.emits == "embedding":
                 parts = [self.model.encode_image(c, normalize=True) for c in pixels.split(self.chunk)]
-            elif isinstance(self.model, CLIP):
-                parts = [self.model.encode_dense(pixels, keep_shape=True, readout=self.spec.readout)]
             else:
-                parts = [foundation_map(self.model, pixels)]
-        if not len(pixels):
-            shape = (0, self.width) if self.spec.emits == "embedding" else (0, self.width, *self.cells())
-            return pixels.new_zeros(shape)
+                parts = [self._map(p) for p in pixels.split(self.chunk)]
         return torch.cat(parts)  # outside: the student's backward pass keeps it
+
+    def _map(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.model, CLIP):
+            return self.model.encode_dense(pixels, keep_shape=True, readout=self.spec.readout)
+        return foundation_map(self.model, pixels)
 
     def identity(self) -> str:
         """Hash of everything that its answers to a picture depend on."""
