@@ -19,6 +19,7 @@ from open_clip import CLIP
 from training.class_embeddings import load_or_compute
 from training.engine.checkpoint import find_latest, remove_unfinished
 from training.engine.distributed import Dist, init_distributed, together
+from training.engine.dry_run import forecast
 from training.engine.errors import UserError, as_user_error, run_program
 from training.engine.journal import Journal, setup_logging, write_atomically
 from training.engine.loop import Loop
@@ -135,6 +136,11 @@ def run(options: Options, dist: Dist) -> int:
         if options.trains:
             task = Distillation(options, model, dist, precision, evaluation)
             loop = Loop(task, loop_options(options), dist=dist, precision=precision)
+    if options.run.dry_run:
+        found = forecast(loop)
+        if dist.is_master:
+            print(found.text())
+        return 0
     folder = make_folder(options, dist)
     setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
     log.info("experiment %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
@@ -144,7 +150,7 @@ def run(options: Options, dist: Dist) -> int:
         if options.readout is not None:
             as_user_error(model.visual.set_readout, options.readout)
         model.visual.to(dist.device, precision.param_dtype)
-        journal = Journal(folder if dist.is_master else None)
+        journal = Journal(folder if dist.is_master else None, report_to=options.run.report_to)
         evaluation(model, journal, epoch=0, step=0, kind="checkpoint")
         journal.close()
         return 0

@@ -7,6 +7,7 @@ from typing import Any
 
 from training.data.options import DataOptions, RegionOptions
 from training.engine.flags import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, flag
+from training.engine.journal import REPORTS
 from training.engine.precision import PRECISIONS
 from training.evaluation.options import EvalOptions
 from training.methods import Entry
@@ -67,10 +68,12 @@ class RunOptions:
     save_frequency: int = flag(1, "save every N epochs; 0 only at the end", type=NATURAL, metavar="N")
     save_every_n_steps: int = flag(0, "also save inside epochs; 0 never", type=NATURAL, metavar="N")
     save_most_recent: bool = flag(False, "keep epoch_latest.pt up to date after every epoch")
-    keep_checkpoints: int = flag(0, "newest checkpoints of whole epochs to keep; 0 all", type=NATURAL, metavar="N")
+    keep_checkpoints: int = flag(2, "newest checkpoints of whole epochs to keep; 0 all", type=NATURAL, metavar="N")
     log_every_n_steps: int = flag(50, "steps between lines of the log and TensorBoard points", type=COUNT, metavar="N")
     seed: int = flag(0, "of weights, data order and regions", type=NATURAL)
     max_steps: int = flag(0, "end after this many optimizer steps; 0: after --epochs", type=NATURAL, metavar="N")
+    report_to: str = flag("tensorboard", "where scalars go besides the log", choices=REPORTS)
+    dry_run: bool = flag(False, "take four steps, say what the run will take in time, memory and disk, write nothing")
     profile: int = flag(0, "write a trace of N steps to the experiment's folder", type=NATURAL, metavar="N")
 
 

@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from training.data.options import SOURCES
 from training.engine.errors import UserError
@@ -29,7 +30,7 @@ _WITHOUT_EFFECT = {
     "copy_codebase": 0, "horovod": 0, "ddp_static_graph": 0, "no_set_device_rank": 0, "lock_text": 0,
     "lock_text_unlocked_layers": 1, "lock_text_freeze_layer_norm": 0, "coca_caption_loss_weight": 1,
     "coca_contrastive_loss_weight": 1, "remote_sync": 1, "remote_sync_frequency": 1, "remote_sync_protocol": 1,
-    "delete_previous_checkpoint": 0, "distill_model": 1, "distill_pretrained": 1, "report_to": 1, "max_masks": 1,
+    "delete_previous_checkpoint": 0, "distill_model": 1, "distill_pretrained": 1, "max_masks": 1,
     "input_size": 1,
 }  # fmt: skip
 
@@ -156,7 +157,7 @@ def _check(options: Options) -> None:
     model, data, regions, val = options.model, options.data, options.regions, options.eval
     if not data.train_data and not val.val_data:
         raise UserError("--train-data and --val-data are both empty: nothing to do")
-    if data.train_data and data.train_image_root == "":
+    if data.train_data and data.train_image_root == "" and not Path(data.train_data).is_dir():
         raise UserError("--train-image-root is empty: give the folder that the images of --train-data are in")
     if val.val_data and val.val_image_root == "":
         raise UserError("--val-image-root is empty: give the folder that the images of --val-data are in")
@@ -173,6 +174,8 @@ def _check(options: Options) -> None:
                 "--cache-teacher needs regions that recur, which grid_distill draws anew in every epoch: add "
                 "--fixed-regions, or use --dataset-type proposals_distill"
             )
+    if options.run.dry_run and not data.train_data:
+        raise UserError("--dry-run is about a training: give --train-data")
     if options.run.resume == "latest" and not options.run.name:
         raise UserError("--resume latest needs --name: which experiment?")
 

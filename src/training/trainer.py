@@ -50,7 +50,7 @@ def loop_options(options: Options) -> LoopOptions:
         log_every=run.log_every_n_steps, save_every_steps=run.save_every_n_steps,
         save_every_epochs=run.save_frequency, keep=run.keep_checkpoints, save_latest=run.save_most_recent,
         evaluate_first=not options.eval.skip_first_eval, evaluate_every=options.eval.zeroshot_frequency,
-        profile=run.profile,
+        profile=run.profile, report_to=run.report_to,
     )  # fmt: skip
 
 
@@ -252,3 +252,7 @@ class Distillation(Task):
         weights = export_state_dict(self.student, state=self.start.ensemble(self.student, self.choices.optim.alpha))
         content = {"epoch": progress.epoch, "name": self.choices.run.name, "state_dict": weights}
         return {str(Path("checkpoints") / RELEASE): content}
+
+    def finish(self, folder: Path) -> None:
+        """Say where the model is."""
+        log.info("done: the model is %s (for --pretrained)", folder / "checkpoints" / RELEASE)

@@ -131,7 +131,7 @@ def tiny(schema: str) -> open_clip.CLIP:
         },
         "siglip": {"timm_model_name": "test_vit4", "image_size": 32, "timm_pool": "map", "timm_proj": "none"},
     }[schema]
-    dim = 64 if schema == "siglip" else 24
+    dim = 96 if schema == "siglip" else 24
     torch.manual_seed(0)
     model = build_model({"embed_dim": dim, "vision_cfg": vision, "text_cfg": text}).eval()
     for p in model.parameters():  # nowhere zero, so that nothing hides

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from training.data.extras import make_extras
 from training.data.options import DataOptions, RegionOptions, SampleOptions
 from training.data.regions import GridCells, Labelled, Mixed, Proposals, RegionSource
 from training.engine.data.annotations import Annotations, Strings, load_annotations, parse, read_captions, read_json
+from training.engine.data.folder import folder_annotations
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.samples import check_image_root
 from training.engine.errors import UserError
@@ -110,7 +112,7 @@ def build_train_data(
         empty["texts"] = torch.zeros(0, tokenize(["a"]).shape[1], dtype=torch.int64)
         units = {}
     else:
-        annotations = load_annotations(options.train_data, cache_dir=options.annotation_cache)
+        annotations = _annotations(options)
         dataset = _region_dataset(options, regions, sample, annotations, tuple(fields), tokenize)
         units = {extra.name: extra.unit for extra in dataset.extras}
         empty |= {extra.name: extra.none() for extra in dataset.extras}
@@ -120,7 +122,7 @@ def build_train_data(
             empty["crop_boxes"] = torch.zeros(0, 4)
         elif "crops" in fields:
             empty["crops"] = torch.zeros(0, 3, crop_size, crop_size, dtype=torch.uint8)
-    check_image_root(options.train_image_root, _some_names(dataset), options.train_data, "--train-image-root")
+    check_image_root(_image_root(options), _some_names(dataset), options.train_data, "--train-image-root")
     sampler = EpochBatchSampler(
         size=len(dataset), batch_size=options.batch_size, rank=rank, world_size=world_size, seed=seed
     )
@@ -144,6 +146,18 @@ def build_train_data(
     return TrainData(dataset, sampler, loader, annotations)
 
 
+def _annotations(options: DataOptions) -> Annotations:
+    """Those of the json, or of a folder of images (none)."""
+    if Path(options.train_data).is_dir():
+        return folder_annotations(options.train_data, "--train-data")
+    return load_annotations(options.train_data, cache_dir=options.annotation_cache)
+
+
+def _image_root(options: DataOptions) -> str:
+    """``--train-image-root``, or the folder of images that the training data is."""
+    return options.train_image_root or options.train_data
+
+
 def _share(count: int, ratio: float, seed: int) -> np.ndarray:
     """A random share of ``range(count)``, ascending; all of it when the ratio is 1."""
     if ratio >= 1:
@@ -163,7 +177,7 @@ def _region_dataset(
     rows = rows[_share(len(rows), options.train_ratio, sample.seed)]
     extras = make_extras(fields, annotations, captions_file=options.captions, tokenize=tokenize)
     return RegionDataset(
-        annotations, options.train_image_root, rows, source, sample, fields=fields, extras=extras
+        annotations, _image_root(options), rows, source, sample, fields=fields, extras=extras
     )  # fmt: skip
 
 

@@ -20,8 +20,13 @@ class DataOptions:
     """Where training images come from, and how they reach the model."""
 
     dataset_type: str = flag("", "where regions come from; by default the method's own", choices=tuple(SOURCES))
-    train_data: str = flag("", 'COCO or LVIS json (captions for contrastive); "" to evaluate only', metavar="FILE")
-    train_image_root: str = flag("", "folder or URL that the file names are relative to", metavar="DIR")
+    train_data: str = flag(
+        "", 'COCO or LVIS json (captions for contrastive), or a folder of images; "" to evaluate only',
+        metavar="FILE|DIR",
+    )
+    train_image_root: str = flag(
+        "", "folder or URL that the file names are relative to; a folder of images is its own", metavar="DIR"
+    )
     train_ratio: float = flag(1.0, "share of the images to use", type=number(float, 0, 1, open_low=True))
     det_image_size: int = flag(1024, "side of the dense input in pixels", type=COUNT)
     batch_size: int = flag(2, "images per process and micro-batch", type=COUNT)

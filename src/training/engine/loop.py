@@ -115,7 +115,9 @@ class Loop:
         if resume:
             with together():
                 self._resume(resume)
-        self.journal = Journal(folder if self.dist.is_master else None, progress.step if resume else None)
+        self.journal = Journal(
+            folder if self.dist.is_master else None, progress.step if resume else None, report_to=options.report_to
+        )
         self._announce()
         task.prepare(progress)
         if options.evaluate_first and progress.step == 0:
@@ -160,7 +162,7 @@ class Loop:
                 waited = time.perf_counter() - clock
                 rate = self.schedule(progress.step, progress.epoch)
                 set_lr(self.optimizer, rate)
-                totals = self._step(micro)
+                totals = self.step(micro)
                 task.end_step()
                 progress.step += 1
                 progress.step_in_epoch += 1
@@ -173,8 +175,12 @@ class Loop:
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
-    def _step(self, micro: list[Batch]) -> dict[str, float]:
-        """Forward, backward, and the optimizer's step where everything is finite; otherwise nothing is left of it."""
+    def step(self, micro: list[Batch]) -> dict[str, float]:
+        """Forward, backward, and the optimizer's step where everything is finite; otherwise nothing is left of it.
+
+        Returns:
+            Sums over micro-batches and processes, ``grad_norm``, and whether the step was ``good``.
+        """
         running = [(b, b.detach().clone()) for b in self.task.running_buffers()]
         self.task.begin_step(micro, self.progress.step)
         totals = self._totals(micro, self._forward_backward(micro))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP, ImageTower
+from open_clip.identity import identity
 from open_clip.readouts import build_readout
 from open_clip.weights import load_torch_file
 from training.data.prepare import View
@@ -85,7 +86,8 @@ class Teacher(nn.Module):
     def identity(self) -> str:
         """Hash of everything that its answers to a picture depend on."""
         tower = self.model.visual if isinstance(self.model, CLIP) else self.model
-        return f"{self.spec.emits} {self.spec.readout or ''} {weights_hash(tower.state_dict())}"
+        model = identity(tower) if isinstance(tower, ImageTower) else f"{type(tower).__name__} {weights_hash(tower.state_dict())}"
+        return f"{self.spec.emits} {self.spec.readout or ''} {model}"
 
     def forget_texts(self) -> None:
         """Drop the text tower."""
