@@ -70,7 +70,7 @@ class Teacher(nn.Module):
         A CLIP's map is that of its reading; a foundation model's has the patch tokens after the final norm.
         """
         if not len(pixels):
-            return pixels.new_zeros((0, self.width) if self.spec.emits == "embedding" else (0, self.width, *self.cells()))
+            return pixels.new_zeros(0, self.width, *(() if self.spec.emits == "embedding" else self.cells()))
         with torch.inference_mode():
             if self.spec.emits == "embedding":
                 parts = [self.model.encode_image(c, normalize=True) for c in pixels.split(self.chunk)]
@@ -86,7 +86,10 @@ class Teacher(nn.Module):
     def identity(self) -> str:
         """Hash of everything that its answers to a picture depend on."""
         tower = self.model.visual if isinstance(self.model, CLIP) else self.model
-        model = identity(tower) if isinstance(tower, ImageTower) else f"{type(tower).__name__} {weights_hash(tower.state_dict())}"
+        if isinstance(tower, ImageTower):
+            model = identity(tower)
+        else:
+            model = f"{type(tower).__name__} {weights_hash(tower.state_dict())}"
         return f"{self.spec.emits} {self.spec.readout or ''} {model}"
 
     def forget_texts(self) -> None:

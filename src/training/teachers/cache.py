@@ -7,12 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.data.datasets import RegionDataset
-from training.data.loader import start_worker
 from training.data.proposals import CROP_ENLARGEMENT
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
 from training.engine.precision import Precision
@@ -108,13 +107,10 @@ def _shards(
     rows = {s: [i for i in store.images_of(s) if used[i]] for s in shards}
     plan = [(s, rows[s][i : i + BATCH]) for s in shards for i in range(0, max(len(rows[s]), 1), BATCH)]
     options = dataset.options
-    loader = DataLoader(
-        TeacherPictures(dataset, teacher.view.source),
-        batch_sampler=[batch for _, batch in plan],
-        num_workers=workers,
+    loader = Loader(
+        TeacherPictures(dataset, teacher.view.source), workers=workers, batch_sampler=[batch for _, batch in plan],
         collate_fn=PackPictures(options.image_size, options.crop_size, options.crop_on),
-        worker_init_fn=start_worker,
-    )
+    )  # fmt: skip
     bar = tqdm(
         total=sum(map(len, rows.values())), desc=f"teacher cache ({teacher.spec.name})", unit="img",
         disable=not dist.is_master or not shards, dynamic_ncols=True,

@@ -96,7 +96,7 @@ def test_declip(golden, numbers, case):
     kind, readout = case.split(".")
     expected, data = numbers("declip.json")[case], numbers("batch.npz")
     student = make_model(golden, kind)
-    student.lock_image_tower(len(student.visual.parameter_groups()) if kind == "eva" else len(student.visual.trunk.blocks) + 2)
+    student.lock_image_tower(len(student.visual.parameter_groups()))
     setting = Setting(student, teachers_of(make_model(golden, kind), data["images"].shape[-1]), readout=readout)
     method = make_method("declip", setting, context_weight=0.25)
     batch = as_batch(data, answers={"vfm": cells(data["vfm_map"])})
@@ -140,9 +140,9 @@ def test_csa_averages_two_correlations(golden, numbers):
     method = make_method("declip", Setting(make_model(golden, "eva"), {}, readout="csa"), cosine_weight=0.0)
     vfm = cells(data["vfm_map"]).double()
     out = run(method, as_batch(data, answers={"vfm": cells(data["vfm_map"])}))
-    unit = {n: F.normalize(t.double(), dim=-1) for n, t in (("q", recorded["eva.q"]), ("k", recorded["eva.k"]), ("v", vfm))}
-    own = (unit["q"] @ unit["q"].mT + unit["k"] @ unit["k"].mT) / 2
-    assert out["context"] == pytest.approx((unit["v"] @ unit["v"].mT - own).norm(dim=-1).mean().item(), abs=1e-5)
+    q, k, v = (F.normalize(t.double(), dim=-1) for t in (recorded["eva.q"], recorded["eva.k"], vfm))
+    expected = (v @ v.mT - (q @ q.mT + k @ k.mT) / 2).norm(dim=-1).mean()
+    assert out["context"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 # -- correlations -----------------------------------------------------------------------------------------------------
@@ -175,7 +175,8 @@ def test_correlations_in_chunks_against_whole_matrices_in_float64(kind, rows):
     elif kind == "mse":
         expected = (mine - theirs).square().mean((-1, -2)).sum()
     else:
-        spread = [(m - m.amin(-1, keepdim=True)) / (m.amax(-1, keepdim=True) - m.amin(-1, keepdim=True)) for m in (mine, theirs)]
+        low, high = ([getattr(m, f)(-1, keepdim=True) for m in (mine, theirs)] for f in ("amin", "amax"))
+        spread = [(m - a) / (b - a) for m, a, b in zip((mine, theirs), low, high, strict=True)]
         logs = (spread[0] / 0.2).log_softmax(-1)
         expected = -((spread[1] / 0.2).softmax(-1) * logs).sum(-1).mean(-1).sum()
     actual = correlation_loss(own, target, kind, rows=rows)
@@ -318,7 +319,8 @@ def test_fineclip(golden, numbers):
 def test_fineclip_distils_from_the_live_student(golden, numbers):
     expected = numbers("fineclip.json")["distill_grad_norm_live_teacher"]
     student = make_model(golden, "eva")
-    run(make_method("fineclip", Setting(student), caption_weight=0.0, region_caption_weight=0.0), fineclip_batch(numbers))
+    method = make_method("fineclip", Setting(student), caption_weight=0.0, region_caption_weight=0.0)
+    run(method, fineclip_batch(numbers))
     check_gradients(student, {}, expected)
 
 
