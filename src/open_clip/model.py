@@ -118,8 +118,8 @@ class CLIP(CLIPAPI, nn.Module):
         Args:
             image: ``[B, 3, H, W]``.
             normed_boxes: one ``[K_i, 4]`` per image, xyxy in 0..1 of the (padded) input image; ``K_i`` may be 0.
-            extract_type: ``"v2"`` (RoIAlign of the dense map) or ``"v1"`` (one masked token per box; CLIP ViT only). The
-                published default is "v1", and all published training and evaluation asks for "v2".
+            extract_type: ``"v2"`` (RoIAlign of the dense map) or ``"v1"`` (one masked token per box; CLIP ViT only).
+                The published default is "v1", but all published training and evaluation asks for "v2".
             readout: dense reading that "v2" pools.
 
         Returns:

@@ -147,6 +147,8 @@ def run(options: Options, dist: Dist) -> int:
     for text in options.warnings:
         log.warning("%s", text)
     if loop is None:
+        if options.readout is not None:
+            as_user_error(model.visual.set_readout, options.readout)
         model.visual.to(dist.device, precision.param_dtype)
         journal = Journal(folder if dist.is_master else None, report_to=options.run.report_to)
         evaluation(model, journal, epoch=0, step=0, kind="checkpoint")

@@ -35,33 +35,48 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 
 _EXAMPLES = """
+Train a dense CLIP, and evaluate it on COCO panoptic.
+
 examples:
-  CLIPSelf on image patches, as published for B/16 (paths to COCO and the start model are yours):
-    python -m training.main --recipe clipself-b16 --pretrained eva --cache-dir EVA02_CLIP_B_psz16_s8B.pt \\
+  CLIPSelf on image patches, as published for B/16:
+    python -m training.main --recipe clipself-b16 --name mine \\
+        --pretrained eva --cache-dir EVA02_CLIP_B_psz16_s8B.pt \\
         --train-data instances_train2017.json --train-image-root train2017 \\
-        --val-data panoptic_val2017.json --val-image-root val2017 --name mine
-  going on after an interruption:       the same command and --resume latest
-  evaluating a checkpoint:              --pretrained mine/checkpoints/clipself.pt without --train-data
-  flags of one method:                  --method declip --help
+        --val-data panoptic_val2017.json --val-image-root val2017
+  after an interruption:       the same command and --resume latest
+  to evaluate a checkpoint:    no --train-data, and --pretrained logs/mine/checkpoints/clipself.pt
+  on 8 GPUs:                   torchrun --nproc_per_node 8 -m -- training.main ...
+  flags of one method:         --method declip --help;  all flags: --help-all
 """
 
+# Flags that --help lists; --help-all lists all.
+_FIRST = {
+    "model", "pretrained", "lock_image", "lock_image_unlocked_groups", "dataset_type", "train_data",
+    "train_image_root", "det_image_size", "batch_size", "epochs", "lr", "alpha", "val_data", "val_image_root", "name",
+    "resume", "seed", "device",
+}  # fmt: skip
 
-def make_parser(chosen: Entry | None = None) -> argparse.ArgumentParser:
+
+def make_parser(chosen: Entry | None = None, *, everything: bool = False) -> argparse.ArgumentParser:
     """The parser: flags of all rooms and of all methods. Flags that were not given leave nothing behind.
 
     Args:
         chosen: the method whose flags ``--help`` lists; None for no method's.
+        everything: whether it lists all flags of the rooms.
     """
+    methods = list_methods().values()
+    listed = "".join(f"  {e.name:<16} {e.summary}\n" for e in methods)
+    recipes = _wrapped(sorted(r for e in methods for r in e.recipes))
     parser = Parser(
         prog="python -m training.main",
         usage="python -m training.main --method NAME --train-data FILE --train-image-root DIR [flags]",
-        description="Train a dense CLIP and evaluate it on COCO panoptic.",
-        epilog=_EXAMPLES + "\nmethods:\n" + "".join(f"  {e.name:<16} {e.summary}\n" for e in list_methods().values())
-        + "\nrecipes:\n" + _wrapped(sorted(r for e in list_methods().values() for r in e.recipes)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_EXAMPLES,
+        epilog=f"methods:\n{listed}\nrecipes:\n{recipes}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+    )
+    parser.add_argument("--help-all", action="store_true", help="list all flags")
     method = parser.add_argument_group("method")
     method.add_argument("--method", metavar="NAME", help="how to train; see below (clipself)")
     method.add_argument("--recipe", metavar="NAME", help="flags under one name; flags given by hand override")
@@ -69,9 +84,10 @@ def make_parser(chosen: Entry | None = None) -> argparse.ArgumentParser:
     if chosen is not None:
         add_flags(method, chosen.options, seen)
     for room, cls in ROOMS.items():
-        add_flags(parser.add_argument_group(TITLES[room]), cls, seen)
-    for entry in list_methods().values():
-        add_flags(method, entry.options, seen, show=False)
+        show = flags_of(cls).keys() if everything else _FIRST
+        add_flags(parser.add_argument_group(TITLES[room]), cls, seen, show=show)
+    for entry in methods:
+        add_flags(method, entry.options, seen, show=())
     for name, values in _WITHOUT_EFFECT.items():
         nargs = {"action": "store_true"} if values == 0 else {} if values == 1 else {"nargs": values}
         parser.add_argument(spelling(name), help=argparse.SUPPRESS, **nargs)
@@ -95,9 +111,11 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     entry, source, recipe = _chosen(argv)
-    parser = make_parser(entry)
+    if "--help-all" in argv:
+        argv.append("--help")
+    parser = make_parser(entry if "--method" in argv or recipe else None, everything="--help-all" in argv)
     given = vars(parser.parse_args([*shlex.split(recipe), *argv]))
-    for name in ("method", "recipe"):
+    for name in ("method", "recipe", "help_all"):
         given.pop(name, None)
     idle = [name for name in _WITHOUT_EFFECT if given.pop(name, None) is not None]
     given["dataset_type"] = source

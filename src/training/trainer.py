@@ -14,6 +14,7 @@ from torch import Tensor
 
 import open_clip
 from open_clip import CLIP
+from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
 from training.class_embeddings import load_or_compute
 from training.data import DevicePrefetcher, View, build_train_data, prepare_batch
@@ -165,7 +166,9 @@ class Distillation(Task):
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW with the published split into decayed and undecayed parameters."""
-        return build_optimizer(self.choices.optim, self.choices.model.model, self.student)
+        optimizer = build_optimizer(self.choices.optim, self.choices.model.model, self.student)
+        hold_unread(optimizer, self.method.unread())
+        return optimizer
 
     def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
         """That of ``--lr-scheduler``."""

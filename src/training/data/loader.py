@@ -30,7 +30,6 @@ REGION_SOURCES: dict[str, type[RegionSource]] = {
     "grid_distill": GridCells, "proposals_distill": Proposals, "mixed_distill": Mixed, "region_clip": Labelled,
 }  # fmt: skip
 _PROBES = 16  # files looked for before training starts
-_LEFT_OUT = 0.5  # share of a file's annotations that may be unusable
 
 
 class TrainData:
@@ -167,12 +166,8 @@ def _region_dataset(
 def _with_annotations(
     options: DataOptions, regions: RegionOptions, source: RegionSource, annotations: Annotations
 ) -> np.ndarray:
-    """Rows of the images to train on, for a source that draws annotations; says what is missing, and stops for much."""
+    """Rows of the images to train on, for a source that draws annotations; says what is missing."""
     where, usable = f"--train-data {options.train_data}", source.usable()
-    bad = sum(n for reason, n in annotations.skipped.items() if reason.startswith(("annotation", "box")))
-    if bad > _LEFT_OUT * (bad + len(annotations.boxes)):
-        reasons = ", ".join(f"{n} x {r}" for r, n in annotations.skipped.items())
-        raise UserError(f"{where}: {bad} of {bad + len(annotations.boxes)} annotations are unusable ({reasons})")
     if isinstance(source, Labelled):
         if not usable.any() or not annotations.names:
             raise UserError(f"{where}: no annotation with a category; region_clip needs labels")

@@ -17,6 +17,7 @@ from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
 from training.engine.data.masks import read_segment_ids, tight_box
 from training.engine.data.samples import Skipped, black, check_image_root, stack_padded
+from training.engine.data.workers import Loader
 from training.engine.errors import UserError
 from training.evaluation.grid_masks import grid_masks
 from training.evaluation.options import EvalOptions
@@ -343,11 +344,11 @@ def build_eval_data(
     ):
         check_image_root(root, names, annotations.file, flag)
     share = range(rank, len(dataset), world_size)
-    loader = DataLoader(
+    loader = Loader(
         dataset,
+        workers=min(workers, len(share)),
         batch_size=batch_size,
         sampler=share,
-        num_workers=min(workers, len(share)),
         collate_fn=collate_panoptic,
         pin_memory=torch.cuda.is_available(),
         # Workers end with the pass: they would idle through the epochs between two evaluations.

@@ -72,7 +72,6 @@ METHOD = Entry(
     build=build,
     sources=("contrastive",),
     losses=("contrast",),
-    readout=None,
     texts=True,
     trains_texts=True,
     learns_from=("captions",),

@@ -101,11 +101,10 @@ def build(options: DenseVLMFlags, setting: Setting) -> DenseVLM:
         raise UserError("--method densevlm needs --names, a json list of {name, isthing} of the classes to tell apart")
     names, things = read_names(options.names)
     return DenseVLM(
-        student=setting.student, teachers=setting.teachers, student_classes=setting.embed(names),
-        teacher_classes=setting.embed(names, teacher="dense"), things=things, weight=options.alignment_weight,
-        threshold=options.threshold, temperature=options.logit_temperature, as_released=options.as_released,
-        extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        **setting.common(), student_classes=setting.embed(names), teacher_classes=setting.embed(names, teacher="dense"),
+        things=things, weight=options.alignment_weight, threshold=options.threshold,
+        temperature=options.logit_temperature, as_released=options.as_released, extract_type=options.extract_type,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from training.engine.errors import UserError
 from training.engine.flags import COUNT, NOT_NEGATIVE, SHARE, flag
 from training.methods.correlation import cells_of, semantic_loss
-from training.methods.declip import CONTEXT, DeCLIP, DeCLIPFlags
+from training.methods.declip import DeCLIP, DeCLIPFlags
 from training.methods.names import read_names, read_texts
 from training.methods.registry import Entry, Setting
 from training.teachers.describe import TeacherSpec, crop_teacher, vision_teacher
@@ -76,7 +76,7 @@ class SynCLIP(DeCLIP):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """DeCLIP's, and the semantics summed over names."""
-        dense, tokens = self.read(self.images(batch), CONTEXT[self.readout])
+        dense, tokens = self.read(self.images(batch), self.projections)
         out = self.content_and_context(batch, dense, tokens)
         start, vfm = self.ask("start", batch), cells_of(self.ask("vfm", batch), dense.shape[-2:])
         total = dense.new_zeros((), dtype=torch.float32)
@@ -101,10 +101,9 @@ def build(options: SynCLIPFlags, setting: Setting) -> SynCLIP:
     semantic = dict(weight=options.semantic_weight, share=(options.semantic_share, options.spatial_share),
                     neighbours=options.neighbours, kind=options.semantic_loss)  # fmt: skip
     return SynCLIP(
-        student=setting.student, teachers=setting.teachers, labels=labels, rich=rich, semantic=semantic, choose=choose,
+        **setting.common(), labels=labels, rich=rich, semantic=semantic, choose=choose,
         cosine_weight=options.cosine_weight, context_weight=options.context_weight, as_released=options.as_released,
-        extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
 

@@ -108,11 +108,9 @@ def _shards(
     plan = [(s, rows[s][i : i + BATCH]) for s in shards for i in range(0, max(len(rows[s]), 1), BATCH)]
     options = dataset.options
     loader = Loader(
-        TeacherPictures(dataset, teacher.view.source),
-        workers=workers,
-        batch_sampler=[batch for _, batch in plan],
+        TeacherPictures(dataset, teacher.view.source), workers=workers, batch_sampler=[batch for _, batch in plan],
         collate_fn=PackPictures(options.image_size, options.crop_size, options.crop_on),
-    )
+    )  # fmt: skip
     bar = tqdm(
         total=sum(map(len, rows.values())), desc=f"teacher cache ({teacher.spec.name})", unit="img",
         disable=not dist.is_master or not shards, dynamic_ncols=True,

@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -89,7 +88,7 @@ def _load(path: str, flag: str, cache_dir: str | None, masks: bool, labelled: bo
     def read() -> Annotations:
         content = read_json(path, flag)
         annotations = parse(content, path, flag, masks=masks, labelled=labelled)
-        _check_share(annotations, content, path, flag)
+        _check_share(annotations, path, flag)
         return annotations
 
     if cache_dir == "" or is_url(path):
@@ -119,14 +118,13 @@ def _load(path: str, flag: str, cache_dir: str | None, masks: bool, labelled: bo
     return _read_cache(folder, path), True
 
 
-def _check_share(annotations: Annotations, content: dict[str, Any], path: str, flag: str) -> None:
-    entries = content.get("annotations") or []
-    left_out = len(entries) - len(annotations.boxes)
-    if left_out > MOST_LEFT_OUT * len(entries):
-        reasons = {k: v for k, v in annotations.skipped.items() if k.startswith(("annotation", "box"))}
+def _check_share(annotations: Annotations, path: str, flag: str) -> None:
+    reasons = {k: v for k, v in annotations.skipped.items() if k.startswith(("annotation", "box"))}
+    left_out, number = sum(reasons.values()), sum(reasons.values()) + len(annotations.boxes)
+    if left_out > MOST_LEFT_OUT * number:
         most = max(reasons, key=reasons.get)
         raise UserError(
-            f"{flag} {path}: {left_out} of its {len(entries)} annotations cannot be used, most often: {most} "
+            f"{flag} {path}: {left_out} of its {number} annotations cannot be used, most often: {most} "
             f"({reasons[most]} times); mend the file"
         )
 
