@@ -103,8 +103,12 @@ def _wrapped(words: Sequence[str], width: int = 100) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Options:
+def parse_args(argv: Sequence[str] | None = None, *, check: bool = True) -> Options:
     """Parse flags and check them against each other.
+
+    Args:
+        argv: the flags; those of the process when None.
+        check: False for a part of the program's options, without data.
 
     Raises:
         UserError: an unknown flag or value, or flags that do not go together.
@@ -121,7 +125,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Options:
     given["dataset_type"] = source
     rooms = {room: take(cls, given) for room, cls in ROOMS.items()}
     options = Options(entry=entry, own=take(entry.options, given), given=frozenset(given), **rooms)
-    _check(options)
+    if check:
+        _check(options)
     sizes = tuple(dict.fromkeys(options.eval.eval_image_sizes or (options.data.det_image_size,)))
     warnings = [f"{', '.join(map(spelling, idle))}: without effect here"] if idle else []
     warnings += _unused(options, given)

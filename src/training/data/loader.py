@@ -132,7 +132,8 @@ def _annotations(options: DataOptions) -> Annotations:
     """Those of the json, or of a folder of images (none)."""
     if Path(options.train_data).is_dir():
         return folder_annotations(options.train_data, "--train-data")
-    return load_annotations(options.train_data, cache_dir=options.annotation_cache)
+    needed = REGION_SOURCES[options.dataset_type].needs_annotations
+    return load_annotations(options.train_data, cache_dir=options.annotation_cache, images_only=not needed)
 
 
 def _image_root(options: DataOptions) -> str:

@@ -46,8 +46,12 @@ def folder_annotations(folder: str | Path, flag: str) -> Annotations:
         boxes=np.zeros((0, 4), np.float32),
         areas=np.zeros(0, np.float32),
         labels=np.zeros(0, np.int32),
+        crowd=np.zeros(0, bool),
+        mask_bytes=np.zeros(0, np.uint8),
+        mask_offsets=np.zeros(1, np.int64),
         category_ids=np.zeros(0, np.int64),
         names=[],
+        frequencies=[],
         skipped={},
         file=str(folder),
     )
