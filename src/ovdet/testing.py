@@ -17,13 +17,12 @@ from open_clip.transform import normalize
 from ovdet.data.annotations import Annotations
 from ovdet.data.dataset import TestDataset
 from ovdet.data.loader import test_loader
-from ovdet.data.masks import encode_mask
 from ovdet.distributed import Process, from_master, gather_to_master
 from ovdet.errors import UserError
 from ovdet.evaluation.coco import evaluate_detections, format_table, read_truth, write_json
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import Detector
-from ovdet.parts.mask_head import paste_masks
+from ovdet.parts.masks import encode_pasted
 from ovdet.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -69,6 +68,7 @@ def detect(
     process: Process,
     precision: str,
     mask_threshold: float = 0.5,
+    repeat_edges: bool = False,
     forward: Callable[[Tensor, list[tuple[int, int]]], list[dict[str, Tensor]]] | None = None,
     on_skipped: Callable[[list[tuple[str, str]], int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
@@ -79,6 +79,7 @@ def detect(
 
     Args:
         batches: of :func:`~ovdet.data.loader.test_loader`.
+        mask_threshold, repeat_edges: see :func:`ovdet.parts.masks.paste_masks`.
         forward: run in place of the detector, such as ``detector.proposals`` (no labels then).
         on_skipped: told the unusable (file, reason) pairs of a batch and the number of its images.
     """
@@ -97,11 +98,10 @@ def detect(
                 **{key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels") if key in result},
             }
             if "masks" in result:
-                found["masks"] = [
-                    # One at a time: 300 masks of a large photograph would be gigabytes.
-                    encode_mask(paste_masks(m[None], b[None], batch["originals"][i], mask_threshold)[0].cpu().numpy())
-                    for m, b in zip(result["masks"], result["boxes"], strict=True)
-                ]
+                found["masks"] = encode_pasted(
+                    result["masks"], result["boxes"], tuple(batch["originals"][i]), mask_threshold,
+                    repeat_edges=repeat_edges,
+                )  # fmt: skip
             yield found
 
 

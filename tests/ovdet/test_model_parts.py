@@ -16,7 +16,7 @@ from ovdet.parts import boxes as box_ops
 from ovdet.parts.anchors import level_anchors
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import box_loss, classification_loss, mask_loss, objectness_loss
-from ovdet.parts.mask_head import mask_targets, paste_masks
+from ovdet.parts.masks import mask_targets, paste_masks
 
 
 def random_boxes(number: int, size: float, generator: torch.Generator) -> torch.Tensor:

@@ -104,8 +104,10 @@ class TestConfig:
         good = self.vlm_boxes in ("proposals", "refined")
         yield "test.vlm_boxes", self.vlm_boxes, good, '"proposals" or "refined"'
         yield from positive("test", self, ("batch_size", "per_image", "vlm_temperature"))
+        good = 0 < self.mask_threshold <= 1
+        yield "test.mask_threshold", self.mask_threshold, good, "above 0 and at most 1"
         yield from not_negative("test", self, ("temperature",))
-        yield from shares("test", self, ("score", "nms", "vlm_weight_base", "vlm_weight_novel", "mask_threshold"))
+        yield from shares("test", self, ("score", "nms", "vlm_weight_base", "vlm_weight_novel"))
 
 
 @dataclass
