@@ -13,6 +13,7 @@ from open_clip import CLIP, ImageTower
 from ovdet.fvit.backbone import FrozenViT
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.fvit.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
 from ovdet.parts.box_head import BoxHead
 from ovdet.parts.classifier import CosineClassifier
 from ovdet.parts.fpn import Neck, level_strides
@@ -67,6 +68,9 @@ class Detector(nn.Module):
             self.mask_head = MaskHead(
                 model.channels, self.strides[:4], size=model.mask_size, convs=model.mask_convs, **pooling
             )
+        imagenet, zero = config.data.pixels == "imagenet", config.data.padding == "zero"
+        self.pixels = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (visual.image_mean, visual.image_std)
+        self.zero_padding = zero
         # Not part of any state: the vocabulary is the user's.
         self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
         self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)
@@ -130,6 +134,11 @@ class Detector(nn.Module):
         self.load_state_dict(state, strict=False)
 
     # -- running ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, images: Tensor, image_sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
+        """Input of :meth:`forward` from uint8 images ``[B, 3, S, S]``, padded right and bottom with black."""
+        mean, std = self.pixels
+        return normalize_padded(images, image_sizes, mean, std, zero=self.zero_padding)
 
     def forward(
         self,
