@@ -19,8 +19,9 @@ from training.data.loader import check_image_root
 from training.data.samples import Skipped
 from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
-from training.engine.data.masks import grid_masks, read_segment_ids, tight_box
+from training.engine.data.masks import read_segment_ids, tight_box
 from training.engine.errors import UserError
+from training.evaluation.grid_masks import grid_masks
 
 MAX_SEGMENTS = 100  # per image, counted before the area limits, as in the published evaluation
 PROBES = 16  # files looked for before the start
@@ -140,7 +141,7 @@ class PanopticDataset(Dataset):
         patch_size: p.
         crop_size: n, the model's native size.
         min_size, max_size: limits of the square root of a box's area, in pixels of the file.
-        mask_antialias: see :func:`training.engine.data.masks.grid_masks`.
+        mask_antialias: see :func:`training.evaluation.grid_masks.grid_masks`.
     """
 
     def __init__(

@@ -48,6 +48,71 @@ def test_coco_and_lvis_records(tmp_path):
     check_coco(load_annotations(write(tmp_path / "a.json", COCO)))
 
 
+def test_ids_that_begin_anew_in_each_image(tmp_path):
+    """Some tools number annotations so; nothing refers to these ids."""
+    content = {**COCO, "annotations": [{**entry, "id": 1} for entry in COCO["annotations"]]}
+    check_coco(load_annotations(write(tmp_path / "a.json", content)))
+
+
+def test_crowds_frequencies_and_masks(tmp_path):
+    polygons = [[[1.5, 2, 3, 4, 5, 6]], {"size": [80, 100], "counts": "ü\\"}, None]
+    entries = [{**e, "segmentation": p} for e, p in zip(COCO["annotations"], polygons, strict=True)]
+    categories = [{"id": 40, "name": "dog", "frequency": "r"}, {"id": 2, "name": "cat", "frequency": "f"}]
+    path = write(tmp_path / "a.json", {**COCO, "annotations": entries, "categories": categories})
+    for cache in ("", str(tmp_path / "cache"), str(tmp_path / "cache")):
+        found = load_annotations(path, masks=True, cache_dir=cache)
+        check_coco(found)
+        assert found.crowd.tolist() == [True, False, False] and found.frequencies == ["f", "r"]
+        assert [found.segmentation(i) for i in range(3)] == [polygons[1], polygons[0], polygons[2]]
+        assert list(found.file_names) == ["b.jpg", "train2017/000000000003.jpg", "ü.jpg"]
+    without = load_annotations(path, cache_dir=str(tmp_path / "cache"))
+    check_coco(without)
+    assert len(without.mask_bytes) == 0
+
+
+def test_labels_that_must_be_there():
+    entries = [*COCO["annotations"], {"image_id": 9, "category_id": 3, "bbox": [0, 0, 9, 9]},
+               {"image_id": 9, "bbox": [0, 0, 9, 9]}]  # fmt: skip
+    categories = [*COCO["categories"], {"id": 3}, {"id": 4, "name": ""}]
+    content = {**COCO, "annotations": entries, "categories": categories}
+    found = parse(content, "a.json", labelled=True)
+    assert found.skipped == {"category without a name": 2, "annotation without a listed category": 2}
+    found.skipped = {}
+    check_coco(found)
+    assert parse(content, "a.json").labels.tolist() == [0, 3, 0, 1, -1]
+    for categories, message in (([], "no category"), ([{"id": 1, "name": "a"}, {"id": 2, "name": "a"}], 'called "a"')):
+        with pytest.raises(UserError, match=f"--train a.json.*{message}"):
+            parse({**COCO, "categories": categories}, "a.json", "--train", labelled=True)
+
+
+def test_a_file_of_which_most_is_left_out_is_refused(tmp_path):
+    bad = [{"image_id": 7, "bbox": [0, 0, 0, 5]}] * 3
+    assert (
+        len(load_annotations(write(tmp_path / "a.json", {**COCO, "annotations": COCO["annotations"] + bad})).boxes) == 3
+    )
+    worse = [*COCO["annotations"], *bad, {"image_id": 1}]
+    with pytest.raises(UserError, match=r"4 of its 7 annotations .* box of zero or negative size \(3 times\)"):
+        load_annotations(write(tmp_path / "a.json", {**COCO, "annotations": worse}))
+
+
+def test_one_process_parses_and_the_others_wait(tmp_path, two_processes):
+    """With a cache and without one; and a file that cannot be used is refused on both."""
+    path = write(tmp_path / "a.json", COCO)
+    two_processes(f"""
+        import training.engine.data.annotations as a, pytest
+        from training.engine.errors import UserError
+        parsed = []
+        original = a.parse
+        a.parse = lambda *args, **kwargs: parsed.append(1) or original(*args, **kwargs)
+        for cache in ("", {str(tmp_path / "cache")!r}):
+            found = a.load_annotations({path!r}, cache_dir=cache)
+            assert found.file_name(2) == "ü.jpg" and found.areas.tolist() == [1200, 5.5, 81]
+        assert len(parsed) == (2 if dist.rank == 0 else 0)
+        with pytest.raises(UserError, match="no such file"):
+            a.load_annotations("nowhere.json")
+    """)
+
+
 def test_bad_parts_are_left_out_and_counted():
     good = COCO["annotations"]
     bad = [
@@ -55,15 +120,14 @@ def test_bad_parts_are_left_out_and_counted():
         {"image_id": 7, "bbox": [float("nan"), 0, 5, 5]}, {"image_id": 7, "bbox": [0, 0, float("inf"), 5]},
         {"image_id": 7, "bbox": [0, 0, 10**400, 5]}, {"image_id": 7, "bbox": [0, 0, "5", 5]}, {"image_id": 7},
         {"image_id": 7, "bbox": [0, 0, 5]}, {"image_id": 99, "bbox": [0, 0, 5, 5]}, {"image_id": [], "bbox": []},
-        {"image_id": 7, "id": 1, "bbox": [0, 0, 5, 5]}, {"image_id": 7, "bbox": [200, 0, 5, 5]}, None,
+        {"image_id": 7, "bbox": [200, 0, 5, 5]}, None,
     ]  # fmt: skip
     images = [*COCO["images"], {"id": 7, "file_name": "again.jpg"}, {"id": "x", "file_name": "y"}, {"id": 1}, 5]
     found = parse({"images": images, "annotations": good + bad, "categories": COCO["categories"]}, "a.json")
     assert found.skipped == {
         "image with a repeated id": 1, "image without id or file name": 3, "box of zero or negative size": 2,
         "box with a coordinate that is no finite pixel": 3, "annotation without a box of four numbers": 3,
-        "annotation of an image that is not listed": 2, "annotation with a repeated id": 1,
-        "box outside its image": 1, "annotation that is no object": 1,
+        "annotation of an image that is not listed": 2, "box outside its image": 1, "annotation that is no object": 1,
     }  # fmt: skip
     found.skipped = {}
     check_coco(found)
@@ -165,7 +229,7 @@ def test_damaged_cache_is_built_anew(tmp_path, caplog):
     path, cache = write(tmp_path / "a.json", COCO), tmp_path / "cache"
     load_annotations(path, cache_dir=str(cache))
     files = sorted(file.name for file in next(cache.iterdir()).iterdir())
-    assert len(files) == 10
+    assert len(files) == 13
     for name in files:
         for damage in ("flip", "truncate", "remove"):
             file = next(cache.iterdir()) / name
