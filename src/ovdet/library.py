@@ -27,7 +27,7 @@ from ovdet.data.transforms import test_view
 from ovdet.precision import choose_precision
 from ovdet.testing import detect
 
-# Format of a detector file -> module whose ``open_detector(content, path, device, overrides)`` gives a LoadedDetector.
+# Format of a detector file -> module whose ``open_detector(content, path, device, config, overrides)``.
 OPENERS = {"fvit": "ovdet.fvit.assemble"}
 
 Picture = str | Path | Tensor | np.ndarray | Image.Image
@@ -143,12 +143,17 @@ class LoadedDetector:
 
 
 def load_detector(
-    file: str | Path, *, device: str | torch.device | None = None, overrides: Sequence[str] = ()
+    file: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> LoadedDetector:
     """A detector of a file that ``train.py`` or ``tools/convert_detector.py`` wrote.
 
     Args:
         device: a GPU where there is one, by default.
+        config: a config file in place of the config that the detector was trained with.
         overrides: config values, ``"section.key=value"``: ``"test.score=0.3"``, ``"model.cache_dir=FILE"`` where the
             ViT's weights are elsewhere now.
 
@@ -158,7 +163,7 @@ def load_detector(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     content = files.load(file, kinds=tuple(OPENERS))
     opener = importlib.import_module(OPENERS[content["format"]])
-    return opener.open_detector(content, str(file), place, overrides)
+    return opener.open_detector(content, str(file), place, config, overrides)
 
 
 def as_pixels(picture: Picture, *, exif: bool = True) -> Tensor:

@@ -19,7 +19,7 @@ from ovdet.evaluation.coco import evaluate, format_table, write_json, write_resu
 from ovdet.parts.masks import encode_pasted
 from ovdet.precision import choose_precision
 from ovdet.vocabulary import Vocabulary
-from training.engine.data.annotations import Annotations
+from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, from_master, gather_to_master
 from training.engine.errors import UserError
 from training.engine.precision import Precision

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ovdet.config import Config
 from training.class_embeddings import load_class_embeddings, load_or_compute
-from training.engine.data.annotations import Annotations
+from training.engine.data.records import Annotations
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)

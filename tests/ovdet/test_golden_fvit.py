@@ -232,7 +232,7 @@ def test_training_step(recorded: Recorded):
         gradient, after = wanted[f"grad_clipped.{key}"], wanted[f"step.{key}"]
         own, mine = clipped[name].flatten()[: gradient.numel()], p.detach().flatten()[: gradient.numel()]
         assert float((own - gradient.flatten()).abs().max()) <= 1e-2 * float(gradient.abs().max()) + 1e-7
-        steady = gradient.flatten().abs() > 1e-5  # Adam's first step turns smaller ones, which are noise, into full size
+        steady = gradient.flatten().abs() > 1e-5  # Adam's first step blows smaller ones, which are noise, up
         compared += int(steady.sum())
         close(mine[steady], after.flatten()[steady], 1e-6)
     assert compared > 3000
@@ -313,7 +313,8 @@ def test_published_sampling(recorded: Recorded):
         assert (apart.diagonal() > 1e-3).sum() <= 2
 
     def drawn(kind: str) -> Draw:
-        positive, rest = ([wanted[f"{kind}_sampled_{part}_{i}"] for i in range(2)] for part in ("positive", "background"))
+        parts = ("positive", "background")
+        positive, rest = ([wanted[f"{kind}_sampled_{part}_{i}"] for i in range(2)] for part in parts)
         width = [max(map(len, part)) for part in (positive, rest)]
         index = torch.zeros(2, sum(width), dtype=torch.int64)
         valid = torch.zeros(2, sum(width), dtype=torch.bool)
@@ -324,7 +325,8 @@ def test_published_sampling(recorded: Recorded):
 
     _, matches = detector.rpn.sample(out, sizes, own)
     found = detector.rpn.losses_of(out, drawn("rpn"), matches, own)
-    assert [v.item() for v in found] == pytest.approx([sum(numbers[f"loss_rpn_{k}"]) for k in ("cls", "bbox")], rel=1e-5)
+    expected = [sum(numbers[f"loss_rpn_{k}"]) for k in ("cls", "bbox")]
+    assert [v.item() for v in found] == pytest.approx(expected, rel=1e-5)
 
     rois, assigned = [], []
     for boxes, target in zip(proposals.unpad(), targets, strict=True):

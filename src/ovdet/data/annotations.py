@@ -7,8 +7,8 @@ from typing import Any
 
 from ovdet.config import Config
 from training.engine.data import annotations as reader
-from training.engine.data.annotations import Annotations
 from training.engine.data.images import ImageError, is_url, read_bytes, resolve
+from training.engine.data.records import Annotations
 from training.engine.errors import UserError
 
 

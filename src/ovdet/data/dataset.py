@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 from ovdet.data.images import read_image
 from ovdet.data.masks import MaskWindows, run_lengths, view_of_mask
 from ovdet.data.transforms import View, apply_view, apply_view_to_boxes, draw_view, test_view
-from training.engine.data.annotations import Annotations
 from training.engine.data.images import ImageError, resolve
+from training.engine.data.records import Annotations
 
 
 @dataclass

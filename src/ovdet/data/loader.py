@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 
 from ovdet.data.dataset import Skipped, TestDataset, TrainDataset
 from ovdet.data.masks import MaskWindows, unpack
 from training.engine.data.sampler import EpochBatchSampler
+from training.engine.data.workers import Loader
 
 
 class OrientedSampler(EpochBatchSampler):
@@ -127,30 +128,22 @@ def targets_to(targets: Sequence[dict[str, Any]], size: int, device: torch.devic
 
 def train_loader(
     dataset: TrainDataset, sampler: EpochBatchSampler, *, workers: int, pin: bool, seed: int = 0
-) -> DataLoader:
+) -> Loader:
     """Loader over a sampler whose position is set before each epoch."""
-    return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_train, pin_memory=pin,
-        persistent_workers=workers > 0, worker_init_fn=one_thread,
-        # Its own: each pass draws a seed, and a resumed run makes a pass more than the one it continues.
-        generator=torch.Generator().manual_seed(seed),
+    return Loader(
+        dataset, workers=workers, seed=seed, batch_sampler=sampler, collate_fn=collate_train, pin_memory=pin
     )  # fmt: skip
 
 
 def test_loader(
     dataset: TestDataset, *, batch_size: int, workers: int, rank: int, world_size: int, pin: bool
-) -> DataLoader:
+) -> Loader:
     """Loader of this process's share of the images."""
     sampler = TestSampler(size=len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_test, pin_memory=pin,
-        worker_init_fn=one_thread,
+    return Loader(
+        dataset, workers=workers, batch_sampler=sampler, collate_fn=collate_test, pin_memory=pin,
+        **({"persistent_workers": False} if workers else {}),
     )  # fmt: skip
 
 
 test_loader.__test__ = False
-
-
-def one_thread(_: int) -> None:
-    """Set up a loader process: workers share the cores with each other and with the model."""
-    torch.set_num_threads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ovdet.data.masks import run_lengths
-from training.engine.data.annotations import Annotations, Strings
+from training.engine.data.parsing import usable
+from training.engine.data.records import Annotations, Strings
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,13 +59,15 @@ class Truth:
         ids = sorted(categories)
         rows, labels = {i: n for n, i in enumerate(images)}, {i: n for n, i in enumerate(ids)}
         skipped: Counter[str] = Counter()
-        kept: list[tuple[dict[str, Any], tuple[float, ...]]] = []
+        kept: list[tuple[dict[str, Any], tuple]] = []
         for entry in content["annotations"]:
-            reason, box = _judge(entry, rows, labels)
+            reason, values = usable(entry, rows, labels)
+            if not reason and values[3] < 0:
+                reason = "annotation without a listed category"
             if reason:
                 skipped[reason] += 1
             else:
-                kept.append((entry, box))
+                kept.append((entry, values))
         for reason, number in skipped.items():
             log.warning("%s: %d x %s (not evaluated)", file, number, reason)
         lists: dict[str, list[list[int]] | None] = {}
@@ -79,10 +81,10 @@ class Truth:
             category_ids=np.array(ids, np.int64),
             names=[str(categories[i].get("name", i)) for i in ids],
             frequencies=[str(categories[i].get("frequency", "")) for i in ids],
-            image=np.array([rows[e["image_id"]] for e, _ in kept], np.int64),
-            label=np.array([labels[e["category_id"]] for e, _ in kept], np.int64),
-            boxes=np.array([box for _, box in kept], np.float64).reshape(-1, 4),
-            areas=np.array([_area(e.get("area"), box) for e, box in kept], np.float64),
+            image=np.array([values[0] for _, values in kept], np.int64),
+            label=np.array([values[3] for _, values in kept], np.int64),
+            boxes=np.array([e["bbox"] for e, _ in kept], np.float64).reshape(-1, 4),
+            areas=np.array([values[2] for _, values in kept], np.float64),
             ignored=np.array([bool(e.get("iscrowd", 0)) or bool(e.get("difficult", 0)) for e, _ in kept], bool),
             masks=[e.get("segmentation") for e, _ in kept],
             absent=lists["neg_category_ids"],
@@ -232,24 +234,3 @@ def _is_id(value: Any) -> bool:
 
 def _side(value: Any) -> int:
     return value if _is_id(value) and 0 < value < 2**31 else 0
-
-
-def _area(value: Any, box: tuple[float, ...]) -> float:
-    good = type(value) in (int, float) and 0 <= value < math.inf
-    return float(value) if good else box[2] * box[3]
-
-
-def _judge(entry: Any, images: Any, categories: Any) -> tuple[str, tuple[float, ...]]:
-    """(reason to leave an annotation out, or ""; its box xywh)."""
-    if not isinstance(entry, dict):
-        return "annotation that is no object", ()
-    if not _is_id(entry.get("image_id")) or entry["image_id"] not in images:
-        return "annotation of an image that is not listed", ()
-    if not _is_id(entry.get("category_id")) or entry["category_id"] not in categories:
-        return "annotation of a category that is not listed", ()
-    box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(type(v) in (int, float) and abs(v) < 1e7 for v in box):
-        return "annotation without a box of four finite numbers", ()
-    if box[2] <= 0 or box[3] <= 0:
-        return "box of zero or negative size", ()
-    return "", tuple(float(v) for v in box)

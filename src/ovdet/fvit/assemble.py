@@ -115,14 +115,15 @@ def load_into(path: str, detector: Detector, config: FViTConfig, vit: Vit) -> di
 
 
 def open_detector(
-    content: dict[str, Any], path: str, device: torch.device, overrides: Sequence[str] = ()
+    content: dict[str, Any], path: str, device: torch.device, config_file: str | None, overrides: Sequence[str] = ()
 ) -> LoadedDetector:
     """A detector file's content as :func:`ovdet.load_detector` gives it.
 
     Raises:
-        UserError: a faulty override, or a ViT whose weights are missing or others.
+        UserError: a faulty config, or a ViT whose weights are missing or others.
     """
-    config = config_of_checkpoint(content, path, [*overrides, 'data.embeddings=""'])
+    overrides = [*overrides, 'data.embeddings=""']
+    config = read_config(config_file, overrides) if config_file else config_of_checkpoint(content, path, overrides)
     vit = load_vit(config)
     checkpoint.check_vit(content, vit.identity, vit.model, path)
     with as_user_error():

@@ -17,7 +17,7 @@ from ovdet.task import FLAGS, DetectionTask, loop_options
 from ovdet.testing import test
 from ovdet.vocabulary import Vocabulary, make_vocabulary, training_labels
 from training.engine.checkpoint import find_latest, read_file, remove_unfinished
-from training.engine.data.annotations import Annotations
+from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
 from training.engine.journal import setup_logging, write_atomically
@@ -71,10 +71,10 @@ def make_task(config: FViTConfig, dist: Dist, folder: Path) -> DetectionTask:
         kinds = ["bbox", "segm"] if config.model.masks else ["bbox"]
         return test(config, task.detector, validation, vocabulary, dist=dist, kinds=kinds, folder=place)
 
+    identity = {"the ViT": vit.identity["name"], "its weights": vit.identity["hash"], "train.seed": config.train.seed}
     task = DetectionTask(
         detector, dataset, data=data, train=config.train, dist=dist, content=content,
-        validate=validate if validation is not None else None, folder=folder,
-        identity={"the ViT": vit.identity["name"], "its weights": vit.identity["hash"], "train.seed": config.train.seed},
+        validate=validate if validation is not None else None, folder=folder, identity=identity,
         options={f"{section}.{key}": value for section, part in values.items() for key, value in part.items()},
     )  # fmt: skip
     del vit.model.text  # it has done its work
