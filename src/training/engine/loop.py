@@ -102,7 +102,7 @@ class Loop:
 
         Args:
             folder: of the run; it exists.
-            resume: ``"latest"`` (of the folder), a checkpoint file, or None.
+            resume: ``"latest"`` or ``"auto"`` (of the folder, where there is one), a checkpoint file, or None.
 
         Returns:
             Exit status: 0 done, 75 interrupted and saved.
