@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 FLAGS = Flags(
     resume="--resume",
+    name="--work-dir",
     folder="--work-dir",
     batch_size="train.batch_size",
     workers="data.workers",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from ovdet import files
@@ -16,11 +15,12 @@ from ovdet.precision import choose_precision
 from ovdet.task import FLAGS, DetectionTask, loop_options
 from ovdet.testing import test
 from ovdet.vocabulary import Vocabulary, make_vocabulary, training_labels
-from training.engine.checkpoint import find_latest, read_file, remove_unfinished
+from training.engine.checkpoint import read_file
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
-from training.engine.journal import setup_logging, write_atomically
+from training.engine.folder import open_folder, resume_after_restart
+from training.engine.journal import setup_logging
 from training.engine.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -103,26 +103,32 @@ def train(
     Raises:
         UserError: faulty input, before anything is written.
     """
-    resume = resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    start = resume_after_restart(folder, "latest" if resume else None, FLAGS)
     with together():
-        _check_folder(folder, resume=resume)
+        check_former(folder, start)
     precision = choose_precision(config.train, dist.device, training=True)
     loop = Loop(
         make_task(config, dist, folder),
         loop_options(config.train, config.data, max_steps=max_steps, save_every_steps=save_every_steps),
         dist=dist, precision=precision,
     )  # fmt: skip
-    with together():
-        if dist.is_master:
-            _open_folder(folder, config)
-    setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
-    log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
-    return loop.train(folder, "latest" if resume else None)
+    # A folder without a run in it is as good as none.
+    with open_folder(folder, "auto", dist, FLAGS, {"config.toml": format_config(config)}):
+        setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
+        log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
+        return loop.train(folder, start)
 
 
-def _check_folder(folder: Path, *, resume: bool) -> None:
-    holds_run = find_latest(folder / "checkpoints") is not None if not resume else False
-    if holds_run:
+def check_former(folder: Path, start: str | None) -> None:
+    """See that a folder holds no run that would be lost, or that cannot go on.
+
+    Args:
+        start: what to go on from; None for a new run.
+
+    Raises:
+        UserError: it does.
+    """
+    if start is None and any((folder / "checkpoints").glob("epoch_*.pt")):
         raise UserError(f"--work-dir {folder} holds a run already: give --resume to go on with it, or another folder")
     former = folder / "latest.pt"
     if former.is_file() and not (folder / "checkpoints").is_dir():
@@ -132,13 +138,3 @@ def _check_folder(folder: Path, *, resume: bool) -> None:
                 f"--work-dir {folder} holds a run of a former version, which cannot go on: its detector {former} can "
                 "be tested and used; train in another folder"
             )
-
-
-def _open_folder(folder: Path, config: FViTConfig) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for place in (folder, folder / "checkpoints"):
-            remove_unfinished(place)
-        write_atomically(folder / "config.toml", format_config(config))
-    except OSError as error:
-        raise UserError(f"{FLAGS.folder} {folder} cannot be written ({error.strerror}): choose another one") from error
