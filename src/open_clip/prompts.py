@@ -48,6 +48,7 @@ def class_embeddings(
     device: torch.device | str | None = None,
     batch_size: int = 256,
     templates: Sequence[str] = PROMPT_TEMPLATES,
+    prompts: Callable[[str], list[str]] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Class embeddings from a model's text tower.
@@ -56,6 +57,8 @@ def class_embeddings(
         model: anything with ``encode_text``; its text tower is used where it is, or moved to ``device`` and back.
         names: class names, in the order of the rows.
         batch_size: prompts embedded at a time.
+        templates: filled in by :func:`class_prompts`.
+        prompts: name -> its prompts, the same number for each, in place of :func:`class_prompts` with ``templates``.
         progress: show a bar.
 
     Returns:
@@ -66,7 +69,7 @@ def class_embeddings(
     """
     if not names or not templates:
         raise ValueError(f"class embeddings of {len(names)} names and {len(templates)} templates: give at least one")
-    prompts = [p for name in names for p in class_prompts(name, templates)]
+    texts = [p for name in names for p in (class_prompts(name, templates) if prompts is None else prompts(name))]
     text = getattr(model, "text", model)
     home = next(text.parameters()).device
     device = torch.device(device) if device is not None else home
@@ -75,11 +78,11 @@ def class_embeddings(
     rows = []
     text.to(device)
     try:
-        for start in tqdm(range(0, len(prompts), batch_size), "class embeddings", unit="batch", disable=not progress):
-            tokens = tokenizer(prompts[start : start + batch_size])
+        for start in tqdm(range(0, len(texts), batch_size), "class embeddings", unit="batch", disable=not progress):
+            tokens = tokenizer(texts[start : start + batch_size])
             if cut:
                 tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
             rows.append(model.encode_text(tokens.to(device)).float().cpu())
     finally:
         text.to(home)
-    return average_prompts(torch.cat(rows).unflatten(0, (len(names), len(templates))))
+    return average_prompts(torch.cat(rows).unflatten(0, (len(names), -1)))
