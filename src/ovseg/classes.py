@@ -82,7 +82,9 @@ class ClassList:
         if self.background is not None:
             raise ValueError(f"there is a background class already: {self.names[self.background]}")
         palette = ((0, 0, 0), *self.palette) if self.palette else ()
-        return ClassList((name, *self.names), (tuple(words), *self.words), 0, tuple(u + 1 for u in self.unseen), palette)
+        return ClassList(
+            (name, *self.names), (tuple(words), *self.words), 0, tuple(u + 1 for u in self.unseen), palette
+        )
 
 
 def known_class_lists() -> list[str]:

@@ -8,8 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ovseg.pamr import BUDGET, bands, refine_rows
+from ovseg.pamr import BUDGET as PAMR_BUDGET
+from ovseg.pamr import bands, refine_rows
 from ovseg.windows import Windows, interpolation, spread
+
+BUDGET = 32 * 2**20  # bytes of the scores of a band; larger ones leave the caches of a CPU and are slower
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Smoothing:
     steps: int
     dilations: Sequence[int]
 
-    def bands(self, scores: ScoreMap, budget: int) -> Iterator[tuple[int, int, Tensor]]:
+    def bands(self, scores: ScoreMap, budget: int = PAMR_BUDGET) -> Iterator[tuple[int, int, Tensor]]:
         """(first row, end, refined scores) of every band."""
         height, width = scores.size
         rows, columns = (
@@ -144,7 +147,7 @@ def label_pixels(
         allowed[rule.background] = True
     for start, stop, band in _bands(scores, smoothing, budget):
         if confidence or rule.threshold:
-            total = _log_total(band, scores.probability, rule.scale)
+            total = _total(band, scores.probability, rule.scale)
         classes = merge(band)
         if allowed is not None:
             classes[~allowed] = float("-inf")
@@ -162,7 +165,7 @@ def label_pixels(
 def _bands(scores: ScoreMap, smoothing: Smoothing | None, budget: int) -> Iterator[tuple[int, int, Tensor]]:
     """(first row, end, scores [words, rows, width]) of every band of an image."""
     if smoothing is not None and smoothing.steps:
-        yield from smoothing.bands(scores, budget)
+        yield from smoothing.bands(scores, max(budget, PAMR_BUDGET))
         return
     height, width = scores.size
     # Three tensors of a band live at a time: the scores, their classes, and those that are put together.
@@ -172,8 +175,8 @@ def _bands(scores: ScoreMap, smoothing: Smoothing | None, budget: int) -> Iterat
         yield start, stop, scores.band(start, stop)
 
 
-def _log_total(band: Tensor, probability: bool, scale: float) -> Tensor:
-    """Log of the softmax' denominator ``[rows, width]``; of probabilities, their sum."""
+def _total(band: Tensor, probability: bool, scale: float) -> Tensor:
+    """``[rows, width]``: log of the denominator of the softmax over words; of probabilities, their sum."""
     return band.clamp(min=0).sum(0).clamp(min=1e-12) if probability else (scale * band).logsumexp(0)
 
 

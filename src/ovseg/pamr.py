@@ -65,9 +65,7 @@ def halo(dilations: Sequence[int], steps: int) -> int:
     return max(dilations) * steps
 
 
-def refine_rows(
-    image: Tensor, scores: Tensor, dilations: Sequence[int], steps: int, *, budget: int = BUDGET
-) -> Tensor:
+def refine_rows(image: Tensor, scores: Tensor, dilations: Sequence[int], steps: int, *, budget: int = BUDGET) -> Tensor:
     """PAMR of one band: image ``[3, H, W]`` and scores ``[C, H, W]`` of the same size, a few classes at a time.
 
     ``scores`` are overwritten with the result.

@@ -13,7 +13,7 @@ from torch import Tensor
 SCALE = 100.0  # of cosines before the softmax of both refinements
 DROPPED = -100.0  # cosine of a class that denoising leaves out
 #: How keys are normalised before their products are taken. ``paper``: each key to unit length, a cosine. ``released``:
-#: each channel to unit length over the cells, which is what the published code does; it is neither a cosine nor bounded.
+#: each channel to unit length over the cells, as the published code does; that is no cosine, and not bounded.
 KEY_FORMS = ("paper", "released")
 
 

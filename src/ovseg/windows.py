@@ -60,6 +60,7 @@ class Axis:
         starts: first pixel of each.
         patch: pixels of a cell; the patch of the model.
         remainder: one of :data:`REMAINDERS`.
+        multiple: what windows are padded to multiples of; 0 for the patch.
     """
 
     length: int
@@ -67,14 +68,15 @@ class Axis:
     starts: tuple[int, ...]
     patch: int
     remainder: str = "pad"
+    multiple: int = 0
 
     @property
     def padding(self) -> tuple[int, int]:
         """Zeros before and after a window; negative for pixels that are left out."""
-        rest = self.window % self.patch
-        if self.remainder == "drop" and self.window >= self.patch:
-            return 0, -rest
-        missing = (self.patch - rest) % self.patch
+        multiple = self.multiple or self.patch
+        if self.remainder == "drop" and self.window >= multiple:
+            return 0, -(self.window % multiple)
+        missing = -self.window % multiple
         return (missing // 2, missing - missing // 2) if self.remainder == "centre" else (0, missing)
 
     @property
@@ -137,7 +139,13 @@ class Windows:
 
 
 def plan_windows(
-    height: int, width: int, patch: int, window: int = 0, stride: int = 0, remainder: str = "pad"
+    height: int,
+    width: int,
+    patch: int,
+    window: int = 0,
+    stride: int = 0,
+    remainder: str = "pad",
+    multiple: int = 0,
 ) -> Windows:
     """Windows of an input of ``height`` x ``width`` pixels.
 
@@ -146,17 +154,20 @@ def plan_windows(
         window: side of a window; 0 for one window over the whole image.
         stride: distance of windows; 0 for half a window.
         remainder: one of :data:`REMAINDERS`.
+        multiple: what windows are padded to multiples of; itself a multiple of the patch, 0 for the patch.
 
     Raises:
-        ValueError: an unknown remainder, or a window below 1.
+        ValueError: an unknown remainder, a window below 1, or a multiple that the patch does not divide.
     """
+    if multiple % patch:
+        raise ValueError(f"windows padded to multiples of {multiple}: not a multiple of the patch size {patch}")
     if remainder not in REMAINDERS:
         raise ValueError(f'remainder is "{remainder}": use one of {", ".join(REMAINDERS)}')
 
     def axis(length: int) -> Axis:
         side = min(window or length, length)
         places = starts(length, window or length, stride or max((window or length) // 2, 1))
-        return Axis(length, side, tuple(places), patch, remainder)
+        return Axis(length, side, tuple(places), patch, remainder, multiple)
 
     return Windows(axis(height), axis(width))
 
