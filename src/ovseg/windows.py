@@ -123,13 +123,22 @@ class Windows:
     def count(self) -> int:
         return len(self.rows.starts) * len(self.columns.starts)
 
-    def cut(self, image: Tensor) -> Tensor:
-        """Windows ``[count, C, h, w]`` of an image ``[C, H, W]``, padded or trimmed to multiples of the patch."""
-        rows, columns = self.rows, self.columns
-        parts = [
-            image[:, y : y + rows.window, x : x + columns.window] for y in rows.starts for x in columns.starts
-        ]  # fmt: skip
-        return F.pad(torch.stack(parts), (*columns.padding, *rows.padding))
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of every window before padding."""
+        return self.rows.window, self.columns.window
+
+    def crop(self, image: Tensor, index: int) -> Tensor:
+        """Window ``index`` (row by row) of an image ``[C, H, W]``, a view ``[C, h, w]``."""
+        y, x = (
+            self.rows.starts[index // len(self.columns.starts)],
+            self.columns.starts[index % len(self.columns.starts)],
+        )
+        return image[:, y : y + self.rows.window, x : x + self.columns.window]
+
+    def pad(self, windows: Tensor) -> Tensor:
+        """Windows ``[n, C, h, w]`` padded with zeros, or trimmed, to multiples of the patch."""
+        return F.pad(windows, (*self.columns.padding, *self.rows.padding))
 
     def join(self, maps: Tensor) -> Tensor:
         """Cells of all windows side by side: ``[count, C, h, w] -> [C, rows * h, columns * w]``."""

@@ -11,6 +11,11 @@ import torch.nn.functional as F
 from ovseg.windows import REMAINDERS, fit_within, plan_windows, spread, window_boxes
 
 
+def cut(windows, image):
+    """All windows of an image, padded."""
+    return windows.pad(torch.stack([windows.crop(image, i) for i in range(windows.count)]))
+
+
 def test_published_windows_and_padding(golden):
     content = json.loads((golden / "dense_labels" / "windows.json").read_text())
     for case in content["windows"]:
@@ -40,7 +45,7 @@ def test_golden_merge(recorded):
     image, expected = arrays["rule.image"][0].float(), arrays["rule.merged_input_size"][0]
     patch, crop, stride = 16, 64, 32
     windows = plan_windows(*image.shape[1:], patch, crop, stride, "drop")
-    cells = windows.join(F.avg_pool2d(windows.cut(image), patch))
+    cells = windows.join(F.avg_pool2d(cut(windows, image), patch))
     for name in ("rule.merged_input_size", "rule.merged_original_size"):
         expected = arrays[name][0]
         height, width = expected.shape[1:]
@@ -74,7 +79,7 @@ def conventional(image, size, patch, crop, stride, remainder):
 def test_one_matrix_per_axis_is_the_sum_of_upsampled_windows(remainder, shape, crop, stride):
     image = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     windows = plan_windows(*shape, 8, crop, stride, remainder)
-    cells = windows.join(F.avg_pool2d(windows.cut(image), 8))
+    cells = windows.join(F.avg_pool2d(cut(windows, image), 8))
     rows, columns = windows.rows.matrix(71), windows.columns.matrix(40)
     expected = conventional(image, (71, 40), 8, crop, stride, remainder)
     torch.testing.assert_close(spread(cells, rows, columns), expected, atol=1e-5, rtol=0)
@@ -86,8 +91,8 @@ def test_one_matrix_per_axis_is_the_sum_of_upsampled_windows(remainder, shape, c
 def test_windows_padded_to_another_multiple_and_a_finer_grid():
     """ProxyCLIP: windows padded to 56 around, and a map of cells of 8 pixels beside the model's 14."""
     windows = plan_windows(100, 150, 14, 64, 32, "centre", 56)
-    cut = windows.cut(torch.randn(3, 100, 150, generator=torch.Generator().manual_seed(0)))
-    assert cut.shape == (windows.count, 3, 112, 112) and windows.rows.cells == 8
+    parts = cut(windows, torch.randn(3, 100, 150, generator=torch.Generator().manual_seed(0)))
+    assert parts.shape == (windows.count, 3, 112, 112) and windows.rows.cells == 8
     fine = windows.rows.matrix(100, cells=14)
     assert fine.shape == (100, 14 * len(windows.rows.starts))
     torch.testing.assert_close(fine.sum(1), torch.ones(100))
