@@ -1,8 +1,7 @@
-"""Label maps as pictures and files: colours that can be told apart, palette PNGs, lists of photographs."""
+"""Label maps as files, the colours of their classes, and lists of photographs."""
 
 from __future__ import annotations
 
-import colorsys
 import io
 import os
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ovseg.classes import IGNORE, ClassList
 from training.engine.errors import UserError
+from training.engine.pictures import distinct_colours
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -23,17 +23,6 @@ def class_colours(classes: ClassList) -> np.ndarray:
     if palette and len(set(palette)) == len(palette):
         return np.asarray(palette, dtype=np.uint8)
     return distinct_colours(len(classes), background=classes.background)
-
-
-def distinct_colours(count: int, background: int | None = None) -> np.ndarray:
-    """RGB uint8 ``[count, 3]``, neighbours in the list far apart (hues by the golden ratio); ``background`` is grey."""
-    colours = []
-    for i in range(count):
-        hue, saturation, value = i * 0.618034 % 1, 0.55 + 0.4 * (i % 2), 0.95 - 0.3 * (i // 2 % 2)
-        colours.append([round(255 * v) for v in colorsys.hsv_to_rgb(hue, saturation, value)])
-    if background is not None:
-        colours[background] = [60, 60, 60]
-    return np.asarray(colours, dtype=np.uint8)
 
 
 def write_label_png(path: Path, labels: np.ndarray, colours: np.ndarray) -> None:

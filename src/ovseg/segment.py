@@ -146,6 +146,20 @@ class Segmenter:
         return normalize(windows, visual.image_mean, visual.image_std, dtype=dtype)
 
     @torch.inference_mode()
+    def dense(self, image: Tensor) -> tuple[dict[str | None, Tensor], Windows]:
+        """Dense maps ``[D, h, w]`` of a whole image by reading, and how their cells lie on it.
+
+        Args:
+            image: what :meth:`prepare` returned, uint8 ``[3, h, w]``.
+        """
+        plan = plan_windows(
+            *image.shape[-2:], self.model.visual.patch_size, remainder="pad", multiple=self.shared.multiple
+        )
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            maps, _ = self.reader(plan.pad(self._normalize(image[None])))
+        return {name: dense[0].float() for name, dense in maps.items()}, plan
+
+    @torch.inference_mode()
     def label(self, scores: ScoreMap, protocol: Protocol, image: Tensor, *, confidence: bool = False) -> Labels:
         """Labels from the scores of one variant; ``image`` is the network's input that they were made from."""
         background = self.classes.background
