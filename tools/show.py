@@ -79,15 +79,16 @@ def short_names(paths: Sequence[str]) -> list[str]:
     if len(set(paths)) < len(paths):
         raise UserError(f"--pretrained {' '.join(paths)}: the same checkpoint twice")
     parts = [PurePosixPath(path.replace("\\", "/")).parts for path in paths]
-    if len(paths) == 1 or any(not p for p in parts):
-        return [p[-1] if p else "random weights" for p in parts]
+    names = [p[-1] if p else "random weights" for p in parts]
+    if len(set(names)) == len(names):
+        return names
     shortest = min(map(len, parts))
     first = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
     last = next((i for i in range(shortest) if len({p[-1 - i] for p in parts}) > 1), shortest)
-    names = [p[first : len(p) - last] for p in parts]
-    if not all(names):  # one path is a part of another: its end is needed to tell what it is
-        names = [p[first:] or p[-1:] for p in parts]
-    return ["/".join(name) for name in names]
+    pieces = [p[first : len(p) - last] for p in parts]
+    if not all(pieces):  # one path is a part of another: its end is needed to tell what it is
+        pieces = [p[first:] or p[-1:] for p in parts]
+    return ["/".join(piece) for piece in pieces]
 
 
 def parse_query(text: str) -> tuple[float, ...]:
@@ -119,37 +120,45 @@ def query_box(query: tuple[float, ...], height: int, width: int) -> Box:
 
 @torch.inference_mode()
 def make_rows(
-    segmenter: Segmenter, image: Tensor, title: str, *, classes: bool, similar: int, query: Box | None
+    segmenters: Sequence[Segmenter],
+    titles: Sequence[str],
+    image: Tensor,
+    *,
+    classes: bool,
+    similar: int,
+    query: Box | None,
 ) -> list[Row]:
-    """Rows of one checkpoint, one per reading (and refinement).
+    """Rows of all checkpoints, one per reading (and refinement) of each.
 
     Args:
+        titles: one per segmenter.
         image: uint8 ``[3, H, W]``.
-        title: of the checkpoint.
         classes: whether there are classes to show.
-        similar: classes whose cosines are shown, those with the largest areas.
+        similar: classes whose cosines are shown, the same for all rows: those with the largest areas over all of them.
         query: see :func:`query_box`.
     """
     size = tuple(image.shape[-2:])
-    prepared = segmenter.prepare(image)
-    maps, plan = segmenter.dense(prepared)
-    scores = segmenter.score([prepared], [size])[0] if classes else {}
-    rows = []
-    for name, protocol in segmenter.variants.items():
-        dense = maps[protocol.readout]
-        row = Row(f"{title}\n{name}" if len(segmenter.variants) > 1 or protocol.readout else title)
-        row.components = _at_pixels(principal_components(dense), plan, size).transpose(1, 2, 0).clip(0, 1)
-        if query is not None:
-            row.query = _at_pixels(similarity_to(dense, _on_input(query, dense, plan))[None], plan, size)[0]
-        if classes:
-            row.labels = segmenter.label(scores[name], protocol, prepared).labels.cpu().numpy()
-            area = np.bincount(row.labels.ravel(), minlength=len(segmenter.classes))
-            cosine = torch.einsum("dhw,cd->chw", dense, segmenter.embeddings)
-            owner = segmenter.classes.word_classes
+    rows, cosines = [], []
+    for segmenter, title in zip(segmenters, titles, strict=True):
+        prepared = segmenter.prepare(image)
+        maps, plan = segmenter.dense(prepared)
+        scores = segmenter.score([prepared], [size])[0] if classes else {}
+        for name, protocol in segmenter.variants.items():
+            dense = maps[protocol.readout]
+            row = Row(f"{title}\n{name}" if len(segmenter.variants) > 1 or protocol.readout else title)
+            row.components = _at_pixels(principal_components(dense), plan, size).transpose(1, 2, 0).clip(0, 1)
+            if query is not None:
+                row.query = _at_pixels(similarity_to(dense, _on_input(query, plan))[None], plan, size)[0]
+            if classes:
+                row.labels = segmenter.label(scores[name], protocol, prepared).labels.cpu().numpy()
+                cosines.append((torch.einsum("dhw,cd->chw", dense, segmenter.embeddings), plan))
+            rows.append(row)
+    if classes:
+        owner, count = segmenters[0].classes.word_classes, len(segmenters[0].classes)
+        area = sum(np.bincount(row.labels.ravel(), minlength=count) for row in rows)
+        for row, (cosine, plan) in zip(rows, cosines, strict=True):
             for label in area.argsort(kind="stable")[::-1][:similar].tolist():
-                best = cosine[owner == label].amax(0)
-                row.similarities[label] = _at_pixels(best[None], plan, size)[0]
-        rows.append(row)
+                row.similarities[label] = _at_pixels(cosine[owner == label].amax(0)[None], plan, size)[0]
     return rows
 
 
@@ -159,7 +168,7 @@ def _at_pixels(maps: Tensor, plan: Windows, size: tuple[int, int]) -> np.ndarray
     return spread(maps, rows.to(maps.device), columns.to(maps.device)).cpu().numpy()
 
 
-def _on_input(box: Box, dense: Tensor, plan: Windows) -> Box:
+def _on_input(box: Box, plan: Windows) -> Box:
     """A box in 0..1 of the photograph as one of the padded input, on which the cells lie."""
     x = plan.columns.length / (plan.columns.length + sum(plan.columns.padding))
     y = plan.rows.length / (plan.rows.length + sum(plan.rows.padding))
@@ -173,11 +182,11 @@ def draw(image: Tensor, rows: Sequence[Row], classes: ClassList | None, query: B
     panels = [_panels(picture, row, classes, query, opacity) for row in rows]
     columns = max(map(len, panels))
     ratio = min(max(height / width, 0.3), 3.0)
-    wide = 4.0 if ratio <= 1 else 4.0 / ratio + 0.8  # inches of a panel
+    wide = 3.4 if ratio <= 1 else 3.4 / ratio + 0.8  # inches of a panel
     figure, axes = plt.subplots(
         len(rows),
         columns,
-        figsize=(wide * columns + (2.0 if classes else 0.0), (wide * ratio + 0.6) * len(rows)),
+        figsize=(wide * columns + (2.0 if classes else 0.0), (0.85 * wide * ratio + 0.5) * len(rows)),
         squeeze=False,
         layout="constrained",
     )
@@ -228,7 +237,7 @@ def _paint_labels(axis, picture: np.ndarray, labels: np.ndarray, classes: ClassL
     colours = class_colours(classes)
     axis.imshow(overlay(picture, labels, colours, opacity))
     area = np.bincount(labels.ravel(), minlength=len(classes)) / labels.size
-    largest = [label for label in area.argsort(kind="stable")[::-1][:LEGEND] if area[label] > 0.002]
+    largest = [label for label in area.argsort(kind="stable")[::-1][:LEGEND] if area[label] >= 0.005]
     patches = [
         matplotlib.patches.Patch(
             facecolor=colours[i] / 255, edgecolor="black", linewidth=0.5, label=f"{classes.names[i]} {area[i]:.0%}"
@@ -274,9 +283,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     for (path, _), target in zip(tqdm(files, "pictures", unit="img", disable=len(files) < 3), targets, strict=True):
         image = read_image(str(path))
         box = query_box(query, *image.shape[-2:]) if query else None
-        rows = []
-        for segmenter, title in zip(segmenters, titles, strict=True):
-            rows += make_rows(segmenter, image, title, classes=with_classes, similar=args.similar, query=box)
+        rows = make_rows(segmenters, titles, image, classes=with_classes, similar=args.similar, query=box)
         figure = draw(image, rows, classes if with_classes else None, box, args.opacity)
         target.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(target, dpi=110)

@@ -41,7 +41,7 @@ class Protocol:
     remainder: str = "pad"
     multiple: int = 0
     words: str = "names"
-    templates: str = "imagenet"
+    templates: str = "project"
     scale: float = 40.0
     threshold: float | None = None
     area: float | None = None
@@ -76,16 +76,17 @@ _MASKCLIP = Protocol(
     readout="value", antialias=False, remainder="stretch", words="maskclip", templates="maskclip", scale=100.0
 )
 _SCLIP = Protocol(
-    readout="sclip", antialias=False, short_side=336, window=224, stride=112, remainder="drop", words="sclip"
-)
+    readout="sclip", antialias=False, short_side=336, window=224, stride=112, remainder="drop", words="sclip",
+    templates="imagenet",
+)  # fmt: skip
 _NACLIP = replace(_SCLIP, readout="naclip", words="naclip", pamr_steps=10)
 _CLEARCLIP = Protocol(
     readout="clearclip", antialias=False, short_side=448, window=448, stride=224, remainder="centre",
-    words="clearclip", scale=50.0,
+    words="clearclip", templates="imagenet", scale=50.0,
 )  # fmt: skip
 _PROXYCLIP = Protocol(
     readout="proxyclip", antialias=False, short_side=336, window=336, stride=112, remainder="centre", multiple=56,
-    words="proxyclip",
+    words="proxyclip", templates="imagenet",
 )  # fmt: skip
 
 #: release -> (settings of every data set, changes by data set). The thresholds, and SCLIP's scales and area rule, were
