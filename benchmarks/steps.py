@@ -23,10 +23,13 @@ from open_clip.transform import crop_region, resize_longest  # noqa: E402
 from training.data import prepare_batch  # noqa: E402
 from training.data.collate import Collate  # noqa: E402
 from training.engine.distributed import Dist  # noqa: E402
-from training.engine.optim import build_optimizer  # noqa: E402
 from training.engine.precision import make_precision  # noqa: E402
 from training.methods import build_method  # noqa: E402
-from training.models import load_model, prepare_models  # noqa: E402
+from training.models import (  # noqa: E402
+    build_optimizer,  # noqa: E402
+    load_model,
+    prepare_models,
+)
 from training.params import make_parser  # noqa: E402
 
 
@@ -60,7 +63,7 @@ class OurStep:
         self.size, self.crop_size, self.device = size, model.visual.image_size, device
         student, teacher = prepare_models(args, model, dist, self.precision)
         self.method = build_method(args, student=student, teacher=teacher)
-        self.optimizer = build_optimizer(args, self.method)
+        self.optimizer = build_optimizer(args, self.method.student)
         self.method.train()
         self.visual = student.visual
         self.batch = self._collated(pictures)

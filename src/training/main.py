@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import multiprocessing
 import os
 import random
-import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -20,16 +18,16 @@ import open_clip
 from open_clip import CLIP
 from training.class_embeddings import load_or_compute
 from training.engine.checkpoint import find_latest, remove_unfinished
-from training.engine.distributed import Dist, end_distributed, init_distributed, together
-from training.engine.errors import UserError
-from training.engine.failures import EXIT_FAILED, explain
+from training.engine.distributed import Dist, init_distributed, together
+from training.engine.errors import UserError, as_user_error, run_program
 from training.engine.journal import Journal, setup_logging, write_atomically
+from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
-from training.models import as_user_error, load_model
+from training.models import load_model
 from training.params import parse_args
-from training.trainer import Trainer
+from training.trainer import Distillation, loop_options
 
 log = logging.getLogger(__name__)
 
@@ -121,58 +119,34 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
     with together():
         evaluation = Evaluation(args, model, dist, precision) if args.val_data else None
     with together():
-        trainer = Trainer(args, model, dist, precision) if args.train_data else None
+        loop = None
+        if args.train_data:
+            task = Distillation(args, model, dist, precision, evaluation)
+            loop = Loop(task, loop_options(args), dist=dist, precision=precision)
     folder = make_folder(args, dist)
     setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
     log.info("experiment %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
-    if trainer is None:
+    if loop is None:
         model.visual.to(dist.device, precision.param_dtype)
         journal = Journal(folder if dist.is_master else None)
         evaluation(model, journal, epoch=0, step=0, kind="checkpoint")
         journal.close()
         return 0
-    return trainer.train(folder, evaluation)
-
-
-def _end_workers() -> None:
-    """End loader processes that an error left behind: they outlive a SIGTERM on purpose, and Python waits for them."""
-    children = multiprocessing.active_children()
-    if children:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
-    for child in children:
-        child.kill()
-        child.join()
+    return loop.train(folder, args.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status: 0 done, 2 something for the user to mend, 71 the system failed (a full disk, a process that died),
-    75 interrupted and saved. 2 and 71 are explained in one line; any other failure is a traceback and 1.
-    """
-    rank, failed = 0, False
-    try:
-        args = parse_args(argv)
-        rank = int(os.environ.get("RANK", "0"))
-        dist = init_distributed(args.device, args.dist_backend, args.dist_timeout)
-        setup_logging(rank)
-        random.seed(args.seed + rank)
-        np.random.seed(args.seed + rank)
-        return run(args, dist)
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:
-        reason = explain(error)
-        if reason is None:
-            raise
-        failed = True
-        # Every process speaks for itself: it may be the only one that knows.
-        print(f"error: {f'process {rank}: ' if rank else ''}{reason}", file=sys.stderr, flush=True)
-        return EXIT_FAILED
-    finally:
-        _end_workers()
-        if not failed:  # leaving the group in an orderly way needs the others
-            end_distributed()
+    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    args = parse_args(argv)
+    dist = init_distributed(args.device, args.dist_backend, args.dist_timeout)
+    setup_logging(dist.rank)
+    random.seed(args.seed + dist.rank)
+    np.random.seed(args.seed + dist.rank)
+    return run(args, dist)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,25 @@
-"""The models of a run: loading, placing, wrapping, and the weights that it starts from."""
+"""The models of a run: loading, placing, what decays of them, and the weights that it starts from."""
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import open_clip
 from open_clip import CLIP
-from open_clip.weights import reference_layout
+from open_clip.weights import export_state_dict, reference_layout
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import Dist
-from training.engine.errors import UserError
+from training.engine.errors import UserError, as_user_error
+from training.engine.optim import adamw, decay_groups
 from training.engine.precision import Precision
 from training.ensemble import ensemble_state
-from training.methods import Method
 
 
 def load_model(args: argparse.Namespace) -> CLIP:
@@ -46,14 +45,6 @@ def load_model(args: argparse.Namespace) -> CLIP:
     return model
 
 
-def as_user_error(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call into the model package; what it says of names, files and shapes is for the user."""
-    try:
-        return function(*args, **kwargs)
-    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
-        raise UserError(str(error)) from error
-
-
 def prepare_models(args: argparse.Namespace, model: CLIP, dist: Dist, precision: Precision) -> tuple[CLIP, CLIP | None]:
     """(student, teacher or None) on the device. Parts that training does not need stay on the CPU."""
     distils = args.dataset_type in ("grid_distill", "proposals_distill")
@@ -77,17 +68,51 @@ def prepare_models(args: argparse.Namespace, model: CLIP, dist: Dist, precision:
     return student, teacher
 
 
-def wrap(method: Method, dist: Dist) -> torch.nn.Module:
-    """The method under data parallelism; frozen parts are left alone: not broadcast, not waited for."""
-    if not dist.distributed:
-        return method
-    trainable = {n for n, p in method.named_parameters() if p.requires_grad}
-    names = [n for n, _ in method.named_parameters()] + [n for n, _ in method.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        method, [n for n in names if n not in trainable]
-    )
-    ids = [dist.device.index] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=ids, gradient_as_bucket_view=True)
+def is_undecayed(name: str, parameter: Tensor) -> bool:
+    """No weight decay for tensors of fewer than 2 dimensions or whose name contains bn, ln, bias or logit_scale.
+
+    To be asked with the name and shape of the published layout.
+    """
+    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def undecayed_names(model: CLIP) -> set[str]:
+    """Names (this package's) of the parameters without weight decay.
+
+    The rule is about names and dimensions, and those differ between layouts: OpenAI's class token is a vector, this
+    package's is ``[1, 1, W]``. So it is asked in the layout in which the published code keeps this model.
+    """
+    own = {n: p.detach() for n, p in model.named_parameters()}
+    # Exporting renames in order; what it may add (rotary tables) comes last.
+    published = export_state_dict(model, state=own).items()
+    return {ours for ours, (name, value) in zip(own, published, strict=False) if is_undecayed(name, value)}
+
+
+def parameter_groups(model: CLIP, weight_decay: float) -> list[dict]:
+    """Optimizer groups of what trains: [undecayed, decayed]."""
+    undecayed = undecayed_names(model)
+    return decay_groups(model.named_parameters(), weight_decay, lambda name, _: name in undecayed)
+
+
+def adam_defaults(model_name: str) -> tuple[float, float, float]:
+    """(beta1, beta2, eps): those of CLIP when the model's name contains "vit", else AdamW's own."""
+    return (0.9, 0.98, 1e-6) if "vit" in model_name.lower() else (0.9, 0.999, 1e-8)
+
+
+def build_optimizer(args: argparse.Namespace, model: CLIP) -> torch.optim.AdamW:
+    """AdamW over what trains in a model.
+
+    ``args`` gives ``model``, ``lr``, ``wd`` and ``beta1``, ``beta2``, ``eps`` (None: :func:`adam_defaults`).
+
+    Raises:
+        UserError: nothing trains.
+    """
+    groups = parameter_groups(model, args.wd)
+    if not any(group["params"] for group in groups):
+        raise UserError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
+    given = (args.beta1, args.beta2, args.eps)
+    beta1, beta2, eps = (d if g is None else g for g, d in zip(given, adam_defaults(args.model), strict=True))
+    return adamw(groups, lr=args.lr, betas=(beta1, beta2), eps=eps)
 
 
 class StartWeights:

@@ -19,10 +19,9 @@ import torch.distributed as dist
 
 import open_clip
 from open_clip.factory import build_model
-from training.engine.distributed import Dist
-from training.engine.optim import build_optimizer
+from training.engine.distributed import Dist, wrap
 from training.methods import build_method
-from training.models import wrap
+from training.models import build_optimizer
 
 STEPS, SIZE, CROP, WORDS, CLASSES = 3, 64, 32, 8, 150
 TEXT = {"context_length": WORDS, "vocab_size": 50, "width": 16, "heads": 2, "layers": 1}
@@ -108,7 +107,7 @@ def train(case: Case, process: int | None) -> tuple[dict[str, torch.Tensor], lis
     method = build_method(
         args, student=student, teacher=teacher, noun_embeddings=nouns, rank=process or 0, world_size=world
     )
-    optimizer = build_optimizer(args, method)
+    optimizer = build_optimizer(args, method.student)
     model = wrap(method, Dist(process or 0, world, 0, torch.device("cpu"), world > 1)).train()
     losses = []
     for step in range(STEPS):

@@ -18,11 +18,11 @@ from open_clip.image_tower import ImageTower
 from open_clip.text_tower import TextTower
 from open_clip.weights import export_state_dict, load_state
 from training.engine.errors import UserError
-from training.engine.optim import build_optimizer
 from training.engine.schedule import make_schedule, set_lr
 from training.ensemble import ensemble_state
 from training.methods import build_method
 from training.methods.base import multiscale_sizes
+from training.models import build_optimizer
 
 CASES = [
     "eva.v2.unlocked_2", "eva.v2.unlocked_all", "vit_gelu.v2.unlocked_2", "vit_gelu.v2.unlocked_all",
@@ -325,7 +325,7 @@ def test_three_steps_and_ensemble(golden):
     args = make_args(lock_image_unlocked_groups=expected["unlocked_groups"], lr=expected["lr"])
     method = build_method(args, student=student, teacher=start)
     names = {id(p): n for n, p in student.named_parameters()}
-    optimizer = build_optimizer(args, method)
+    optimizer = build_optimizer(args, method.student)
     assert optimizer.defaults["betas"] == tuple(expected["betas"]) and optimizer.defaults["eps"] == expected["eps"]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, expected["weight_decay"]]
     for group, key in zip(optimizer.param_groups, ("no_decay", "decay"), strict=True):
@@ -364,7 +364,7 @@ def test_clipped_step(golden):
     student = make_model(golden, "eva")
     args = make_args(lock_image_unlocked_groups=4, lr=setting["lr"])
     method = build_method(args, student=student, teacher=make_model(golden, "eva"))
-    optimizer = build_optimizer(args, method)
+    optimizer = build_optimizer(args, method.student)
     schedule = make_schedule("cosine", base=args.lr, warmup=setting["warmup"], total=setting["total_steps"])
     set_lr(optimizer, schedule(0))
     run(method, read_batch(golden, 0))

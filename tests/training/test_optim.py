@@ -13,8 +13,8 @@ from torch import nn
 import open_clip
 from open_clip.factory import build_model
 from open_clip.weights import export_state_dict
-from training.engine.optim import adam_defaults, build_optimizer, is_undecayed, parameter_groups, undecayed_names
 from training.methods import build_method
+from training.models import adam_defaults, build_optimizer, is_undecayed, parameter_groups, undecayed_names
 
 
 def published_names(model, parameters) -> list[str]:
@@ -71,11 +71,11 @@ class Student(nn.Module):
 
 def test_updates_are_those_of_adamw(monkeypatch):
     """Decoupled decay and bias correction (Loshchilov & Hutter, 2019), with given betas and eps, over four steps."""
-    monkeypatch.setattr("training.engine.optim.undecayed_names", lambda model: {"bias"})
+    monkeypatch.setattr("training.models.undecayed_names", lambda model: {"bias"})
     method = nn.Module()
     method.student = student = Student()
     args = argparse.Namespace(model="x", lr=0.1, wd=0.2, beta1=0.8, beta2=None, eps=1e-3)
-    optimizer = build_optimizer(args, method)
+    optimizer = build_optimizer(args, method.student)
     values = {n: p.detach().numpy().copy() for n, p in student.named_parameters()}
     moments = {n: (np.zeros_like(v), np.zeros_like(v)) for n, v in values.items()}
     rng = np.random.default_rng(0)
@@ -101,4 +101,4 @@ def test_nothing_to_train_is_said(golden):
     )  # fmt: skip
     method = build_method(args, student=model, noun_embeddings=torch.randn(5, 32))
     with pytest.raises(ValueError, match="--lock-image-unlocked-groups"):
-        build_optimizer(args, method)
+        build_optimizer(args, method.student)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from training.engine.errors import UserError
 
@@ -96,29 +97,89 @@ def end_distributed() -> None:
         dist.destroy_process_group()
 
 
-def _many() -> bool:
+def many() -> bool:
+    """Whether there is more than one process."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over processes, in place; the tensor itself without a process group."""
-    if _many():
+    if many():
         dist.all_reduce(tensor)
     return tensor
 
 
 def gather_objects(value: Any) -> list[Any]:
     """The values of all processes, in rank order."""
-    if not _many():
+    if not many():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
+def gather_to_master(value: Any) -> list[Any] | None:
+    """The values of all processes, in rank order, on process 0; None on the others."""
+    if not many():
+        return [value]
+    values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
+def from_master(value: Any) -> Any:
+    """Process 0's value on every process."""
+    if not many():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
+def on_master(function: Callable[[], Any]) -> Any:
+    """What process 0 makes, on every process; the others wait. Its UserError is raised everywhere."""
+    value = failure = None
+    if not many() or dist.get_rank() == 0:
+        try:
+            value = function()
+        except UserError as error:
+            failure = str(error)
+    value, failure = from_master((value, failure))
+    if failure is not None:
+        raise UserError(failure)
+    return value
+
+
+def average_batch_norm(model: nn.Module) -> None:
+    """Average the running statistics of ordinary batch norms over the processes, which each saw other samples.
+
+    Nothing to do for synchronised batch norm, where they are equal.
+    """
+    if not many():
+        return
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+            for value in (module.running_mean, module.running_var):
+                dist.all_reduce(value)
+                value /= dist.get_world_size()
+
+
+def wrap(module: nn.Module, where: Dist) -> nn.Module:
+    """A module under data parallelism; frozen parts and buffers are left alone: not broadcast, not waited for."""
+    if not where.distributed:
+        return module
+    trainable = {n for n, p in module.named_parameters() if p.requires_grad}
+    names = [n for n, _ in module.named_parameters()] + [n for n, _ in module.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+        module, [n for n in names if n not in trainable]
+    )
+    # Without device_ids: with them each batch's CPU tensors (counts, ids) would be copied to the GPU, one by one.
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
+
+
 def barrier() -> None:
     """Wait for all processes."""
-    if _many():
+    if many():
         dist.barrier()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import logging
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +115,43 @@ class Journal:
                 self.writer.close()
             except OSError as error:
                 log.warning("the last TensorBoard scalars cannot be written (%s)", error.strerror)
+
+
+@dataclass
+class Pace:
+    """Sums since the last line of the log, so that a line shows means: one slow step says little.
+
+    Attributes:
+        steps, samples: done; samples of all processes.
+        waiting, whole: seconds spent waiting for data, and in all.
+    """
+
+    steps: int = 0
+    samples: float = 0.0
+    waiting: float = 0.0
+    whole: float = 0.0
+
+    def add(self, samples: float, waiting: float, whole: float) -> None:
+        """Count one optimizer step."""
+        self.steps, self.samples = self.steps + 1, self.samples + samples
+        self.waiting, self.whole = self.waiting + waiting, self.whole + whole
+
+    @property
+    def samples_per_second(self) -> float:
+        """Of all processes together."""
+        return self.samples / max(self.whole, 1e-9)
+
+    def scalars(self) -> dict[str, float]:
+        """Means by TensorBoard tag."""
+        return {
+            "train/images_per_second": self.samples_per_second,
+            "train/data_time": self.waiting / self.steps,
+            "train/step_time": self.whole / self.steps,
+        }
+
+    def text(self, steps_left: int) -> str:
+        """For a line of the log, with the time that the remaining steps will take."""
+        step = self.whole / self.steps
+        left = datetime.timedelta(seconds=round(steps_left * step))
+        speed = f"{self.samples_per_second:.1f} images/s"
+        return f"{speed}  data {self.waiting / self.steps:.3f} s  step {step:.3f} s  left {left}"
