@@ -40,13 +40,14 @@ from ovseg.segment import Segmenter
 from ovseg.windows import Windows, spread
 from training.engine.data.images import ImageError, read_image
 from training.engine.distributed import init_distributed
-from training.engine.errors import UserError
+from training.engine.errors import Flags, UserError, run_program
 from training.engine.pictures import overlay, principal_components, similarity_to
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
 
 LEGEND = 12  # classes named beside a map, those with the largest areas
+FLAGS = Flags(resume="the same command", folder="--output", batch_size="--short-side", checkpointing="fewer --readouts")
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".webp")
 Box = tuple[float, float, float, float]
 
@@ -266,7 +267,7 @@ def run(args: argparse.Namespace) -> list[Path]:
     """Make the pictures; their paths.
 
     Raises:
-        UserError, ImageError: one line, when something is wrong.
+        UserError: one line, when something is wrong.
     """
     with_classes = bool(args.classes or args.classes_from)
     classes = classes_from(args) if with_classes else ClassList(("nothing",), (("nothing",),))
@@ -281,7 +282,10 @@ def run(args: argparse.Namespace) -> list[Path]:
     # All checkpoints side by side need each image again, so the models stay in memory together.
     segmenters = [build_segmenter(args, classes, variants, device, pretrained=p) for p in args.pretrained]
     for (path, _), target in zip(tqdm(files, "pictures", unit="img", disable=len(files) < 3), targets, strict=True):
-        image = read_image(str(path))
+        try:
+            image = read_image(str(path))
+        except ImageError as error:
+            raise UserError(str(error)) from None
         box = query_box(query, *image.shape[-2:]) if query else None
         rows = make_rows(segmenters, titles, image, classes=with_classes, similar=args.similar, query=box)
         figure = draw(image, rows, classes if with_classes else None, box, args.opacity)
@@ -308,15 +312,13 @@ def _targets(output: str, files: Sequence[tuple[Path, Path]]) -> list[Path]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line for something that the user can mend."""
-    args = parse_args(argv)
-    try:
-        for path in run(args):
-            print(path)
-    except (UserError, ImageError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    return run_program(lambda: _main(argv), FLAGS)
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    for path in run(parse_args(argv)):
+        print(path)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -38,12 +37,13 @@ from ovseg.options import (
 from ovseg.progress import Counts
 from ovseg.segment import Segmenter
 from training.engine.checkpoint import weights_hash
-from training.engine.data.images import ImageError
-from training.engine.distributed import Dist, end_distributed, gather_objects, init_distributed, together
-from training.engine.errors import UserError
+from training.engine.distributed import Dist, gather_objects, init_distributed, together
+from training.engine.errors import Flags, UserError, run_program
 from training.engine.journal import setup_logging, write_atomically
 
 logger = logging.getLogger(__name__)
+
+FLAGS = Flags(resume="the same command", folder="--output", checkpointing="a lower --short-side")
 
 NAMED_SKIPS = 10  # unusable images named in the log; the others are counted
 SAVE_SECONDS = 30.0  # between two savings of the counts
@@ -189,6 +189,7 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The program's arguments."""
     parser = argparse.ArgumentParser(
         "python -m ovseg.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -253,22 +254,17 @@ def fingerprint(args: argparse.Namespace, data: SegmentationSet, segmenter: Segm
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line for something that the user can mend."""
+    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    return run_program(lambda: _main(argv), FLAGS)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     args = parse_args(argv)
-    rank = int(os.environ.get("RANK", "0"))
-    try:
-        dist = init_distributed(args.device)
-        setup_logging(dist.rank)
-        results = run(args, dist)
-        if dist.is_master:
-            print(format_table(results))
-        return 0
-    except (UserError, ImageError) as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        end_distributed()
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
+    results = run(args, dist)
+    if dist.is_master:
+        print(format_table(results))
 
 
 if __name__ == "__main__":

@@ -41,11 +41,13 @@ from ovseg.pictures import class_colours, list_images, write_label_png
 from ovseg.segment import Segmenter
 from training.engine.checkpoint import weights_hash
 from training.engine.data.images import ImageError, read_image
-from training.engine.distributed import Dist, end_distributed, gather_objects, init_distributed, together
-from training.engine.errors import UserError
+from training.engine.distributed import Dist, gather_objects, init_distributed, together
+from training.engine.errors import Flags, UserError, run_program
 from training.engine.journal import setup_logging, write_atomically
 
 logger = logging.getLogger(__name__)
+
+FLAGS = Flags(resume="the same command", folder="--output", checkpointing="a lower --short-side")
 
 RECORD = "pseudo_labels.json"  # in the output folder: classes and settings
 
@@ -137,6 +139,7 @@ def write_pseudo_labels(
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The program's arguments."""
     parser = argparse.ArgumentParser(
         "python -m ovseg.pseudo_labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -248,21 +251,17 @@ def _record(output: Path, args: argparse.Namespace, segmenter: Segmenter) -> Non
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 0, or 2 with one line for something that the user can mend."""
+    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    return run_program(lambda: _main(argv), FLAGS)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     args = parse_args(argv)
-    try:
-        dist = init_distributed(args.device)
-        setup_logging(dist.rank)
-        total = run(args, dist)
-        if dist.is_master:
-            print(f"{total} label maps written to {args.output}")
-        return 0
-    except (UserError, ImageError) as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
-    finally:
-        end_distributed()
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
+    total = run(args, dist)
+    if dist.is_master:
+        print(f"{total} label maps written to {args.output}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +30,155 @@ WINDOWS_PER_PASS = 16
 _DEFAULT = "default"  # name of a single variant
 
 
-class Segmenter:
+def network_input(image: Tensor, protocol: Protocol) -> Tensor:
+    """An image as the network is to see it, both uint8 ``[3, H, W]``; windows are cut from it."""
+    size = fit_within(*image.shape[-2:], protocol.long_side, protocol.short_side)
+    if protocol.antialias:
+        return resize(image, *size, "bilinear")
+    return TF.resize(image, list(size), interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
+
+
+class ImageSegmenter(ABC):
+    """From images to labels by way of a network that scores words at cells.
+
+    Args:
+        classes: C classes.
+        variants: name -> settings; readings and refinements may differ, what the network sees may not. A single
+            protocol is the variant ``default``.
+        patch_size: pixels of a cell.
+        mean, std: pixel normalisation (RGB, of values in 0..1).
+        device: of the network.
+        dtype: autocast dtype; float32 for none. Scores are float32 in any case.
+        pixel_dtype: of the network's input.
+        windows_per_pass: windows (of one or several images) that go through the network together.
+
+    Raises:
+        UserError: variants that cannot share a pass.
+    """
+
+    def __init__(
+        self,
+        classes: ClassList,
+        variants: Protocol | Mapping[str, Protocol],
+        *,
+        patch_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        pixel_dtype: torch.dtype = torch.float32,
+        windows_per_pass: int = WINDOWS_PER_PASS,
+    ) -> None:
+        self.classes, self.patch_size, self.mean, self.std = classes, patch_size, tuple(mean), tuple(std)
+        self.device, self.dtype, self.pixel_dtype = device, dtype, pixel_dtype
+        self.windows_per_pass = windows_per_pass
+        self.variants = {_DEFAULT: variants} if isinstance(variants, Protocol) else dict(variants)
+        self.shared = next(iter(self.variants.values()))
+        for name, protocol in self.variants.items():
+            for field in SHARED:
+                if getattr(protocol, field) != getattr(self.shared, field):
+                    raise UserError(f"variant {name} has another {field} than the first: run it by itself")
+
+    @abstractmethod
+    def read(self, windows: Tensor) -> tuple[dict[str | None, Tensor], Tensor | None]:
+        """Scores ``[n, words, h, w]`` of normalised windows ``[n, 3, H, W]`` by reading, and keys ``[n, h * w, K]`` or
+        None.
+        """
+
+    @property
+    def prepare(self) -> Callable[[Tensor], Tensor]:
+        """Function from an image to the network's input, both uint8 ``[3, H, W]``; it knows nothing of the network, so
+        that worker processes can have it.
+        """
+        return partial(network_input, protocol=self.shared)
+
+    @torch.inference_mode()
+    def score(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, ScoreMap]]:
+        """Scores of all variants.
+
+        Args:
+            inputs: what :meth:`prepare` returned, one per image, uint8 ``[3, h_i, w_i]``.
+            sizes: (height, width) of each label map.
+
+        Returns:
+            Per image a map of scores by name of the variant.
+        """
+        shared = self.shared
+        plans = [
+            plan_windows(
+                *x.shape[-2:], self.patch_size, shared.window, shared.stride, shared.remainder, shared.multiple
+            )
+            for x in inputs
+        ]  # fmt: skip
+        cosines, keys = self._read(inputs, plans)
+        results = []
+        for i, (plan, (height, width)) in enumerate(zip(plans, sizes, strict=True)):
+            maps = {}
+            for name, protocol in self.variants.items():
+                scores = refine(cosines[i][protocol.readout], None if keys is None else keys[i], protocol)
+                maps[name] = ScoreMap.of(scores, plan, height, width, probability=protocol.smooth is not None)
+            results.append(maps)
+        return results
+
+    def _read(
+        self, inputs: Sequence[Tensor], plans: Sequence[Windows]
+    ) -> tuple[list[dict[str | None, Tensor]], list[Tensor] | None]:
+        """Per image the cosines ``[windows, words, h, w]`` by reading, and keys ``[windows, cells, K]`` if needed."""
+        cosines: list[dict] = [{p.readout: [] for p in self.variants.values()} for _ in inputs]
+        keys: list[list] = [[] for _ in inputs]
+        # Windows of the same size go together, whichever image they are from; those of an image stay in order.
+        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, plan in enumerate(plans):
+            groups.setdefault(plan.shape, []).extend((i, w) for w in range(plan.count))
+        for places in groups.values():
+            for start in range(0, len(places), self.windows_per_pass):
+                part = places[start : start + self.windows_per_pass]
+                windows = torch.stack([plans[i].crop(inputs[i], w) for i, w in part])
+                maps, part_keys = self.read(plans[part[0][0]].pad(self._normalize(windows)))
+                for name, values in maps.items():
+                    for (i, _), value in zip(part, values, strict=True):
+                        cosines[i][name].append(value)
+                if part_keys is not None:
+                    for (i, _), value in zip(part, part_keys.float(), strict=True):
+                        keys[i].append(value)
+        stacked = [{name: torch.stack(values) for name, values in image.items()} for image in cosines]
+        return stacked, [torch.stack(k) for k in keys] if any(keys) else None
+
+    def _normalize(self, windows: Tensor) -> Tensor:
+        windows = windows.to(self.device, non_blocking=True)
+        return normalize(windows, self.mean, self.std, dtype=self.pixel_dtype)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    @torch.inference_mode()
+    def label(self, scores: ScoreMap, protocol: Protocol, image: Tensor, *, confidence: bool = False) -> Labels:
+        """Labels from the scores of one variant; ``image`` is the network's input that they were made from."""
+        background = self.classes.background
+        rule = LabelRule(
+            scale=protocol.scale,
+            background=background,
+            threshold=None if background is None else protocol.threshold,
+            area=None if background is None else protocol.area,
+        )
+        smoothing = None
+        if protocol.pamr_steps:
+            smoothing = Smoothing(self._normalize(image[None])[0], protocol.pamr_steps, protocol.pamr_dilations)
+        return label_pixels(
+            scores, self.classes.word_classes, len(self.classes), rule, smoothing=smoothing, confidence=confidence
+        )
+
+    def __call__(self, image: Tensor, *, confidence: bool = False) -> dict[str, Labels]:
+        """Labels of one image, uint8 ``[3, H, W]``, at its own size, by name of the variant."""
+        prepared = self.prepare(image)
+        maps = self.score([prepared], [tuple(image.shape[-2:])])[0]
+        return {
+            name: self.label(maps[name], protocol, prepared, confidence=confidence)
+            for name, protocol in self.variants.items()
+        }
+
+
+class Segmenter(ImageSegmenter):
     """Labels of images for fixed classes.
 
     Args:
@@ -57,17 +207,21 @@ class Segmenter:
         dtype: torch.dtype = torch.float32,
         windows_per_pass: int = WINDOWS_PER_PASS,
     ) -> None:
-        self.model, self.classes = model, classes
-        self.variants = {_DEFAULT: variants} if isinstance(variants, Protocol) else dict(variants)
-        self.shared = next(iter(self.variants.values()))
-        for name, protocol in self.variants.items():
-            for field in SHARED:
-                if getattr(protocol, field) != getattr(self.shared, field):
-                    raise UserError(f"variant {name} has another {field} than the first: run it by itself")
+        weight = next(model.visual.parameters())
+        super().__init__(
+            classes,
+            variants,
+            patch_size=model.visual.patch_size,
+            mean=model.visual.image_mean,
+            std=model.visual.image_std,
+            device=weight.device,
+            dtype=dtype,
+            pixel_dtype=weight.dtype,
+            windows_per_pass=windows_per_pass,
+        )
         if len(embeddings) != len(classes.all_words):
             raise ValueError(f"{len(embeddings)} embeddings for {len(classes.all_words)} words")
-        weight = next(model.visual.parameters())
-        self.device, self.dtype = weight.device, dtype
+        self.model = model
         self.embeddings = embeddings.to(self.device, torch.float32)
         self.reader = DenseReader(
             model,
@@ -75,75 +229,13 @@ class Segmenter:
             external=external,
             keys=any(p.smooth is not None for p in self.variants.values()),
         )
-        self.windows_per_pass = windows_per_pass
 
-    def prepare(self, image: Tensor) -> Tensor:
-        """The network's input of an image, both uint8 ``[3, H, W]``; windows are cut from it."""
-        size = fit_within(*image.shape[-2:], self.shared.long_side, self.shared.short_side)
-        if self.shared.antialias:
-            return resize(image, *size, "bilinear")
-        return TF.resize(image, list(size), interpolation=TF.InterpolationMode.BILINEAR, antialias=False)
-
-    @torch.inference_mode()
-    def score(self, inputs: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[dict[str, ScoreMap]]:
-        """Scores of all variants.
-
-        Args:
-            inputs: what :meth:`prepare` returned, one per image, uint8 ``[3, h_i, w_i]``.
-            sizes: (height, width) of each label map.
-
-        Returns:
-            Per image a map of scores by name of the variant.
-        """
-        shared = self.shared
-        plans = [
-            plan_windows(
-                *x.shape[-2:], self.model.visual.patch_size, shared.window, shared.stride, shared.remainder,
-                shared.multiple,
-            )
-            for x in inputs
-        ]  # fmt: skip
-        cosines, keys = self._read(inputs, plans)
-        results = []
-        for i, (plan, (height, width)) in enumerate(zip(plans, sizes, strict=True)):
-            maps = {}
-            for name, protocol in self.variants.items():
-                scores = refine(cosines[i][protocol.readout], None if keys is None else keys[i], protocol)
-                maps[name] = ScoreMap.of(scores, plan, height, width, probability=protocol.smooth is not None)
-            results.append(maps)
-        return results
-
-    def _read(
-        self, inputs: Sequence[Tensor], plans: Sequence[Windows]
-    ) -> tuple[list[dict[str | None, Tensor]], list[Tensor] | None]:
-        """Per image the cosines ``[windows, words, h, w]`` by reading, and keys ``[windows, cells, K]`` if needed."""
-        cosines: list[dict] = [{name: [] for name in self.reader.names} for _ in inputs]
-        keys: list[list] = [[] for _ in inputs]
-        # Windows of the same size go together, whichever image they are from; those of an image stay in order.
-        groups: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for i, plan in enumerate(plans):
-            groups.setdefault(plan.shape, []).extend((i, w) for w in range(plan.count))
-        for places in groups.values():
-            for start in range(0, len(places), self.windows_per_pass):
-                part = places[start : start + self.windows_per_pass]
-                windows = torch.stack([plans[i].crop(inputs[i], w) for i, w in part])
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    maps, part_keys = self.reader(plans[part[0][0]].pad(self._normalize(windows)))
-                for name, dense in maps.items():
-                    values = torch.einsum("ndhw,cd->nchw", dense.float(), self.embeddings)
-                    for (i, _), value in zip(part, values, strict=True):
-                        cosines[i][name].append(value)
-                if part_keys is not None:
-                    for (i, _), value in zip(part, part_keys.float(), strict=True):
-                        keys[i].append(value)
-        stacked = [{name: torch.stack(values) for name, values in image.items()} for image in cosines]
-        return stacked, [torch.stack(k) for k in keys] if self.reader.keys else None
-
-    def _normalize(self, windows: Tensor) -> Tensor:
-        visual = self.model.visual
-        dtype = next(visual.parameters()).dtype
-        windows = windows.to(self.device, non_blocking=True)
-        return normalize(windows, visual.image_mean, visual.image_std, dtype=dtype)
+    def read(self, windows: Tensor) -> tuple[dict[str | None, Tensor], Tensor | None]:
+        """Cosines of cells and words by reading."""
+        with self._autocast():
+            maps, keys = self.reader(windows)
+        cosines = {n: torch.einsum("ndhw,cd->nchw", dense.float(), self.embeddings) for n, dense in maps.items()}
+        return cosines, keys
 
     @torch.inference_mode()
     def dense(self, image: Tensor) -> tuple[dict[str | None, Tensor], Windows]:
@@ -152,38 +244,10 @@ class Segmenter:
         Args:
             image: what :meth:`prepare` returned, uint8 ``[3, h, w]``.
         """
-        plan = plan_windows(
-            *image.shape[-2:], self.model.visual.patch_size, remainder="pad", multiple=self.shared.multiple
-        )
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        plan = plan_windows(*image.shape[-2:], self.patch_size, remainder="pad", multiple=self.shared.multiple)
+        with self._autocast():
             maps, _ = self.reader(plan.pad(self._normalize(image[None])))
         return {name: dense[0].float() for name, dense in maps.items()}, plan
-
-    @torch.inference_mode()
-    def label(self, scores: ScoreMap, protocol: Protocol, image: Tensor, *, confidence: bool = False) -> Labels:
-        """Labels from the scores of one variant; ``image`` is the network's input that they were made from."""
-        background = self.classes.background
-        rule = LabelRule(
-            scale=protocol.scale,
-            background=background,
-            threshold=None if background is None else protocol.threshold,
-            area=None if background is None else protocol.area,
-        )
-        smoothing = None
-        if protocol.pamr_steps:
-            smoothing = Smoothing(self._normalize(image[None])[0], protocol.pamr_steps, protocol.pamr_dilations)
-        return label_pixels(
-            scores, self.classes.word_classes, len(self.classes), rule, smoothing=smoothing, confidence=confidence
-        )
-
-    def __call__(self, image: Tensor, *, confidence: bool = False) -> dict[str, Labels]:
-        """Labels of one image, uint8 ``[3, H, W]``, at its own size, by name of the variant."""
-        prepared = self.prepare(image)
-        maps = self.score([prepared], [tuple(image.shape[-2:])])[0]
-        return {
-            name: self.label(maps[name], protocol, prepared, confidence=confidence)
-            for name, protocol in self.variants.items()
-        }
 
 
 def refine(cosine: Tensor, keys: Tensor | None, protocol: Protocol) -> Tensor:

@@ -121,6 +121,7 @@ class Windows:
 
     @property
     def count(self) -> int:
+        """How many there are."""
         return len(self.rows.starts) * len(self.columns.starts)
 
     @property
