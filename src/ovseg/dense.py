@@ -24,7 +24,7 @@ class DenseReader:
         self.external = external
         self.keys = keys
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, windows: Tensor) -> tuple[dict[str | None, Tensor], Tensor | None]:
         dense = self.model.visual.encode_dense(windows)
         return {name: dense for name in self.names}, dense.flatten(2).transpose(1, 2) if self.keys else None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import open_clip
 from open_clip import CLIP
@@ -122,6 +123,11 @@ def load_model(args: argparse.Namespace, pretrained: str, device: torch.device) 
     return model.eval().requires_grad_(False), name
 
 
+def tokenizer_of(args: argparse.Namespace, name: str) -> Callable[[list[str]], Tensor] | None:
+    """The model's tokenizer; None where embeddings are read from a file."""
+    return None if args.embed_path else open_clip.get_tokenizer(name)
+
+
 def build_segmenter(
     args: argparse.Namespace,
     classes: ClassList,
@@ -144,7 +150,7 @@ def build_segmenter(
     with together():
         model, name = load_model(args, args.pretrained if pretrained is None else pretrained, device)
         external = load_external(args.external, device) if args.external else None
-        tokenizer = None if args.embed_path else open_clip.get_tokenizer(name)
+        tokenizer = tokenizer_of(args, name)
     protocol = variants if isinstance(variants, Protocol) else next(iter(variants.values()))
     embeddings = embed_words(
         model, tokenizer, classes, templates=protocol.templates, embed_path=args.embed_path, device=device,
