@@ -227,11 +227,10 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         data, classes = open_data(args)
         filled = filled_classes(args, classes)
         teacher, name = load_model(args, args.pretrained, dist.device)
-        if augmentation.crop % teacher.visual.patch_size:
-            near = max(round(augmentation.crop / teacher.visual.patch_size), 1) * teacher.visual.patch_size
-            raise UserError(
-                f"--crop {augmentation.crop}: no multiple of the patch size {teacher.visual.patch_size} of {name}; use {near}"
-            )
+        patch = teacher.visual.patch_size
+        if augmentation.crop % patch:
+            near = max(round(augmentation.crop / patch), 1) * patch
+            raise UserError(f"--crop {augmentation.crop}: no multiple of the patch size {patch} of {name}; use {near}")
     words = embed_words(
         teacher, tokenizer_of(args, name), classes, templates=args.templates, embed_path=args.embed_path,
         device=dist.device, progress=dist.is_master,
