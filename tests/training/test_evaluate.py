@@ -177,7 +177,7 @@ def naive_accuracy(model, dataset, embeddings, size: int) -> dict[str, float]:
     hits: dict[tuple, list[int]] = {}
     for sample in (collate_panoptic([dataset[i]]) for i in range(len(dataset))):
         image = (sample["images"][size].double() / 255 - mean) / std
-        dense = model.encode_dense(image)
+        dense = model.encode_dense(image, keep_shape=True)
         for k, label in enumerate(sample["labels"].tolist()):
             box = sample["boxes"][size][k].double() * dense.shape[-1]
             crop = ((sample["crops"][k].double() / 255 - mean) / std)[None]
