@@ -36,7 +36,7 @@ class ExternalModel(nn.Module):
             return int(size[0] if isinstance(size, (tuple, list)) else size)
         return int(self.trunk.feature_info[-1]["reduction"])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def forward(self, image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         """Features of images that were normalised with another model's mean and deviation.
 

@@ -263,7 +263,7 @@ def refine(cosine: Tensor, keys: Tensor | None, protocol: Protocol) -> Tensor:
     if protocol.smooth is None:
         return cosine
     if keys.shape[1] != cosine.shape[2] * cosine.shape[3]:
-        raise UserError(f"key smoothing of the reading {protocol.readout}: its grid is finer than that of the keys")
+        raise UserError(f"key smoothing of the reading {protocol.readout}: it lies on another grid than the keys")
     return key_smoothing(cosine, keys, protocol.smooth, protocol.key_form)
 
 
