@@ -58,7 +58,7 @@ def conventional_evaluation(
             height, width = pixels.shape[-2:]
             total, cover = torch.zeros(1, num_classes, height, width), torch.zeros(1, 1, height, width)
             for y0, x0, y1, x1 in window_boxes(height, width, protocol.window, protocol.stride):
-                dense = model.encode_dense(pixels[..., y0:y1, x0:x1], readout=readout)
+                dense = model.encode_dense(pixels[..., y0:y1, x0:x1], keep_shape=True, readout=readout)
                 scores = torch.einsum("bdhw,cd->bchw", dense, embeddings)
                 total[..., y0:y1, x0:x1] += F.interpolate(scores, (y1 - y0, x1 - x0), mode="bilinear")
                 cover[..., y0:y1, x0:x1] += 1

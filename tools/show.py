@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -33,11 +33,11 @@ from ovseg.options import (
     build_segmenter,
     classes_from,
     protocol_from,
+    short_names,
     variants_from,
 )
 from ovseg.pictures import class_colours, list_images
-from ovseg.segment import Segmenter
-from ovseg.windows import Windows, spread
+from ovseg.segment import Box, Segmenter, at_pixels, on_input
 from training.engine.data.images import ImageError, read_image
 from training.engine.distributed import init_distributed
 from training.engine.errors import Flags, UserError, run_program
@@ -49,7 +49,6 @@ import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend wit
 LEGEND = 12  # classes named beside a map, those with the largest areas
 FLAGS = Flags(resume="the same command", folder="--output", batch_size="--short-side", checkpointing="fewer --readouts")
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".webp")
-Box = tuple[float, float, float, float]
 
 
 @dataclass
@@ -69,27 +68,6 @@ class Row:
     similarities: dict[int, np.ndarray] = field(default_factory=dict)
     components: np.ndarray | None = None
     query: np.ndarray | None = None
-
-
-def short_names(paths: Sequence[str]) -> list[str]:
-    """Names of checkpoints by the parts of their paths that differ; of a single one, its file name.
-
-    Raises:
-        UserError: two are the same.
-    """
-    if len(set(paths)) < len(paths):
-        raise UserError(f"--pretrained {' '.join(paths)}: the same checkpoint twice")
-    parts = [PurePosixPath(path.replace("\\", "/")).parts for path in paths]
-    names = [p[-1] if p else "random weights" for p in parts]
-    if len(set(names)) == len(names):
-        return names
-    shortest = min(map(len, parts))
-    first = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
-    last = next((i for i in range(shortest) if len({p[-1 - i] for p in parts}) > 1), shortest)
-    pieces = [p[first : len(p) - last] for p in parts]
-    if not all(pieces):  # one path is a part of another: its end is needed to tell what it is
-        pieces = [p[first:] or p[-1:] for p in parts]
-    return ["/".join(piece) for piece in pieces]
 
 
 def parse_query(text: str) -> tuple[float, ...]:
@@ -147,9 +125,9 @@ def make_rows(
         for name, protocol in segmenter.variants.items():
             dense = maps[protocol.readout]
             row = Row(f"{title}\n{name}" if len(segmenter.variants) > 1 or protocol.readout else title)
-            row.components = _at_pixels(principal_components(dense), plan, size).transpose(1, 2, 0).clip(0, 1)
+            row.components = at_pixels(principal_components(dense), plan, size).transpose(1, 2, 0).clip(0, 1)
             if query is not None:
-                row.query = _at_pixels(similarity_to(dense, _on_input(query, plan))[None], plan, size)[0]
+                row.query = at_pixels(similarity_to(dense, on_input(query, plan))[None], plan, size)[0]
             if classes:
                 row.labels = segmenter.label(scores[name], protocol, prepared).labels.cpu().numpy()
                 cosines.append((torch.einsum("dhw,cd->chw", dense, segmenter.embeddings), plan))
@@ -159,21 +137,8 @@ def make_rows(
         area = sum(np.bincount(row.labels.ravel(), minlength=count) for row in rows)
         for row, (cosine, plan) in zip(rows, cosines, strict=True):
             for label in area.argsort(kind="stable")[::-1][:similar].tolist():
-                row.similarities[label] = _at_pixels(cosine[owner == label].amax(0)[None], plan, size)[0]
+                row.similarities[label] = at_pixels(cosine[owner == label].amax(0)[None], plan, size)[0]
     return rows
-
-
-def _at_pixels(maps: Tensor, plan: Windows, size: tuple[int, int]) -> np.ndarray:
-    """Cells ``[C, h, w]`` of a whole image at the pixels of the photograph."""
-    rows, columns = plan.rows.matrix(size[0], maps.shape[1]), plan.columns.matrix(size[1], maps.shape[2])
-    return spread(maps, rows.to(maps.device), columns.to(maps.device)).cpu().numpy()
-
-
-def _on_input(box: Box, plan: Windows) -> Box:
-    """A box in 0..1 of the photograph as one of the padded input, on which the cells lie."""
-    x = plan.columns.length / (plan.columns.length + sum(plan.columns.padding))
-    y = plan.rows.length / (plan.rows.length + sum(plan.rows.padding))
-    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
 def draw(image: Tensor, rows: Sequence[Row], classes: ClassList | None, query: Box | None, opacity: float):

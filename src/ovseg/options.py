@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -30,10 +30,15 @@ REFINEMENTS: dict[str, dict[str, float]] = {
 }
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, several: bool = False) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser, *, several: bool = False, default_model: str | None = None
+) -> None:
     """The model, its weights, where and how precisely it computes; with ``several``, more than one checkpoint."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", required=True, help="name of the model, or the path of its config json")
+    group.add_argument(
+        "--model", required=default_model is None, default=default_model,
+        help="name of the model, or the path of its config json",
+    )  # fmt: skip
     group.add_argument(
         "--pretrained",
         nargs="+" if several else None,
@@ -102,6 +107,27 @@ def variants_from(protocol: Protocol, readouts: list[str] | None, refinements: l
                 raise UserError(f"{name} is asked for twice: give each reading and refinement once")
             variants[name] = replace(protocol, readout=readout, **REFINEMENTS[refinement])
     return variants
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Names of checkpoints by the parts of their paths that differ; of a single one, its file name.
+
+    Raises:
+        UserError: two are the same.
+    """
+    if len(set(paths)) < len(paths):
+        raise UserError(f"--pretrained {' '.join(paths)}: the same checkpoint twice")
+    parts = [PurePosixPath(path.replace("\\", "/")).parts for path in paths]
+    names = [p[-1] if p else "random weights" for p in parts]
+    if len(set(names)) == len(names):
+        return names
+    shortest = min(map(len, parts))
+    first = next((i for i in range(shortest) if len({p[i] for p in parts}) > 1), shortest)
+    last = next((i for i in range(shortest) if len({p[-1 - i] for p in parts}) > 1), shortest)
+    pieces = [p[first : len(p) - last] for p in parts]
+    if not all(pieces):  # one path is a part of another: its end is needed to tell what it is
+        pieces = [p[first:] or p[-1:] for p in parts]
+    return ["/".join(piece) for piece in pieces]
 
 
 def load_model(args: argparse.Namespace, pretrained: str, device: torch.device) -> tuple[CLIP, str]:

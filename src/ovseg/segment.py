@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from ovseg.external import ExternalModel
 from ovseg.labels import LabelRule, Labels, ScoreMap, Smoothing, label_pixels
 from ovseg.protocols import OWN, Protocol
 from ovseg.refine import key_smoothing, prompt_denoising
-from ovseg.windows import Windows, fit_within, plan_windows
+from ovseg.windows import Windows, fit_within, plan_windows, spread
 from training.engine.data.images import read_image
 from training.engine.errors import UserError
 
@@ -265,6 +266,21 @@ def refine(cosine: Tensor, keys: Tensor | None, protocol: Protocol) -> Tensor:
     if keys.shape[1] != cosine.shape[2] * cosine.shape[3]:
         raise UserError(f"key smoothing of the reading {protocol.readout}: it lies on another grid than the keys")
     return key_smoothing(cosine, keys, protocol.smooth, protocol.key_form)
+
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in 0..1
+
+
+def at_pixels(maps: Tensor, plan: Windows, size: tuple[int, int]) -> np.ndarray:
+    """Cells ``[C, h, w]`` of a whole image (:meth:`Segmenter.dense`) at the pixels of the photograph ``[C, H, W]``."""
+    rows, columns = plan.rows.matrix(size[0], maps.shape[1]), plan.columns.matrix(size[1], maps.shape[2])
+    return spread(maps, rows.to(maps.device), columns.to(maps.device)).cpu().numpy()
+
+
+def on_input(box: Box, plan: Windows) -> Box:
+    """A box of the photograph as one of the padded input, on which the cells of :meth:`Segmenter.dense` lie."""
+    x, y = (axis.length / (axis.length + sum(axis.padding)) for axis in (plan.columns, plan.rows))
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
 def as_image(image: Tensor | Image.Image | str | Path) -> Tensor:
