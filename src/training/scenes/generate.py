@@ -197,7 +197,7 @@ def write_dataset(
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m training.scenes.generate",
+        prog="python -m training.scenes",
         description="Generate a panoptic dataset of drawn scenes in COCO's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
