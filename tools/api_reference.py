@@ -1,4 +1,4 @@
-"""Make docs/api/*.md from the docstrings: ``python tools/api_reference.py``; ``--check`` only says what is missing or old.
+"""Make docs/api/*.md from the docstrings; ``--check`` only says what is missing.
 
 The source is read, not imported, so that nothing needs to be installed.
 """
@@ -50,7 +50,7 @@ def signature(node: Definition) -> str:
     if isinstance(node, ast.ClassDef):
         init = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if init is None:
-            fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and not ast.unparse(n.target).startswith("_")]
+            fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
             return f"{node.name}({', '.join(ast.unparse(f) for f in fields)})" if fields else node.name
         return f"{node.name}({_without_self(init)})"
     result = f" -> {ast.unparse(node.returns)}" if node.returns is not None else ""
@@ -104,7 +104,8 @@ def page(packages: Sequence[str], title: str, intro: str) -> str:
             continue
         lines += [f"## {name}", "", *_text(ast.get_docstring(tree)), ""]
         for node in definitions:
-            lines += [f"### `{node.name}`", "", "```python", signature(node), "```", "", *_text(ast.get_docstring(node)), ""]
+            lines += [f"### `{node.name}`", "", "```python", signature(node), "```", ""]
+            lines += [*_text(ast.get_docstring(node)), ""]
             if isinstance(node, ast.ClassDef):
                 for method in public(node.body):
                     text = ast.get_docstring(method)

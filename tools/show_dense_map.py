@@ -52,7 +52,8 @@ def dense_class_map(model: CLIP, image: Tensor, embeddings: Tensor, size: int) -
     device = next(model.parameters()).device
     resized = resize_longest(image, size)
     pixels = normalize(pad_to(resized, size)[None].to(device), model.visual.image_mean, model.visual.image_std)
-    similarity = torch.einsum("dhw,cd->chw", model.encode_dense(pixels)[0].float(), embeddings.to(device))
+    dense = model.encode_dense(pixels, keep_shape=True)[0].float()
+    similarity = torch.einsum("dhw,cd->chw", dense, embeddings.to(device))
     # From cells to input pixels (only the image's own), then to the pixels of the file.
     scaled = F.interpolate(similarity[None], (size, size), mode="bilinear", align_corners=False)
     scaled = scaled[..., : resized.shape[1], : resized.shape[2]]

@@ -258,7 +258,7 @@ def dense_transform(
         prepare = open_clip.dense_transform(model, 1024)
         inputs = prepare(Image.open("street.jpg"))                    # or a list of images
         regions = model.encode_pseudo_boxes(inputs.image, inputs.normed_boxes([[(40, 30, 200, 180)]]), normalize=True)
-        similar = torch.einsum("bdhw,cd->bchw", model.encode_dense(inputs.image), classes)
+        similar = torch.einsum("bdhw,cd->bchw", model.encode_dense(inputs.image, keep_shape=True), classes)
         heat = inputs.restore(similar)[0]                             # [C, height, width] of the photograph
 
     EXIF rotations are not applied: pass ``ImageOps.exif_transpose(image)`` where boxes are meant that way.

@@ -120,7 +120,7 @@ def to_internal(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if _NOT_WEIGHTS.match(name):
             continue
-        if name.startswith("visual.") and layout != "timm":
+        if name.startswith("visual.") and not name.startswith("visual.readout") and layout != "timm":
             name = "visual.trunk." + _rename(name[len("visual.") :], rules)
             if layout == "openai":
                 value = _vit_shape_in(name, value)
@@ -181,6 +181,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
         state = to_internal(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    readout = model.visual.readout
+    model.visual.adopt_readout(state, source)
     own = model.state_dict()
     _reconcile(state, own, model, resize)
     missing = sorted(set(own) - set(state))
@@ -191,6 +193,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
         if state[k].shape != own[k].shape
     ]
     if missing or unexpected or shapes:
+        model.visual.set_readout(readout)
         parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
         text = "; ".join(f"{len(p)} {what}: {_some(p)}" for p, what in parts if p)
         raise ValueError(f"{source} does not fit the model (another architecture?): {text}")

@@ -1,93 +1,144 @@
-"""The models of a run: loading, placing, wrapping, and the weights that it starts from."""
+"""The models of a run: loading, placing, what decays of them, and the weights that it starts from."""
 
 from __future__ import annotations
 
-import argparse
-import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP
-from open_clip.weights import reference_layout
+from open_clip.weights import export_state_dict, reference_layout
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import Dist
-from training.engine.errors import UserError
+from training.engine.errors import UserError, as_user_error
+from training.engine.optim import adamw, decay_groups
 from training.engine.precision import Precision
 from training.ensemble import ensemble_state
-from training.methods import Method
+from training.options import ModelOptions, OptimOptions, Options
+from training.teachers.build import Teacher, build_teacher
 
 
-def load_model(args: argparse.Namespace) -> CLIP:
-    """The start model on the CPU in float32; random weights follow ``--seed``."""
-    if args.model.endswith(".json"):
-        path = Path(args.model)
-        args.model = path.parent.name if path.stem == "config" else path.stem
-        as_user_error(open_clip.add_model_config, path, args.model)
-    torch.manual_seed(args.seed)
+def model_name(name: str) -> str:
+    """The name of ``--model``; a config file is made known under its own."""
+    if not name.endswith(".json"):
+        return name
+    path = Path(name)
+    name = path.parent.name if path.stem == "config" else path.stem
+    as_user_error(open_clip.add_model_config, path, name)
+    return name
+
+
+def load_model(options: Options) -> CLIP:
+    """The start model on the CPU in float32; random weights follow ``--seed``.
+
+    Raises:
+        UserError: unknown model or weights, or flags that do not go with it.
+    """
+    model_options: ModelOptions = options.model
+    torch.manual_seed(options.run.seed)
     model = as_user_error(
-        open_clip.create_model, args.model, pretrained=args.pretrained or None, cache_dir=args.cache_dir
-    )
-    patch = model.visual.patch_size
-    if args.downsample_factor not in (None, patch):
+        open_clip.create_model, model_options.model, pretrained=model_options.pretrained or None,
+        cache_dir=model_options.cache_dir, force_quick_gelu=model_options.force_quick_gelu,
+    )  # fmt: skip
+    name, size, patch = model_options.model, options.data.det_image_size, model.visual.patch_size
+    if model_options.downsample_factor not in (None, patch):
         raise UserError(
-            f"--downsample-factor {args.downsample_factor}: {args.model} has patches of {patch}; leave it out"
+            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; leave it out"
         )
-    if args.dataset_type != "contrastive" and args.det_image_size % patch:
-        near = max(round(args.det_image_size / patch), 1) * patch
-        raise UserError(f"--det-image-size {args.det_image_size} is no multiple of the patch size {patch}: use {near}")
-    if args.extract_type == "v1" and reference_layout(model) != "openai":
-        raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {args.model} is none: use v2")
+    if options.data.dataset_type != "contrastive" and size % patch:
+        near = max(round(size / patch), 1) * patch
+        raise UserError(f"--det-image-size {size} is no multiple of the patch size {patch}: use {near}")
+    if getattr(options.own, "extract_type", "v2") == "v1" and reference_layout(model) != "openai":
+        raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {name} is none: use v2")
     return model
 
 
-def as_user_error(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call into the model package; what it says of names, files and shapes is for the user."""
-    try:
-        return function(*args, **kwargs)
-    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
-        raise UserError(str(error)) from error
+def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Precision) -> dict[str, Teacher]:
+    """The method's teachers by name, on the device."""
+    teachers = {}
+    for spec in options.entry.teachers(options.own):
+        teachers[spec.name] = build_teacher(
+            spec, model, image_size=options.data.det_image_size, device=dist.device, dtype=precision.input_dtype
+        )
+        if options.machine.compile:
+            compile_blocks(teachers[spec.name].model)
+    return teachers
 
 
-def prepare_models(args: argparse.Namespace, model: CLIP, dist: Dist, precision: Precision) -> tuple[CLIP, CLIP | None]:
-    """(student, teacher or None) on the device. Parts that training does not need stay on the CPU."""
-    distils = args.dataset_type in ("grid_distill", "proposals_distill")
-    teacher = None
-    if distils:
-        teacher = copy.deepcopy(model)
-        del teacher.text  # embeds crops only
-        # Frozen: stored in the dtype it computes in, so that no step casts it anew.
-        teacher.visual.to(dist.device, precision.input_dtype)
+def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precision) -> CLIP:
+    """The start model as student, on the device and locked. Parts that training does not need stay on the CPU."""
     student = model.to(dtype=precision.param_dtype)
     student.visual.to(dist.device)
     student.logit_scale.data = student.logit_scale.data.to(dist.device)
-    if args.dataset_type == "contrastive":
+    if options.entry.texts:
         student.to(dist.device)
-    if args.grad_checkpointing:
+    if options.optim.grad_checkpointing:
         student.set_grad_checkpointing(True)
-    if args.compile:
-        for trunk in [m.visual.trunk for m in (student, teacher) if m is not None]:
-            for block in trunk.blocks:
-                block.compile()
-    return student, teacher
+    if options.machine.compile:
+        compile_blocks(student)
+    if options.model.lock_image:
+        student.lock_image_tower(options.model.lock_image_unlocked_groups)
+    return student
 
 
-def wrap(method: Method, dist: Dist) -> torch.nn.Module:
-    """The method under data parallelism; frozen parts are left alone: not broadcast, not waited for."""
-    if not dist.distributed:
-        return method
-    trainable = {n for n, p in method.named_parameters() if p.requires_grad}
-    names = [n for n, _ in method.named_parameters()] + [n for n, _ in method.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
-        method, [n for n in names if n not in trainable]
-    )
-    ids = [dist.device.index] if dist.device.type == "cuda" else None
-    return DistributedDataParallel(method, device_ids=ids, gradient_as_bucket_view=True)
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the transformer blocks of an image tower, or of a bare trunk."""
+    tower = model.visual if isinstance(model, CLIP) else model
+    for block in getattr(tower, "trunk", tower).blocks:
+        block.compile()
+
+
+def is_undecayed(name: str, parameter: Tensor) -> bool:
+    """No weight decay for tensors of fewer than 2 dimensions or whose name contains bn, ln, bias or logit_scale.
+
+    To be asked with the name and shape of the published layout.
+    """
+    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+
+
+def undecayed_names(model: CLIP) -> set[str]:
+    """Names (this package's) of the parameters without weight decay.
+
+    The rule is about names and dimensions, and those differ between layouts: OpenAI's class token is a vector, this
+    package's is ``[1, 1, W]``. So it is asked in the layout in which the published code keeps this model.
+    """
+    own = {n: p.detach() for n, p in model.named_parameters()}
+    # Exporting renames in order; what it may add (rotary tables) comes last.
+    published = export_state_dict(model, state=own).items()
+    return {ours for ours, (name, value) in zip(own, published, strict=False) if is_undecayed(name, value)}
+
+
+def parameter_groups(model: CLIP, weight_decay: float) -> list[dict]:
+    """Optimizer groups of what trains: [undecayed, decayed]."""
+    undecayed = undecayed_names(model)
+    return decay_groups(model.named_parameters(), weight_decay, lambda name, _: name in undecayed)
+
+
+def adam_defaults(model_name: str) -> tuple[float, float, float]:
+    """(beta1, beta2, eps): those of CLIP when the model's name contains "vit", else AdamW's own."""
+    return (0.9, 0.98, 1e-6) if "vit" in model_name.lower() else (0.9, 0.999, 1e-8)
+
+
+def build_optimizer(options: OptimOptions, name: str, model: CLIP) -> torch.optim.AdamW:
+    """AdamW over what trains in a model.
+
+    Args:
+        options: the flags; betas and eps that are None are those of :func:`adam_defaults`.
+        name: of the model.
+
+    Raises:
+        UserError: nothing trains.
+    """
+    groups = parameter_groups(model, options.wd)
+    if not any(group["params"] for group in groups):
+        raise UserError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
+    given = (options.beta1, options.beta2, options.eps)
+    beta1, beta2, eps = (d if g is None else g for g, d in zip(given, adam_defaults(name), strict=True))
+    return adamw(groups, lr=options.lr, betas=(beta1, beta2), eps=eps)
 
 
 class StartWeights:

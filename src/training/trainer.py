@@ -1,243 +1,258 @@
-"""A training run from its first to its last step."""
+"""Training of a dense CLIP by any method as a task of the engine's loop."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 import open_clip
 from open_clip import CLIP
+from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
 from training.class_embeddings import load_or_compute
-from training.data import DevicePrefetcher, build_train_data, prepare_batch
-from training.engine.checkpoint import (
-    RELEASE,
-    find_latest,
-    make_checkpoint,
-    prune,
-    read_checkpoint,
-    restore,
-    save_atomically,
-)
-from training.engine.distributed import Dist, barrier, together
-from training.engine.errors import UserError
+from training.data import DevicePrefetcher, View, build_train_data, prepare_batch
+from training.engine.distributed import Dist
+from training.engine.errors import UserError, as_user_error
 from training.engine.journal import Journal
-from training.engine.loop import EXIT_INTERRUPTED, Interrupted, Loop, Progress, StopSignal, train_one_epoch
-from training.engine.optim import build_optimizer
+from training.engine.loop import Batch, LoopOptions, Progress, Rate, Task
 from training.engine.precision import Precision
-from training.engine.profiler import profile_steps
-from training.engine.schedule import make_schedule
-from training.methods import build_method
-from training.models import StartWeights, as_user_error, prepare_models, wrap
+from training.engine.schedule import make_schedule, step_seed
+from training.methods import Setting
+from training.models import StartWeights, build_optimizer, prepare_student, prepare_teachers
+from training.options import Options
 from training.teachers.cache import fill, open_store
 
 log = logging.getLogger(__name__)
 
-STEP_CHECKPOINTS = 2  # checkpoints inside an epoch that are kept: the newest, and one in case it is damaged
+RELEASE = "clipself.pt"
+TEXTS = 256  # embedded at a time
+# Options that make a run what it is; a resume with others is refused.
+_IDENTITY = (
+    "method", "model", "dataset_type", "readout", "extract_type", "multiscale", "lock_image",
+    "lock_image_unlocked_groups", "train_ratio", "seed",
+)  # fmt: skip
+Evaluate = Callable[..., dict]
 
 
-class Trainer:
-    """A training run: made (and thereby checked) before anything is written, then carried out by :meth:`train`.
+def loop_options(options: Options) -> LoopOptions:
+    """What the program's options say to the loop."""
+    optim, run, data = options.optim, options.run, options.data
+    return LoopOptions(
+        epochs=optim.epochs, batch_size=data.batch_size, accum_freq=optim.accum_freq, max_steps=run.max_steps,
+        clip_norm=optim.grad_clip_norm, max_skipped=data.max_skipped, max_bad_steps=optim.max_nan_steps,
+        log_every=run.log_every_n_steps, save_every_steps=run.save_every_n_steps,
+        save_every_epochs=run.save_frequency, keep=run.keep_checkpoints, save_latest=run.save_most_recent,
+        evaluate_first=not options.eval.skip_first_eval, evaluate_every=options.eval.zeroshot_frequency,
+        profile=run.profile, report_to=run.report_to,
+    )  # fmt: skip
+
+
+class Distillation(Task):
+    """The training that the program's options describe: made (and thereby checked) before anything is written.
 
     Args:
-        args: the program's arguments.
+        options: the program's.
         model: the start model on the CPU; becomes the student.
         dist, precision: where and how to compute.
+        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=)``; None for none.
 
     Raises:
-        UserError: wrong data, embeddings or arguments.
+        UserError: wrong data, embeddings or options.
     """
 
-    def __init__(self, args: argparse.Namespace, model: CLIP, dist: Dist, precision: Precision) -> None:
-        self.args, self.dist, self.precision = args, dist, precision
-        contrastive = args.dataset_type == "contrastive"
-        tokenizer = as_user_error(open_clip.get_tokenizer, args.model) if contrastive else None
-        self.crop_size = model.visual.image_size
-        self.image_size = self.crop_size if contrastive else args.det_image_size
-        self.data = build_train_data(
-            args, image_size=self.image_size, crop_size=self.crop_size, rank=dist.rank, world_size=dist.world_size,
-            tokenizer=tokenizer,
+    name = "distillation"
+
+    def __init__(
+        self,
+        options: Options,
+        model: CLIP,
+        dist: Dist,
+        precision: Precision,
+        evaluation: Evaluate | None = None,
+    ) -> None:
+        self.choices, self.dist, self.precision, self.evaluation = options, dist, precision, evaluation
+        self.source = f"--train-data {options.data.train_data}"
+        self.teachers = prepare_teachers(options, model, dist, precision)
+        self.fields = options.entry.fields(options.own)
+        self.views = self._views(model)
+        self.data = self._open_data()
+        self.stores = {}
+        if options.data.cache_teacher:
+            for name, teacher in self.teachers.items():
+                self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
+                self.views.pop(name, None)
+            self.data.dataset.stores = self.stores
+            self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
+        self.student = prepare_student(options, model, dist, precision)
+        setting = Setting(
+            student=self.student, teachers=self.teachers, readout=options.readout, class_names=self.data.class_names,
+            embed=self._embed, rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
-        self.store = None
-        if args.cache_teacher:
-            self.store = self.data.dataset.store = open_store(args.cache_teacher, self.data.dataset, model, precision)
-        nouns = self._noun_embeddings(model) if args.dataset_type == "region_clip" else None
-        self.student, teacher = prepare_models(args, model, dist, precision)
-        self.method = build_method(
-            args, student=self.student, teacher=teacher, noun_embeddings=nouns, rank=dist.rank,
-            world_size=dist.world_size,
-        )  # fmt: skip
+        self.module = self.method = options.entry.build(options.own, setting)
+        for teacher in self.teachers.values():
+            teacher.forget_texts()
         self.start = StartWeights(self.student)
-        self.optimizer = as_user_error(build_optimizer, args, self.method)
-        self.steps_per_epoch = self.data.batches_per_epoch // args.accum_freq
-        if self.steps_per_epoch == 0:
-            raise UserError(
-                f"--accum-freq {args.accum_freq} exceeds an epoch's {self.data.batches_per_epoch} batches: lower it"
-            )
-        self.total_steps = self.steps_per_epoch * args.epochs
-        if args.max_steps:
-            self.total_steps = min(self.total_steps, args.max_steps)
-        self.progress = Progress()
-        self.folder: Path | None = None
-        self.journal = Journal(None)
-        self.last_checkpoint = "none"
 
-    def _noun_embeddings(self, model: CLIP) -> Any:
-        tokenizer = None if self.args.train_embed_path else as_user_error(open_clip.get_tokenizer, self.args.model)
-        return load_or_compute(
-            self.args, model, tokenizer, self.data.class_names, flag="--train-embed-path",
-            names_file=self.args.train_data, device=self.dist.device, progress=self.dist.is_master,
-        ).to(self.dist.device)  # fmt: skip
+    def _views(self, model: CLIP) -> dict[str, View]:
+        """What student and teachers look at, by name."""
+        visual, contrastive = model.visual, self.choices.data.dataset_type == "contrastive"
+        size = visual.image_size if contrastive else self.choices.data.det_image_size
+        pixels = (tuple(visual.image_mean), tuple(visual.image_std), self.precision.input_dtype)
+        views = {"images": View("images", size, *pixels)}
+        views |= {name: teacher.view for name, teacher in self.teachers.items()}
+        if "crops" in self.fields and "crops" not in views:  # for the student itself
+            views["crops"] = View("crops", visual.image_size, *pixels)
+        return views
 
-    # -- the run ------------------------------------------------------------------------------------------------------
+    def _open_data(self) -> Any:
+        options = self.choices
+        crop_sizes = [view.size for view in self.views.values() if view.source == "crops"]
+        captioned = options.data.dataset_type == "contrastive" or {"captions", "region_captions"} & set(self.fields)
+        tokenize = as_user_error(open_clip.get_tokenizer, options.model.model) if captioned else None
+        return build_train_data(
+            options.data, options.regions, image_size=self.views["images"].size, crop_size=max(crop_sizes, default=1),
+            fields=self.fields, seed=options.run.seed, rank=self.dist.rank, world_size=self.dist.world_size,
+            tokenize=tokenize, pin_memory=self.dist.device.type == "cuda",
+        )  # fmt: skip
 
-    def train(self, folder: Path, evaluation: Any = None) -> int:
-        """Train to the end, or until a signal.
+    def _embed(self, names: Sequence[str] | None, *, teacher: str | None = None, plain: bool = False) -> Tensor:
+        """Text embeddings ``[C, D]`` of unit length on the device; see :class:`~training.methods.Setting`.
 
         Args:
-            folder: the experiment's.
-            evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=)``; None for none.
-
-        Returns:
-            Exit status: 0 done, 75 interrupted and saved.
+            names: class names; None for those of the annotations, or for the file of ``--train-embed-path``.
+            teacher: whose text tower; None for the student's.
+            plain: texts as they are, instead of an ensemble of prompts about a class.
         """
-        args, progress, self.folder = self.args, self.progress, folder
-        if args.resume:
-            with together():
-                self._resume()
-        self.journal = Journal(folder if self.dist.is_master else None, progress.step if args.resume else None)
-        self._log_size()
-        if evaluation and not args.skip_first_eval and progress.step == 0:
-            evaluation(self.student, self.journal, epoch=0, step=0, kind="start")
-        if self.store is not None:
-            fill(
-                self.store, self.data.dataset, self.method.teacher, dist=self.dist, precision=self.precision,
-                workers=args.workers,
-            )  # fmt: skip
-            self.method.teacher = None
-        loop = self._make_loop()
-        try:
-            while progress.epoch < args.epochs and progress.step < self.total_steps:
-                left = self.total_steps - progress.step
-                loop.steps_per_epoch = min(self.steps_per_epoch, progress.step_in_epoch + left)
-                train_one_epoch(loop, progress)
-                self._after_epoch(evaluation)
-        except Interrupted:
-            log.warning("interrupted: saved as %s; go on with --resume latest", self.last_checkpoint)
-            return EXIT_INTERRUPTED
-        finally:
-            loop.stop.restore()
-            self.journal.close()
-        return 0
+        options = self.choices
+        model = self.student if teacher is None else self.teachers[teacher].model
+        tower = options.model.model if teacher is None else self.teachers[teacher].spec.model
+        if names is None and getattr(options.own, "train_embed_path", ""):
+            tokenizer = None
+        else:
+            tokenizer = as_user_error(open_clip.get_tokenizer, tower)
+        if plain:
+            device = next(model.text.parameters()).device
+            with torch.no_grad():
+                parts = [tokenizer(list(names[i : i + TEXTS])) for i in range(0, len(names), TEXTS)]
+                embeddings = torch.cat([model.encode_text(p.to(device)).float() for p in parts])
+            return F.normalize(embeddings, dim=-1).to(self.dist.device)
+        return load_or_compute(
+            options.own if names is None else object(), model, tokenizer, names or self.data.class_names,
+            flag="--train-embed-path", names_file=options.data.train_data, device=None if teacher else self.dist.device,
+            progress=self.dist.is_master,
+        ).to(self.dist.device)  # fmt: skip
 
-    def _make_loop(self) -> Loop:
-        args = self.args
-        schedule = make_schedule(
-            args.lr_scheduler, base=args.lr, warmup=args.warmup, total=self.total_steps,
-            cooldown=min(args.lr_cooldown_epochs * self.steps_per_epoch, self.total_steps),
-            power=args.lr_cooldown_power, end=args.lr_cooldown_end,
-        )  # fmt: skip
-        batches = self.batches
-        if args.profile and self.dist.is_master:
-            batches = profile_steps(batches, self.folder / "profile", args.profile * args.accum_freq)
-        return Loop(
-            model=wrap(self.method, self.dist),
-            method=self.method,
-            batches=batches,
-            steps_per_epoch=self.steps_per_epoch,
-            total_steps=self.total_steps,
-            optimizer=self.optimizer,
-            schedule=schedule,
-            precision=self.precision,
-            dist=self.dist,
-            journal=self.journal,
-            args=args,
-            save=self._save_inside,
-            last_checkpoint=lambda: self.last_checkpoint,
-            stop=StopSignal(),
-        )
+    # -- data ---------------------------------------------------------------------------------------------------------
 
-    def batches(self, epoch: int, start: int) -> Iterator[dict]:
+    @property
+    def batches_per_epoch(self) -> int:
+        """Micro-batches of a whole epoch."""
+        return self.data.batches_per_epoch
+
+    def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """Prepared micro-batches of an epoch, from one on."""
         self.data.set_epoch(epoch, start)
-        visual = self.student.visual
-        prepare = partial(
-            prepare_batch, device=self.dist.device, dtype=self.precision.input_dtype, mean=visual.image_mean,
-            std=visual.image_std, image_size=self.image_size, crop_size=self.crop_size,
-        )  # fmt: skip
+        prepare = partial(prepare_batch, views=self.views, device=self.dist.device)
         return iter(DevicePrefetcher(self.data.loader, prepare, self.dist.device))
 
-    def _after_epoch(self, evaluation: Any) -> None:
-        args, progress = self.args, self.progress
-        last = progress.epoch >= args.epochs or progress.step >= self.total_steps
-        if last or (args.save_frequency and progress.epoch % args.save_frequency == 0):
-            self._save(f"epoch_{progress.epoch}.pt")
-            if self.dist.is_master:
-                prune(self.folder / "checkpoints", 0, "epoch_*_step_*.pt")
-                if args.keep_checkpoints:
-                    prune(self.folder / "checkpoints", args.keep_checkpoints, "epoch_[0-9]*.pt")
-        if args.save_most_recent:
-            self._save("epoch_latest.pt")
-        if evaluation and (last or args.zeroshot_frequency and progress.epoch % args.zeroshot_frequency == 0):
-            with self.start.ensembled(self.student, args.alpha):
-                evaluation(self.student, self.journal, epoch=progress.epoch, step=progress.step)
+    # -- a step -------------------------------------------------------------------------------------------------------
 
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW with the published split into decayed and undecayed parameters."""
+        optimizer = build_optimizer(self.choices.optim, self.choices.model.model, self.student)
+        hold_unread(optimizer, self.method.unread())
+        return optimizer
 
-    def _save_inside(self, progress: Progress) -> None:
-        """A checkpoint inside an epoch; the newest few are kept until the epoch ends."""
-        self._save(f"epoch_{progress.epoch}_step_{progress.step_in_epoch}.pt")
-        if self.dist.is_master:
-            prune(self.folder / "checkpoints", STEP_CHECKPOINTS, "epoch_*_step_*.pt")
-
-    def _save(self, name: str) -> None:
-        """Write a checkpoint, and the release file of the weights at that moment. Every process calls this."""
-        args, progress = self.args, self.progress
-        content = make_checkpoint(
-            name=args.name, student=self.student, optimizer=self.optimizer, scaler=self.precision.scaler,
-            epoch=progress.epoch, step_in_epoch=progress.step_in_epoch, step=progress.step,
-            start_hash=self.start.hash, args=vars(args), device=self.dist.device,
+    def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
+        """That of ``--lr-scheduler``."""
+        optim = self.choices.optim
+        return make_schedule(
+            optim.lr_scheduler, base=optim.lr, warmup=optim.warmup, total=total_steps,
+            cooldown=min(optim.lr_cooldown_epochs * steps_per_epoch, total_steps),
+            power=optim.lr_cooldown_power, end=optim.lr_cooldown_end,
         )  # fmt: skip
-        path = self.folder / "checkpoints" / name
-        with together():
-            if self.dist.is_master:
-                save_atomically(content, path)
-                weights = export_state_dict(self.student, state=self.start.ensemble(self.student, args.alpha))
-                release = {"epoch": progress.epoch, "name": args.name, "state_dict": weights}
-                save_atomically(release, path.parent / RELEASE)
-        self.last_checkpoint = str(path)
 
-    def _resume(self) -> None:
-        folder = self.folder / "checkpoints"
-        if self.args.resume == "latest":
-            found = find_latest(folder)
-            if found is None:
-                log.warning("no complete checkpoint in %s: the run starts from the beginning", folder)
-                return
-            path, checkpoint = found
-        else:
-            path = Path(self.args.resume)
-            checkpoint = read_checkpoint(path)
-        restore(
-            checkpoint, path, student=self.student, optimizer=self.optimizer, scaler=self.precision.scaler,
-            start_hash=self.start.hash, rank=self.dist.rank, world_size=self.dist.world_size, device=self.dist.device,
-        )  # fmt: skip
-        progress = self.progress
-        progress.epoch, progress.step = int(checkpoint["epoch"]), int(checkpoint["step"])
-        progress.step_in_epoch = int(checkpoint["step_in_epoch"])
-        self.last_checkpoint = str(path)
-        log.info("resumed %s: epoch %d, step %d", path, progress.epoch + 1, progress.step_in_epoch)
-        barrier()
+    def begin_step(self, micro: list[Batch], step: int) -> None:
+        """The method counts its items over processes and draws what it draws."""
+        self.method.begin_step(micro, seed=step_seed(self.choices.run.seed, step))
 
-    def _log_size(self) -> None:
+    def end_step(self) -> None:
+        """The method bounds its temperature."""
+        self.method.end_step()
+
+    # -- records ------------------------------------------------------------------------------------------------------
+
+    def scalars(self, totals: dict[str, float]) -> dict[str, float]:
+        """Means of the method's quantities over their items, the items' numbers, and the temperature."""
+        logged = self.method.logged()
+        means = {name: totals[f"{name}_sum"] / max(totals[group], 1) for name, group in logged.items()}
+        items = {f"train/{group}": totals[group] for group in dict.fromkeys(logged.values())}
+        return {**means, **items, "train/logit_scale": self.student.logit_scale.exp().item()}
+
+    def evaluate(self, progress: Progress, journal: Journal, *, start: bool = False) -> None:
+        """Evaluate the start model, or the ensemble of start model and student."""
+        if self.evaluation is None:
+            return
+        if start:
+            self.evaluation(self.student, journal, epoch=0, step=0, kind="start")
+            return
+        with self.start.ensembled(self.student, self.choices.optim.alpha):
+            self.evaluation(self.student, journal, epoch=progress.epoch, step=progress.step)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """The student, and of which start weights and experiment it is."""
+        name = self.choices.run.name
+        return {"name": name, "state_dict": self.student.state_dict(), "start_hash": self.start.hash}
+
+    def load_state(self, content: dict[str, Any]) -> None:
+        """The student's weights. UserError when they began from others."""
+        if content.get("start_hash") != self.start.hash:
+            raise UserError(
+                "the checkpoint to resume began from other weights: give the same --model, --pretrained and --seed"
+            )
+        self.student.load_state_dict(content["state_dict"])
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must have in common with this one."""
+        flat = self.choices.flat()
+        values = {f"--{name.replace('_', '-')}": flat[name] for name in _IDENTITY if name in flat}
+        return {**values, "the number of training images": self.data.num_images}
+
+    def options(self) -> dict[str, Any]:
+        """All options."""
+        return {k: v for k, v in self.choices.flat().items() if k != "resume"}
+
+    def versions(self) -> dict[str, str]:
+        """The model package's."""
+        return {"open_clip": open_clip.__version__}
+
+    def prepare(self, progress: Progress) -> None:
+        """Say what the data lacks; fill the stores of teachers' answers."""
         for reason, number in self.data.skipped.items():
-            log.warning("%s: %d x %s (left out)", self.args.train_data, number, reason)
-        trained = sum(p.numel() for g in self.optimizer.param_groups for p in g["params"])
-        log.info(
-            "%d images, %d steps an epoch; %.1f of %.1f million parameters train", self.data.num_images,
-            self.steps_per_epoch, trained / 1e6, sum(p.numel() for p in self.student.parameters()) / 1e6,
-        )  # fmt: skip
+            log.warning("%s: %d x %s (left out)", self.source, number, reason)
+        log.info("%d images", self.data.num_images)
+        for name, store in self.stores.items():
+            fill(
+                store, self.data.dataset, self.method.teachers[name], dist=self.dist, precision=self.precision,
+                workers=self.choices.data.workers,
+            )  # fmt: skip
+            del self.method.teachers[name], self.teachers[name]
+
+    def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
+        """The ensemble of student and start model in the published layout."""
+        weights = export_state_dict(self.student, state=self.start.ensemble(self.student, self.choices.optim.alpha))
+        content = {"epoch": progress.epoch, "name": self.choices.run.name, "state_dict": weights}
+        return {str(Path("checkpoints") / RELEASE): content}
+
+    def finish(self, folder: Path) -> None:
+        """Say where the model is."""
+        log.info("done: the model is %s (for --pretrained)", folder / "checkpoints" / RELEASE)

@@ -59,7 +59,7 @@ def test_a_box_finds_what_it_surrounds():
     model = open_clip.create_model("ViT-Ti-8-64", load_weights=False).eval()
     prepare = open_clip.dense_transform(model, 128)
     inputs = prepare(Image.fromarray(picture(100, 200)))
-    dense = model.encode_dense(inputs.image)
+    dense = model.encode_dense(inputs.image, keep_shape=True)
     boxes = inputs.normed_boxes([[(50, 25, 150, 75)]])  # at 0.64: pixels (32, 16, 96, 48), cells (4, 2, 12, 6)
     (region,) = model.encode_pseudo_boxes(inputs.image, boxes)
     torch.testing.assert_close(region, dense[0, :, 2:6, 4:12].mean((1, 2)), rtol=1e-3, atol=1e-4)

@@ -57,7 +57,7 @@ def test_all_calls(small, name):
     image = torch.randn(2, 3, grid[0] * patch, grid[1] * patch)
     boxes = [torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.25, 0.0, 0.5, 1.0]]), torch.zeros(0, 4)]
     masks = [torch.ones(1, *grid, dtype=torch.bool), torch.zeros(0, *grid, dtype=torch.bool)]
-    dense = model.encode_dense(image)
+    dense = model.encode_dense(image, keep_shape=True)
     assert dense.shape == (2, dim, *grid)
     torch.testing.assert_close(dense.norm(dim=1), torch.ones(2, *grid))
     pooled, averaged = model.encode_regions(image, boxes, masks)

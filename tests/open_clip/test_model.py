@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import open_clip
 from open_clip.factory import build_model
-from open_clip.image_tower import has_prefix_reading, prefix_block, resize_positions, value_attention, value_block
+from open_clip.image_tower import resize_positions
+from open_clip.timm_blocks import has_prefix_reading, prefix_block, value_attention, value_block
 from open_clip.weights import load_state
 
 KINDS = ["eva", "vit_gelu", "vit_quickgelu"]
@@ -53,10 +54,10 @@ def compute(model, inputs, name: str):
         "encode_image": lambda: model.encode_image(native, normalize=norm),
         "encode_image_at_dense_size": lambda: model.encode_image(dense),
         "encode_image_nonsquare": lambda: model.encode_image(inputs["images_nonsquare"]),
-        "encode_dense_map": lambda: model.encode_dense(dense, normalize=norm),
-        "encode_dense_tokens": lambda: model.encode_dense(dense, keep_shape=False),
-        "encode_dense_native_map": lambda: model.encode_dense(native),
-        "encode_dense_nonsquare_map": lambda: model.encode_dense(inputs["images_nonsquare"]),
+        "encode_dense_map": lambda: model.encode_dense(dense, normalize=norm, keep_shape=True),
+        "encode_dense_tokens": lambda: model.encode_dense(dense),
+        "encode_dense_native_map": lambda: model.encode_dense(native, keep_shape=True),
+        "encode_dense_nonsquare_map": lambda: model.encode_dense(inputs["images_nonsquare"], keep_shape=True),
         "masks_attn0": lambda: model.encode_masks(dense, masks, normalize=norm, mask_attn=False),
         "masks_attn1": lambda: model.encode_masks(dense, masks, normalize=norm, mask_attn=True),
         "rois_and_image.rois": lambda: model.encode_rois_and_image(dense, boxes)[0],
@@ -156,7 +157,7 @@ def test_attention_pooled_dense_is_pooling_of_one_token():
     trunk = model.visual.trunk
     pooled = trunk.head(trunk.fc_norm(trunk.attn_pool(trunk.norm(tokens.reshape(-1, 1, tokens.shape[-1])))))
     expected = torch.nn.functional.normalize(pooled, dim=-1)
-    actual = model.encode_dense(image, keep_shape=False)
+    actual = model.encode_dense(image)
     torch.testing.assert_close(actual.reshape(expected.shape), expected)
 
 
@@ -190,7 +191,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(schema):
 @pytest.mark.parametrize("schema", ["eva02", "eva01", "vit", "siglip"])
 def test_unreached_parameters_are_exactly_those_without_gradient(schema):
     model = tiny(schema)
-    model.encode_dense(torch.randn(1, 3, 32, 48)).mul(torch.randn(model.embed_dim, 1, 1)).sum().backward()
+    model.encode_dense(torch.randn(1, 3, 32, 48)).mul(torch.randn(model.embed_dim)).sum().backward()
     without = {n for n, p in model.visual.named_parameters() if p.grad is None}
     unreached = {id(p) for p in model.visual.unreached_by_dense()}
     assert without == {n for n, p in model.visual.named_parameters() if id(p) in unreached}
@@ -265,7 +266,7 @@ def test_dense_and_region_calls_of_built_in_models(name):
     patch = model.visual.patch_size
     with torch.no_grad():
         image = torch.randn(1, 3, 2 * patch, 3 * patch)
-        dense = model.encode_dense(image)
+        dense = model.encode_dense(image, keep_shape=True)
         boxes = model.encode_pseudo_boxes(image, [torch.tensor([[0.0, 0.0, 1.0, 1.0]])], normalize=True)
     assert dense.shape == (1, model.embed_dim, 2, 3) and boxes.shape == (1, model.embed_dim)
     torch.testing.assert_close(dense.norm(dim=1), torch.ones(1, 2, 3))

@@ -32,7 +32,7 @@ class Colours(nn.Module):
         self.scale = nn.Parameter(torch.ones(()))
         self.visual = SimpleNamespace(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
 
-    def encode_dense(self, image):
+    def encode_dense(self, image, keep_shape=False):
         return F.normalize(F.avg_pool2d(image, 8), dim=1)
 
 

@@ -14,18 +14,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import open_clip
-from open_clip.weights import load_torch_file
-from training.engine.distributed import gather_objects
-from training.engine.errors import UserError
+from training.engine.errors import Flags, UserError
 
 log = logging.getLogger(__name__)
 
-RELEASE = "clipself.pt"
+STEP_CHECKPOINTS = 2  # checkpoints inside an epoch that are kept: the newest, and one in case it is damaged
+NEEDED = ("epoch", "step", "state_dict", "optimizer")  # of a training checkpoint
 
 
-def save_atomically(content: dict[str, Any], path: Path) -> None:
+def save_atomically(content: dict[str, Any], path: Path, folder_flag: str = "--logs") -> None:
     """``torch.save`` to a temporary file, flushed to disk, then renamed; a failure leaves the old file as it was.
+
+    Args:
+        folder_flag: the option that chooses the folder, for messages.
 
     Raises:
         UserError: the disk is full or not writable.
@@ -45,35 +46,69 @@ def save_atomically(content: dict[str, Any], path: Path) -> None:
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"checkpoint {path} cannot be written ({reason}): free some space or choose another --logs"
+            f"checkpoint {path} cannot be written ({reason}): free some space or choose another {folder_flag}"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint as :func:`save_atomically` wrote it; nothing in it is executed.
+def read_file(path: Path) -> Any:
+    """What :func:`save_atomically` wrote, on the CPU. Nothing in it is executed, and every part's checksum is verified,
+    which torch does not: a damaged file is never taken for good.
 
-    The checksum of every part is verified, so that a damaged file is never taken for good.
+    Raises:
+        UserError: missing, or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist: check the path")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is cut off, or no checkpoint at all")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip and pickle raise a dozen kinds for damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise UserError(f"checkpoint {path} is damaged ({reason}): use an earlier one") from error
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A training checkpoint; see :func:`read_file`.
 
     Raises:
         UserError: missing, damaged, or no training checkpoint.
     """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: check --resume")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is cut off, or no checkpoint at all")
-        content = load_torch_file(path)
-    except Exception as error:  # zip and pickle raise a dozen kinds for damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"checkpoint {path} is damaged ({reason}): use an earlier one") from error
-    missing = [
-        k for k in ("epoch", "step", "state_dict", "optimizer") if not isinstance(content, dict) or k not in content
-    ]
-    if missing:
-        raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is no training checkpoint of this program")
+    content = read_file(path)
+    _check_kind(content, path)
     return content
+
+
+def peek_checkpoint(path: Path) -> None:
+    """See, without reading it all, that a file is a training checkpoint; damage inside it shows when it is read.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`.
+    """
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # of a dozen kinds; reading it as a whole says what is wrong
+            content = read_file(path)
+        _check_kind(content, path)
+    else:
+        read_file(path)
+
+
+def _check_kind(content: Any, path: Path) -> None:
+    missing = [k for k in NEEDED if not isinstance(content, dict) or k not in content]
+    if missing:
+        weights = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
+        hint = "; it holds released weights: start from them instead" if weights else ""
+        raise UserError(
+            f"checkpoint {path} has no {', '.join(missing)}: it is no training checkpoint of this program{hint}"
+        )
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -136,77 +171,64 @@ def weights_hash(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# -- the whole --------------------------------------------------------------------------------------------------------
+# -- the files of a run -----------------------------------------------------------------------------------------------
 
 
-def make_checkpoint(
-    *,
-    name: str,
-    student: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    epoch: int,
-    step_in_epoch: int,
-    step: int,
-    start_hash: str,
-    args: dict[str, Any],
-    device: torch.device,
-) -> dict[str, Any]:
-    """Everything that a run needs to go on; every process calls it (random states are gathered).
+class Checkpoints:
+    """The checkpoints of a run's folder: ``checkpoints/epoch_N.pt`` after epochs, ``epoch_N_step_M.pt`` inside them.
 
     Args:
-        epoch: completed epochs.
-        step_in_epoch: optimizer steps done in the epoch that is under way.
-        step: optimizer steps done in all; the position in the schedule.
-        start_hash: of the weights that the run started from (its teacher, and the other part of its ensemble).
-        args: the program's arguments, as plain values.
+        folder: of the run.
+        keep: newest checkpoints of whole epochs to keep; 0: all.
+        flags: what the program calls its options, for messages.
+
+    Attributes:
+        last: path of the newest checkpoint that this process knows of, or "none"; for messages.
     """
-    return {
-        "epoch": epoch,
-        "step_in_epoch": step_in_epoch,
-        "step": step,
-        "name": name,
-        "state_dict": student.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        **({"scaler": scaler.state_dict()} if scaler is not None else {}),
-        "random_states": gather_objects(random_state(device)),
-        "start_hash": start_hash,
-        "args": args,
-        "versions": {"torch": str(torch.__version__), "open_clip": open_clip.__version__},
-    }
 
+    def __init__(self, folder: Path, *, keep: int = 0, flags: Flags | None = None) -> None:
+        self.run, self.folder, self.keep, self.flags = folder, folder / "checkpoints", keep, flags or Flags()
+        self.last = "none"
 
-def restore(
-    checkpoint: dict[str, Any],
-    path: Path,
-    *,
-    student: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    start_hash: str,
-    rank: int,
-    world_size: int,
-    device: torch.device,
-) -> None:
-    """Put a checkpoint back into student, optimizer, scaler and (on as many processes) the generators.
+    def write(
+        self, name: str, content: dict[str, Any], releases: dict[str, dict[str, Any]], *, write: bool = True
+    ) -> None:
+        """Write a checkpoint, then the files for users (path below the run's folder -> content).
 
-    Raises:
-        UserError: it belongs to another model, start model or set of trainable parameters.
-    """
-    if checkpoint.get("start_hash") != start_hash:
-        raise UserError(f"checkpoint {path} began from other weights: give the same --model, --pretrained and --seed")
-    try:
-        student.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"checkpoint {path} does not fit this run ({reason}): give the arguments it was made with"
-        ) from error
-    if scaler is not None and "scaler" in checkpoint:
-        scaler.load_state_dict(checkpoint["scaler"])
-    states = checkpoint["random_states"]
-    if len(states) == world_size:
-        restore_random_state(states[rank], device)
-    else:
-        log.warning("resuming on %d processes a run of %d: the data order is kept", world_size, len(states))
+        Args:
+            write: False on processes that only take note.
+        """
+        path = self.folder / name
+        if write:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_atomically(content, path, self.flags.folder)
+            for place, release in releases.items():
+                save_atomically(release, self.run / place, self.flags.folder)
+        self.last = str(path)
+
+    def find(self, resume: str | Path) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, with its content: the folder's newest (``"latest"``, ``"auto"``; None if
+        there is none) or a file.
+
+        Raises:
+            UserError: the file is missing, damaged, or no training checkpoint.
+        """
+        if resume in ("latest", "auto"):
+            found = find_latest(self.folder)
+            if found is None:
+                log.warning("no complete checkpoint in %s: the run starts from the beginning", self.folder)
+                return None
+        else:
+            found = Path(resume), read_checkpoint(Path(resume))
+        self.last = str(found[0])
+        return found
+
+    def prune_inside_epoch(self) -> None:
+        """Of the checkpoints inside epochs keep the newest few."""
+        prune(self.folder, STEP_CHECKPOINTS, "epoch_*_step_*.pt")
+
+    def prune_after_epoch(self) -> None:
+        """The epoch's own checkpoint is there: those inside it go, and of whole epochs all but the newest ``keep``."""
+        prune(self.folder, 0, "epoch_*_step_*.pt")
+        if self.keep:
+            prune(self.folder, self.keep, "epoch_[0-9]*.pt")

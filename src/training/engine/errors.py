@@ -1,10 +1,147 @@
-"""The one exception that the program shows to its user as a single line."""
+"""What goes wrong outside the program's own code, told in one line, and the exit status that it ends with."""
 
 from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+EXIT_DONE = 0
+EXIT_USER = 2  # something for the user to mend, as for a wrong command line
+EXIT_FAILED = 71  # the system around the program failed; nothing to mend in the arguments, to be resumed (EX_OSERR)
+EXIT_INTERRUPTED = 75  # a signal asked for it: saved, to be resumed (EX_TEMPFAIL)
+EXIT_BROKEN_OFF = 130  # Ctrl-C where nothing could be saved (128 + SIGINT)
 
 
 class UserError(Exception):
     """Something the user can mend. The text is one line that names the file or flag, the value and the remedy.
 
-    ``training.main`` prints the text without a traceback and exits with status 2.
+    :func:`run_program` prints the text without a traceback and ends with status 2.
     """
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What a program calls its options, for the messages of the engine."""
+
+    resume: str = "--resume latest"
+    name: str = "--name"
+    folder: str = "--logs"
+    batch_size: str = "--batch-size"
+    accum_freq: str = "--accum-freq"
+    workers: str = "--workers"
+    checkpointing: str = "--grad-checkpointing"
+    lr: str = "--lr"
+    max_skipped: str = "--max-skipped"
+    precision: str = "--precision"
+
+
+def as_user_error(function: Callable | None = None, *args: Any, **kwargs: Any) -> Any:
+    """What a library says of names, files and shapes is for the user: its errors become :class:`UserError`.
+
+    ``as_user_error(function, ...)`` calls and gives the result; ``with as_user_error():`` translates a stretch of code.
+    For set-up only: inside the training loop the same kinds of error are faults of the program.
+    """
+    if function is None:
+        return _translated()
+    with _translated():
+        return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+
+
+# -- failures of the system: disk, memory, other processes ------------------------------------------------------------
+
+_DISK = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "a file has reached the largest size that is allowed",
+    errno.EROFS: "the disk has become read-only",
+    errno.EIO: "the disk fails",
+    errno.ESTALE: "the network disk is gone",
+}
+# What gloo and the rendezvous store say of a partner that is gone (plain RuntimeErrors); NCCL has errors of its own.
+_PARTNER = re.compile(
+    r"gloo/|Connection (closed|reset)|Broken pipe|Timed out waiting|collective operation timeout|Socket Timeout|"
+    r"failed to recv|application timeout",
+    re.IGNORECASE,
+)
+_WORKER = re.compile(r"DataLoader worker")
+
+
+def explain(error: BaseException, flags: Flags | None = None) -> str | None:
+    """One line on what happened and what to do; None for an error that is not of the system around the program."""
+    flags = flags or Flags()
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    again = f"then go on with {flags.resume}"
+    if isinstance(error, OSError) and error.errno in _DISK:
+        file = f" ({error.filename})" if error.filename else ""
+        return f"{_DISK[error.errno]}{file}: free some space or choose another {flags.folder}, {again}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return f"out of memory ({text}): lower {flags.batch_size}, or use {flags.checkpointing}"
+    if isinstance(error, RuntimeError) and _WORKER.search(text):
+        return (
+            f"a loader worker has died ({text}): most often memory ran out; lower {flags.workers} or "
+            f"{flags.batch_size}, {again}"
+        )
+    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and _PARTNER.search(text):
+        return (
+            f"another process of this run has died or hangs ({text}): its own message says why; "
+            f"go on with {flags.resume}"
+        )
+    return None
+
+
+def run_program(main: Callable[[], int | None], flags: Flags | None = None) -> int:
+    """Run a program's main function and give its exit status; every command of the project ends through here.
+
+    Status 0: done; 2: a :class:`UserError`; 71: the system failed (a full disk, a process that died); 75: interrupted
+    and saved; 130: Ctrl-C. 2 and 71 are explained in one line; any other failure is a traceback.
+    """
+    rank, orderly = int(os.environ.get("RANK", "0")), True
+    try:
+        return main() or EXIT_DONE
+    except UserError as error:
+        if rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        return EXIT_BROKEN_OFF
+    except Exception as error:
+        reason = explain(error, flags)
+        if reason is None:
+            raise
+        orderly = False
+        # Every process speaks for itself: it may be the only one that knows.
+        print(f"error: {f'process {rank}: ' if rank else ''}{reason}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    finally:
+        _end_workers()
+        if orderly and dist.is_initialized():  # leaving the group in an orderly way needs the others
+            dist.destroy_process_group()
+
+
+def _end_workers() -> None:
+    """End loader processes that an error left behind: they outlive a SIGTERM on purpose, and Python waits for them."""
+    children = multiprocessing.active_children()
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
+    for child in children:
+        child.kill()
+        child.join()

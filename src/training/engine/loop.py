@@ -1,313 +1,354 @@
-"""One epoch of training, readable from top to bottom."""
+"""The one training loop.
+
+A minimal task, complete::
+
+    class Line(Task):
+        name, source = "line", "the formula"
+
+        def __init__(self):
+            self.module = Squares(nn.Linear(1, 1))     # module(batch) -> {"loss": scalar}
+
+        batches_per_epoch = 10
+
+        def batches(self, epoch, start):
+            for i in range(start, 10):
+                x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step_seed(epoch, i)))
+                yield {"x": x, "y": 3 * x, "samples": 8, "skipped": [], "image_ids": [i]}
+
+        def optimizer(self):
+            return adamw(decay_groups(self.module.named_parameters(), 0.1), lr=0.1)
+
+        def schedule(self, total_steps, steps_per_epoch):
+            return make_schedule("cosine", base=0.1, warmup=2, total=total_steps)
+
+        def state(self):
+            return {"state_dict": self.module.state_dict()}
+
+        def load_state(self, content):
+            self.module.load_state_dict(content["state_dict"])
+
+        def identity(self):
+            return {"formula": "y = 3 x"}
+
+    run = Loop(Line(), LoopOptions(epochs=2, batch_size=8), dist=init_distributed("cpu"), precision=make_precision(...))
+    status = run.train(folder, resume="latest")        # 0: done; 75: a signal, saved
+"""
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from training.engine.distributed import Dist, all_reduce_sum, gather_objects
-from training.engine.errors import UserError
-from training.engine.journal import Journal
+from training.engine.checkpoint import Checkpoints
+from training.engine.distributed import Dist, all_reduce_sum, gather_objects, together, wrap
+from training.engine.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+from training.engine.journal import Journal, Pace
 from training.engine.precision import Precision
+from training.engine.profiler import profile_steps
+from training.engine.resume import general_state, restore
 from training.engine.schedule import set_lr
-from training.methods import Method
+from training.engine.signals import Interrupted, StopSignal
+from training.engine.skips import SkipPolicy
+from training.engine.task import Batch, LoopOptions, Progress, Rate, Task
+
+__all__ = ["Batch", "Loop", "LoopOptions", "Progress", "Rate", "Task"]
 
 log = logging.getLogger(__name__)
 
-NAMED_SKIPS = 20  # unusable images named in the log in each epoch; the others are counted
-FEW = 32  # samples seen before the share of unusable ones is judged
-EXIT_INTERRUPTED = 75  # exit status after a signal: saved, to be resumed (EX_TEMPFAIL)
 
-
-class Interrupted(Exception):
-    """A signal asked the run to end; its state is saved."""
-
-
-class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a step is finished and saved. A second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
-
-    def restore(self) -> None:
-        """Put the former handlers back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
-@dataclass
-class Progress:
-    """Where a run is. Everything the loop counts, so that a checkpoint can hold it.
-
-    Attributes:
-        epoch: completed epochs.
-        step_in_epoch: optimizer steps done of the current one.
-        step: optimizer steps done in all.
-        bad_steps: steps in a row with a loss or gradient that is not finite; they are skipped.
-    """
-
-    epoch: int = 0
-    step_in_epoch: int = 0
-    step: int = 0
-    bad_steps: int = 0
-
-
-@dataclass
-class Pace:
-    """Sums since the last line of the log, so that a line shows means: one slow step says little.
-
-    Attributes:
-        steps, samples: done; samples of all processes.
-        data, step: seconds spent waiting for data, and in all.
-    """
-
-    steps: int = 0
-    samples: float = 0.0
-    data: float = 0.0
-    step: float = 0.0
-
-    def add(self, samples: float, data: float, step: float) -> None:
-        """Count one optimizer step."""
-        self.steps, self.samples = self.steps + 1, self.samples + samples
-        self.data, self.step = self.data + data, self.step + step
-
-
-@dataclass
 class Loop:
-    """What an epoch needs, made once.
+    """A training run: made, and thereby checked, before anything is written; then carried out by :meth:`train`.
 
-    Attributes:
-        model: the method, possibly wrapped for data parallelism; ``method`` is the method itself.
-        batches: epoch, first micro-batch -> iterator over prepared micro-batches.
-        steps_per_epoch: optimizer steps.
-        total_steps: of the whole run.
-        schedule: step -> learning rate.
-        save: called with the progress when a checkpoint inside an epoch is due.
-        last_checkpoint: gives the path of the newest checkpoint, for messages.
-    """
-
-    model: nn.Module
-    method: Method
-    batches: Callable[[int, int], Iterator[dict]]
-    steps_per_epoch: int
-    total_steps: int
-    optimizer: torch.optim.Optimizer
-    schedule: Callable[[int], float]
-    precision: Precision
-    dist: Dist
-    journal: Journal
-    args: Any
-    save: Callable[[Progress], None]
-    last_checkpoint: Callable[[], str]
-    stop: StopSignal
-    seen: dict[str, float] = field(default_factory=dict)
-    pace: Pace = field(default_factory=Pace)
-
-
-def step_seed(seed: int, step: int) -> int:
-    """Seed of a step's random choices: the same on every process, another one each step."""
-    return (seed * 1_000_003 + step) % 2**31
-
-
-def train_one_epoch(loop: Loop, progress: Progress) -> None:
-    """Train from ``progress`` to the end of its epoch.
+    Args:
+        task: what is trained.
+        options: how.
+        dist, precision: where, and in which numbers.
 
     Raises:
-        UserError: too many unusable images, or too many steps in a row without a finite loss.
-        Interrupted: a signal was received; the state has been saved.
+        UserError: nothing trains, or an epoch is shorter than a step.
     """
-    args, method = loop.args, loop.method
-    loop.model.train()
-    trainable = [p for group in loop.optimizer.param_groups for p in group["params"]]
-    batches = loop.batches(progress.epoch, progress.step_in_epoch * args.accum_freq)
-    loop.seen = {"samples": 0.0, "skipped": 0.0, "named": 0.0}
-    bar = _bar(loop, progress)
-    clock = time.perf_counter()
-    with bar:
-        while progress.step_in_epoch < loop.steps_per_epoch:
-            micro = [next(batches) for _ in range(args.accum_freq)]
-            data_time = time.perf_counter() - clock
-            rate = loop.schedule(progress.step)
-            set_lr(loop.optimizer, rate)
-            method.begin_step(micro, seed=step_seed(args.seed, progress.step))
-            losses = _forward_backward(loop, micro)
-            totals = _totals(loop, micro, losses)
-            grad_norm, totals["good"] = _optimizer_step(loop, trainable, finite=totals["finite"])
-            method.end_step()
-            progress.step += 1
-            progress.step_in_epoch += 1
-            _judge(loop, progress, totals, micro)
-            now = time.perf_counter()
-            _report(loop, progress, bar, totals, rate, grad_norm, data_time, now - clock)
-            clock = now
-            _save_if_due(loop, progress, totals["stop"])
-    progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
 
+    def __init__(self, task: Task, options: LoopOptions, *, dist: Dist, precision: Precision) -> None:
+        self.task, self.options, self.dist, self.precision = task, options, dist, precision
+        self.steps_per_epoch = task.batches_per_epoch // options.accum_freq
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"{options.flags.accum_freq} {options.accum_freq} exceeds an epoch's {task.batches_per_epoch} batches: "
+                "lower it"
+            )
+        self.total_steps = self.steps_per_epoch * options.epochs
+        if options.max_steps:
+            self.total_steps = min(self.total_steps, options.max_steps)
+        self.model: nn.Module = wrap(task.module, dist)
+        self.optimizer = task.optimizer()
+        self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not self.trainable:
+            raise UserError("nothing trains: every parameter is frozen")
+        self.schedule: Rate = task.schedule(self.total_steps, self.steps_per_epoch)
+        self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped)
+        self.progress, self.pace = Progress(), Pace()
+        self.journal = Journal(None)
 
-def _forward_backward(loop: Loop, micro: list[dict]) -> list[dict]:
-    """Gradients of the step: summed over micro-batches, exchanged between processes with the last one only."""
-    outputs = []
-    scaler = loop.precision.scaler
-    for i, batch in enumerate(micro):
-        inner = i + 1 < len(micro) and hasattr(loop.model, "no_sync")
-        with loop.model.no_sync() if inner else contextlib.nullcontext():
-            with loop.precision.autocast():
-                output = loop.model(batch)
-            (output["loss"] if scaler is None else scaler.scale(output["loss"])).backward()
-        outputs.append({k: v.detach() for k, v in output.items()})
-    return outputs
+    # -- the run ------------------------------------------------------------------------------------------------------
 
+    def train(self, folder: Path, resume: str | Path | None = None) -> int:
+        """Train to the end, or until a signal.
 
-def _totals(loop: Loop, micro: list[dict], outputs: list[dict]) -> dict[str, float]:
-    """Sums over micro-batches and processes, in one collective and one transfer: loss, regions, samples, stop."""
-    names = sorted(outputs[0])
-    values = [torch.stack([o[n].double() for o in outputs]).sum() for n in names]
-    counts = [sum(b["samples"] for b in micro), sum(len(b["skipped"]) for b in micro), float(loop.stop.received)]
-    device = values[0].device
-    packed = torch.cat([torch.stack(values), torch.tensor(counts, dtype=torch.float64, device=device)])
-    totals = dict(zip([*names, "samples", "skipped", "stop"], all_reduce_sum(packed).tolist(), strict=True))
-    totals["loss"] /= loop.dist.world_size
-    totals["finite"] = abs(totals["loss"]) < float("inf")  # false for NaN as well
-    return totals
+        Args:
+            folder: of the run; it exists.
+            resume: ``"latest"`` or ``"auto"`` (of the folder, where there is one), a checkpoint file, or None.
 
+        Returns:
+            Exit status: 0 done, 75 interrupted and saved.
 
-def _optimizer_step(loop: Loop, trainable: list[nn.Parameter], *, finite: bool) -> tuple[float, bool]:
-    """Clip and step, or drop gradients that are not finite.
-
-    Returns:
-        The gradient norm before clipping, and whether the step was good. float16 gradients that overflowed are: the
-        scaler drops them by itself, as it must now and then to find its scale.
-    """
-    scaler, optimizer = loop.precision.scaler, loop.optimizer
-    norm = float("nan")
-    if finite:
-        if scaler is not None:
-            scaler.unscale_(optimizer)
-        # A finite loss may have gradients that are not, and one step with them would spoil every weight for good.
-        total = torch.nn.utils.get_total_norm([p.grad for p in trainable if p.grad is not None])
-        if loop.args.grad_clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(trainable, loop.args.grad_clip_norm, total)
-        norm = total.item()
-        if scaler is not None:
-            scaler.step(optimizer)
-            scaler.update()
-        elif finite := abs(norm) < float("inf"):
-            optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return norm, finite
-
-
-def _judge(loop: Loop, progress: Progress, totals: dict[str, float], micro: list[dict]) -> None:
-    """Count unusable images and bad losses; stop when there are too many."""
-    args, seen = loop.args, loop.seen
-    seen["samples"] += totals["samples"]
-    seen["skipped"] += totals["skipped"]
-    for file, reason in (s for batch in micro for s in batch["skipped"]):
-        if seen["named"] < NAMED_SKIPS:
-            log.warning("skipped %s: %s", file, reason)
-        seen["named"] += 1
-    asked = seen["samples"] + seen["skipped"]
-    enough = asked >= FEW or progress.step_in_epoch == loop.steps_per_epoch
-    if enough and seen["skipped"] > args.max_skipped * asked:
-        raise UserError(
-            f"{seen['skipped']:.0f} of {asked:.0f} samples of {args.train_data} could not be used, more than "
-            f"--max-skipped {args.max_skipped} allows: see the files named in the log"
+        Raises:
+            UserError: a checkpoint that does not fit, too many unusable samples, too many bad steps in a row.
+        """
+        task, options, progress = self.task, self.options, self.progress
+        self.checkpoints = Checkpoints(folder, keep=options.keep, flags=options.flags)
+        if resume:
+            with together():
+                self._resume(resume)
+        self.journal = Journal(
+            folder if self.dist.is_master else None, progress.step if resume else None, report_to=options.report_to
         )
-    progress.bad_steps = 0 if totals["good"] else progress.bad_steps + 1
-    if not totals["good"]:
-        ids = [i for part in gather_objects([b["image_ids"].tolist() for b in micro]) for row in part for i in row]
+        self._announce()
+        task.prepare(progress)
+        if options.evaluate_first and progress.step == 0:
+            task.evaluate(progress, self.journal, start=True)
+        self.batches = task.batches
+        if options.profile and self.dist.is_master:
+            self.batches = profile_steps(task.batches, folder / "profile", options.profile * options.accum_freq)
+        self.stop = StopSignal()
+        try:
+            while progress.epoch < options.epochs and progress.step < self.total_steps:
+                self._epoch()
+                self._after_epoch()
+            task.finish(folder)
+        except Interrupted:
+            log.warning(
+                "interrupted: saved as %s; go on with %s", self.checkpoints.last, options.flags.resume
+            )  # fmt: skip
+            return EXIT_INTERRUPTED
+        finally:
+            self.stop.restore()
+            self.journal.close()
+        return EXIT_DONE
+
+    def _announce(self) -> None:
+        trained, every = (sum(p.numel() for p in part) for part in (self.trainable, self.task.module.parameters()))
+        log.info(
+            "%d steps an epoch, %d in all; %.1f of %.1f million parameters train",
+            self.steps_per_epoch, self.total_steps, trained / 1e6, every / 1e6,
+        )  # fmt: skip
+
+    def _epoch(self) -> None:
+        """From the progress to the end of its epoch, or of the run."""
+        task, progress, accumulate = self.task, self.progress, self.options.accum_freq
+        self.end = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - progress.step)
+        self.model.train()
+        self.skips.reset()
+        batches = self.batches(progress.epoch, progress.step_in_epoch * accumulate)
+        clock = time.perf_counter()
+        with self._bar() as bar:
+            while progress.step_in_epoch < self.end:
+                micro = [next(batches) for _ in range(accumulate)]
+                waited = time.perf_counter() - clock
+                rate = self.schedule(progress.step, progress.epoch)
+                set_lr(self.optimizer, rate)
+                totals = self.step(micro)
+                task.end_step()
+                progress.step += 1
+                progress.step_in_epoch += 1
+                self._judge(totals, micro)
+                now = time.perf_counter()
+                self._report(bar, totals, rate, waited, now - clock)
+                clock = now
+                self._save_if_due(totals["stop"])
+        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+
+    # -- a step -------------------------------------------------------------------------------------------------------
+
+    def step(self, micro: list[Batch]) -> dict[str, float]:
+        """Forward, backward, and the optimizer's step where everything is finite; otherwise nothing is left of it.
+
+        Returns:
+            Sums over micro-batches and processes, ``grad_norm``, and whether the step was ``good``.
+        """
+        running = [(b, b.detach().clone()) for b in self.task.running_buffers()]
+        self.task.begin_step(micro, self.progress.step)
+        totals = self._totals(micro, self._forward_backward(micro))
+        totals["grad_norm"], totals["good"] = self._update(finite=bool(totals["finite"]))
+        if not totals["good"]:
+            with torch.no_grad():
+                for buffer, before in running:
+                    buffer.copy_(before)
+        return totals
+
+    def _forward_backward(self, micro: list[Batch]) -> list[dict[str, Tensor]]:
+        """Gradients of the step: summed over micro-batches, exchanged between processes with the last one only."""
+        outputs, scaler = [], self.precision.scaler
+        for i, batch in enumerate(micro):
+            inner = i + 1 < len(micro) and hasattr(self.model, "no_sync")
+            with self.model.no_sync() if inner else contextlib.nullcontext():
+                with self.precision.autocast():
+                    output = self.model(batch)
+                (output["loss"] if scaler is None else scaler.scale(output["loss"])).backward()
+            outputs.append({k: v.detach() for k, v in output.items()})
+        return outputs
+
+    def _totals(self, micro: list[Batch], outputs: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sums over micro-batches and processes, in one collective and one transfer: losses, samples, stop."""
+        names = sorted(outputs[0])
+        values = [torch.stack([o[n].double() for o in outputs]).sum() for n in names]
+        counts = [sum(b["samples"] for b in micro), sum(len(b["skipped"]) for b in micro), float(self.stop.received)]
+        device = values[0].device
+        packed = torch.cat([torch.stack(values), torch.tensor(counts, dtype=torch.float64, device=device)])
+        totals = dict(zip([*names, "samples", "skipped", "stop"], all_reduce_sum(packed).tolist(), strict=True))
+        totals["loss"] /= self.dist.world_size
+        totals["finite"] = abs(totals["loss"]) < float("inf")  # false for NaN as well
+        return totals
+
+    def _update(self, *, finite: bool) -> tuple[float, bool]:
+        """Clip and step, or drop gradients that are not finite.
+
+        Returns:
+            The gradient norm before clipping, and whether the step was good. float16 gradients that overflowed are: the
+            scaler drops them by itself, as it must now and then to find its scale.
+        """
+        scaler, optimizer, limit = self.precision.scaler, self.optimizer, self.options.clip_norm
+        norm = float("nan")
+        if finite:
+            if scaler is not None:
+                scaler.unscale_(optimizer)
+            # A finite loss may have gradients that are not, and one step with them would spoil every weight for good.
+            total = torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
+            if limit is not None:
+                torch.nn.utils.clip_grads_with_norm_(self.trainable, limit, total)
+            norm = total.item()
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            elif finite := abs(norm) < float("inf"):
+                optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm, finite
+
+    def _judge(self, totals: dict[str, float], micro: list[Batch]) -> None:
+        """Count unusable samples and bad losses; stop when there are too many."""
+        progress, flags = self.progress, self.options.flags
+        self.skips.name(s for batch in micro for s in batch["skipped"])
+        self.skips.count(totals["samples"], totals["skipped"])
+        self.skips.judge(at_end=progress.step_in_epoch == self.end)
+        if totals["good"]:
+            progress.bad_steps = 0
+            return
+        progress.bad_steps += 1
+        mine = [int(i) for batch in micro for i in batch["image_ids"]]
+        ids = [i for part in gather_objects(mine) for i in part]
         what = "gradient" if totals["finite"] else "loss"
         log.warning(
             "step %d: the %s is not finite (loss %s), the step is skipped (images %s)",
             progress.step, what, totals["loss"], ids,
         )  # fmt: skip
-        if progress.bad_steps >= args.max_nan_steps:
+        if progress.bad_steps >= self.options.max_bad_steps:
             raise UserError(
-                f"the {what} was not finite in {progress.bad_steps} steps in a row, lastly of images {ids}: lower --lr "
-                f"or check these images; the last good checkpoint is {loop.last_checkpoint()}"
+                f"the {what} was not finite in {progress.bad_steps} steps in a row, lastly of images {ids}: lower "
+                f"{flags.lr} or check these images; the last good checkpoint is {self.checkpoints.last}"
             )
 
+    # -- records ------------------------------------------------------------------------------------------------------
 
-def _bar(loop: Loop, progress: Progress) -> tqdm:
-    return tqdm(
-        total=loop.steps_per_epoch,
-        initial=progress.step_in_epoch,
-        desc=f"epoch {progress.epoch + 1}/{loop.args.epochs}",
-        unit="step",
-        disable=not loop.dist.is_master,
-        mininterval=1.0 if loop.dist.is_master else 0.1,
-        dynamic_ncols=True,
-    )
+    def _bar(self) -> tqdm:
+        progress = self.progress
+        return tqdm(
+            total=self.end,
+            initial=progress.step_in_epoch,
+            desc=f"epoch {progress.epoch + 1}/{self.options.epochs}",
+            unit="step",
+            disable=not self.dist.is_master,
+            mininterval=1.0 if self.dist.is_master else 0.1,
+            dynamic_ncols=True,
+        )
 
-
-def _report(
-    loop: Loop,
-    progress: Progress,
-    bar: tqdm,
-    totals: dict[str, float],
-    rate: float,
-    grad_norm: float,
-    data_time: float,
-    step_time: float,
-) -> None:
-    """Progress bar every step; TensorBoard and the log, with mean times, every ``--log-every-n-steps``."""
-    bar.update(1)
-    now = totals["samples"] / max(step_time, 1e-9)
-    bar.set_postfix(loss=f"{totals['loss']:.4f}", lr=f"{rate:.1e}", img_s=f"{now:.1f}", refresh=False)
-    loop.pace.add(totals["samples"], data_time, step_time)
-    every = loop.args.log_every_n_steps
-    if progress.step % every and progress.step_in_epoch != loop.steps_per_epoch:
-        return
-    pace, loop.pace = loop.pace, Pace()
-    data_time, step_time = pace.data / pace.steps, pace.step / pace.steps
-    images_per_second = pace.samples / max(pace.step, 1e-9)
-    scalars = {
-        "train/loss": totals["loss"],
-        "train/lr": rate,
-        "train/images_per_second": images_per_second,
-        "train/data_time": data_time,
-        "train/step_time": step_time,
-        "train/regions": totals["regions"],
-        "train/logit_scale": loop.method.student.logit_scale.exp().item(),
-    }
-    if grad_norm == grad_norm:
-        scalars["train/grad_norm"] = grad_norm
-    for name, value in totals.items():
-        if name.endswith("_sum"):
-            scalars[f"train/{name.removesuffix('_sum')}"] = value / max(totals["regions"], 1)
-    if loop.dist.device.type == "cuda":
-        scalars["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
-    loop.journal.scalars(scalars, progress.step)
-    if loop.dist.is_master:
+    def _report(self, bar: tqdm, totals: dict[str, float], rate: float, waited: float, took: float) -> None:
+        """Progress bar every step; TensorBoard and the log, with mean times, every ``log_every`` steps."""
+        progress, samples = self.progress, totals["samples"]
+        bar.update(1)
+        bar.set_postfix(
+            loss=f"{totals['loss']:.4f}", lr=f"{rate:.1e}", img_s=f"{samples / max(took, 1e-9):.1f}", refresh=False
+        )
+        self.pace.add(samples, waited, took)
+        if progress.step % self.options.log_every and progress.step_in_epoch != self.end:
+            return
+        pace, self.pace = self.pace, Pace()
+        own = self.task.scalars(totals)
+        scalars = {"train/loss": totals["loss"], "train/lr": rate, **pace.scalars()}
+        if totals["grad_norm"] == totals["grad_norm"]:
+            scalars["train/grad_norm"] = totals["grad_norm"]
+        scalars |= {k if "/" in k else f"train/{k}": v for k, v in own.items()}
+        if self.dist.device.type == "cuda":
+            scalars["train/memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self.journal.scalars(scalars, progress.step)
+        shown = "".join(f"  {k} {v:.4f}" for k, v in own.items() if "/" not in k)
         log.info(
-            "epoch %d step %d/%d  loss %.4f  lr %.2e  %.1f images/s  data %.3f s  step %.3f s  left %s",
-            progress.epoch + 1, progress.step_in_epoch, loop.steps_per_epoch, totals["loss"], rate,
-            images_per_second, data_time, step_time,
-            datetime.timedelta(seconds=round((loop.total_steps - progress.step) * step_time)),
+            "epoch %d step %d/%d  loss %.4f%s  lr %.2e  %s", progress.epoch + 1, progress.step_in_epoch, self.end,
+            totals["loss"], shown, rate, pace.text(self.total_steps - progress.step),
         )  # fmt: skip
 
+    # -- checkpoints and evaluation -----------------------------------------------------------------------------------
 
-def _save_if_due(loop: Loop, progress: Progress, stop: float) -> None:
-    every = loop.args.save_every_n_steps
-    inside = progress.step_in_epoch < loop.steps_per_epoch
-    if stop:
-        loop.save(progress)
-        raise Interrupted
-    if every and progress.step % every == 0 and inside:
-        loop.save(progress)
+    def _after_epoch(self) -> None:
+        options, progress = self.options, self.progress
+        last = progress.epoch >= options.epochs or progress.step >= self.total_steps
+        if last or (options.save_every_epochs and progress.epoch % options.save_every_epochs == 0):
+            self._save(f"epoch_{progress.epoch}.pt")
+            if self.dist.is_master:
+                self.checkpoints.prune_after_epoch()
+        if options.save_latest:
+            self._save("epoch_latest.pt")
+        due = options.evaluate_every and progress.epoch % options.evaluate_every == 0
+        if due or (last and options.evaluate_last):
+            self.task.evaluate(progress, self.journal)
+
+    def _save_if_due(self, stop: float) -> None:
+        every, progress = self.options.save_every_steps, self.progress
+        inside = progress.step_in_epoch < self.end
+        if stop or (every and progress.step % every == 0 and inside):
+            self._save(f"epoch_{progress.epoch}_step_{progress.step_in_epoch}.pt")
+            if self.dist.is_master:
+                self.checkpoints.prune_inside_epoch()
+        if stop:
+            raise Interrupted
+
+    def _save(self, name: str) -> None:
+        """Write a checkpoint, then the files for users. Every process calls this."""
+        task, progress = self.task, self.progress
+        task.before_saving()
+        content = general_state(
+            task, progress, self.optimizer, self.precision.scaler, device=self.dist.device,
+            global_batch=self._global_batch(),
+        )  # fmt: skip
+        releases = task.releases(progress)
+        with together():
+            self.checkpoints.write(name, content | task.state(), releases, write=self.dist.is_master)
+
+    def _global_batch(self) -> int:
+        return self.options.batch_size * self.options.accum_freq * self.dist.world_size
+
+    def _resume(self, resume: str | Path) -> None:
+        found = self.checkpoints.find(resume)
+        if found is None:
+            return
+        path, content = found
+        restore(
+            content, path, self.task, self.progress, self.optimizer, self.precision.scaler, dist=self.dist,
+            global_batch=self._global_batch(), flags=self.options.flags,
+        )  # fmt: skip
+        log.info("resumed %s: epoch %d, step %d", path, self.progress.epoch + 1, self.progress.step_in_epoch)

@@ -1,64 +1,36 @@
-"""AdamW with the published split into decayed and undecayed parameters."""
+"""Optimizers and parameter groups."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
-
-from open_clip import CLIP
-from open_clip.weights import export_state_dict
-from training.methods import Method
+from torch import Tensor, nn
 
 
-def is_undecayed(name: str, parameter: Tensor) -> bool:
-    """No weight decay for tensors of fewer than 2 dimensions or whose name contains bn, ln, bias or logit_scale.
+def decay_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    undecayed: Callable[[str, Tensor], bool] | None = None,
+) -> list[dict]:
+    """Optimizer groups of what trains: [without weight decay, with it]. Empty ones are kept, so that resuming fits.
 
-    To be asked with the name and shape of the published layout.
+    Args:
+        parameters: names and parameters; frozen ones are left out.
+        undecayed: (name, parameter) -> whether it does not decay; by default norms, biases and scalars: all of fewer
+            than 2 dimensions.
     """
-    return parameter.ndim < 2 or any(part in name for part in ("bn", "ln", "bias", "logit_scale"))
+    free = undecayed or (lambda _, parameter: parameter.ndim < 2)
+    groups: tuple[list, list] = [], []
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            groups[not free(name, parameter)].append(parameter)
+    return [{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1], "weight_decay": weight_decay}]
 
 
-def undecayed_names(model: CLIP) -> set[str]:
-    """Names (this package's) of the parameters without weight decay.
-
-    The rule is about names and dimensions, and those differ between layouts: OpenAI's class token is a vector, this
-    package's is ``[1, 1, W]``. So it is asked in the layout in which the published code keeps this model.
-    """
-    own = {n: p.detach() for n, p in model.named_parameters()}
-    # Exporting renames in order; what it may add (rotary tables) comes last.
-    published = export_state_dict(model, state=own).items()
-    return {ours for ours, (name, value) in zip(own, published, strict=False) if is_undecayed(name, value)}
-
-
-def parameter_groups(model: CLIP, weight_decay: float) -> list[dict]:
-    """Optimizer groups of the trainable parameters: [undecayed, decayed]; empty groups are kept, so resuming fits."""
-    undecayed = undecayed_names(model)
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    return [
-        {"params": [p for n, p in trainable if n in undecayed], "weight_decay": 0.0},
-        {"params": [p for n, p in trainable if n not in undecayed], "weight_decay": weight_decay},
-    ]
-
-
-def adam_defaults(model_name: str) -> tuple[float, float, float]:
-    """(beta1, beta2, eps): those of CLIP when the model's name contains "vit", else AdamW's own."""
-    return (0.9, 0.98, 1e-6) if "vit" in model_name.lower() else (0.9, 0.999, 1e-8)
-
-
-def build_optimizer(args: argparse.Namespace, method: Method) -> torch.optim.AdamW:
-    """AdamW over what trains in ``method.student``, in one fused pass.
-
-    ``args`` gives ``model``, ``lr``, ``wd`` and ``beta1``, ``beta2``, ``eps`` (None: :func:`adam_defaults`).
-
-    Raises:
-        ValueError: nothing trains.
-    """
-    groups = parameter_groups(method.student, args.wd)
-    if not any(group["params"] for group in groups):
-        raise ValueError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
-    given = (args.beta1, args.beta2, args.eps)
-    beta1, beta2, eps = (d if g is None else g for g, d in zip(given, adam_defaults(args.model), strict=True))
+def adamw(
+    groups: list[dict], *, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.AdamW:
+    """AdamW in one fused pass over all parameters, where their devices have it."""
     fusable = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, lr=args.lr, betas=(beta1, beta2), eps=eps, fused=fusable)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fusable)

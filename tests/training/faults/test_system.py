@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from training.engine.failures import EXIT_FAILED, explain
 
 import training.engine.loop as train_module
 from training.engine.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
 from training.engine.errors import UserError
-from training.engine.failures import EXIT_FAILED, explain
 from training.engine.loop import EXIT_INTERRUPTED
 from training.main import continue_after_restart
 from training.params import parse_args

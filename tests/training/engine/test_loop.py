@@ -1,0 +1,232 @@
+"""The loop with a toy task: a line is fitted, stopped, resumed, spoiled and evaluated."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from training.engine.checkpoint import find_latest, read_checkpoint
+from training.engine.distributed import Dist
+from training.engine.errors import EXIT_INTERRUPTED, UserError
+from training.engine.loop import Loop, LoopOptions, Task
+from training.engine.optim import adamw, decay_groups
+from training.engine.precision import make_precision
+from training.engine.schedule import make_schedule, step_seed
+
+CPU = Dist(0, 1, 0, torch.device("cpu"), False)
+
+
+class Squares(nn.Module):
+    """Squared error of a line behind batch norm, and whether it was small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.line = nn.Sequential(nn.BatchNorm1d(1), nn.Linear(1, 1))
+
+    def forward(self, batch: dict) -> dict[str, torch.Tensor]:
+        error = (self.line(batch["x"]) - batch["y"]).square()
+        return {"loss": error.mean() / batch["parts"], "small_sum": (error.detach() < 0.1).sum()}
+
+
+class Line(Task):
+    """y = 3 x, from ten batches of eight."""
+
+    name, source, batches_per_epoch = "line", "the formula", 10
+
+    def __init__(self, parts: int = 1) -> None:
+        self.module, self.parts = Squares(), parts
+        self.spoiled: dict[tuple[int, int], float] = {}  # (epoch, batch) -> what stands in its first input
+        self.skipped: list[tuple[str, str]] = []
+        self.evaluated: list[tuple[int, bool]] = []
+        self.hook = lambda step: None
+
+    def batches(self, epoch, start):
+        for i in range(start, 10):
+            x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step_seed(epoch, i)))
+            y = 3 * x
+            x[0] = self.spoiled.get((epoch, i), x[0].item())
+            yield {"x": x, "y": y, "parts": self.parts, "samples": 8 - len(self.skipped), "skipped": self.skipped,
+                   "image_ids": [100 * epoch + i]}  # fmt: skip
+
+    def optimizer(self):
+        return adamw(decay_groups(self.module.named_parameters(), 0.01), lr=0.1)
+
+    def schedule(self, total_steps, steps_per_epoch):
+        return make_schedule("cosine", base=0.1, warmup=2, total=total_steps)
+
+    def begin_step(self, micro, step):
+        self.hook(step)
+
+    def scalars(self, totals):
+        return {"small": totals["small_sum"] / totals["samples"], "train/weight": self.module.line[1].weight.item()}
+
+    def evaluate(self, progress, journal, *, start=False):
+        self.evaluated.append((progress.step, start))
+
+    def state(self):
+        return {"state_dict": self.module.state_dict()}
+
+    def load_state(self, content):
+        self.module.load_state_dict(content["state_dict"])
+
+    def identity(self):
+        return {"formula": "y = 3 x"}
+
+    def options(self):
+        return {"parts": self.parts}
+
+    def releases(self, progress):
+        return {"line.pt": {"epoch": progress.epoch, "state_dict": self.module.state_dict()}}
+
+
+def train(task, folder, *, resume=None, **options) -> int:
+    folder.mkdir(exist_ok=True)
+    options = {"epochs": 2, "batch_size": 8, "log_every": 1, **options}
+    loop = Loop(task, LoopOptions(**options), dist=CPU, precision=make_precision("fp32", CPU.device))
+    return loop.train(folder, resume)
+
+
+def last(folder, name: str = "epoch_2.pt") -> dict:
+    return read_checkpoint(folder / "checkpoints" / name)
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def test_it_learns_saves_and_evaluates(tmp_path, caplog):
+    task = Line()
+    with caplog.at_level("INFO"):
+        assert train(task, tmp_path, epochs=12, keep=2, evaluate_every=5) == 0
+    # y = 3 x, of inputs that batch norm makes standard: the slope is 3 standard deviations.
+    batch_norm, linear = task.module.line
+    slope = batch_norm.weight * linear.weight / batch_norm.running_var.sqrt()
+    assert slope.item() == pytest.approx(3, 0.1)
+    assert task.evaluated == [(0, True), (50, False), (100, False), (120, False)]
+    assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["epoch_11.pt", "epoch_12.pt"]
+    assert torch.load(tmp_path / "line.pt", weights_only=True)["epoch"] == 12
+    lines = [r.getMessage() for r in caplog.records if " loss " in r.getMessage()]
+    assert len(lines) == 120 and all("  small " in line and "left 0:00:0" in line for line in lines)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_accumulation_equals_one_large_batch(tmp_path):
+    """Without batch norm, whose statistics are of micro-batches; the mean of means of equal batches is the mean."""
+    weights = []
+    for parts in (1, 2):
+        task = Line(parts)
+        task.module.line[0] = nn.Identity()
+        whole = task.batches
+
+        def joined(epoch, start, whole=whole):
+            micro = list(whole(epoch, 0))
+            for a, b in list(zip(micro[::2], micro[1::2], strict=True))[start:]:
+                yield {**a, "x": torch.cat([a["x"], b["x"]]), "y": torch.cat([a["y"], b["y"]])}
+
+        if parts == 1:
+            task.batches, task.batches_per_epoch = joined, 5
+        assert train(task, tmp_path / str(parts), accum_freq=parts) == 0
+        weights.append(task.module.line[1].weight)
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("at", [0, 4, 9, 13])
+def test_a_signal_saves_and_a_resumed_run_ends_the_same(tmp_path, at):
+    assert train(Line(), tmp_path / "whole") == 0
+    task = Line()
+    task.hook = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == at else None
+    assert train(task, tmp_path / "run", save_every_steps=3) == EXIT_INTERRUPTED
+    assert find_latest(tmp_path / "run/checkpoints")[1]["step"] == at + 1
+    assert train(Line(), tmp_path / "run", resume="latest") == 0
+    assert equal(last(tmp_path / "run"), last(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_bad_step_leaves_nothing_behind(tmp_path, value):
+    """Neither in weights nor in running statistics: as if it had not been, but for the schedule, which goes on."""
+    task = Line()
+    task.spoiled = {(0, 3): value}
+    before, after = [], []
+    task.hook = lambda step: {3: before, 4: after}.get(step, []).append(
+        {k: v.clone() for k, v in task.module.state_dict().items()}
+    )
+    assert train(task, tmp_path) == 0
+    assert equal(before[0], after[0]) and before[0]["line.0.num_batches_tracked"] == 3
+    assert all(torch.isfinite(v).all() for v in last(tmp_path)["state_dict"].values())
+    assert {float(s["step"]) for s in last(tmp_path)["optimizer"]["state"].values()} == {19.0}
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_are_counted_over_a_resume(tmp_path):
+    def spoiled():
+        task = Line()
+        task.spoiled = {(0, i): float("nan") for i in range(4, 9)}
+        return task
+
+    with pytest.raises(UserError, match=r"3 steps in a row, lastly of images \[6\].*last good .*step_6.pt"):
+        train(spoiled(), tmp_path / "a", max_bad_steps=3, save_every_steps=3)
+    task = spoiled()
+    task.hook = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None
+    assert train(task, tmp_path / "b", max_bad_steps=3) == EXIT_INTERRUPTED
+    assert find_latest(tmp_path / "b/checkpoints")[1]["bad_steps"] == 2
+    with pytest.raises(UserError, match=r"3 steps in a row, lastly of images \[6\]"):
+        train(spoiled(), tmp_path / "b", max_bad_steps=3, resume="latest")
+
+
+def test_too_many_unusable_samples_stop_the_run(tmp_path):
+    task = Line()
+    task.skipped = [("a.jpg", "the file is empty")]
+    assert train(task, tmp_path / "a", max_skipped=0.125) == 0
+    with pytest.raises(UserError, match="4 of 32 samples of the formula .* --max-skipped 0.1 allows"):
+        train(task, tmp_path / "b", max_skipped=0.1)
+
+
+def test_resume_refuses_another_run(tmp_path):
+    task = Line()
+    task.hook = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 4 else None
+    assert train(task, tmp_path) == EXIT_INTERRUPTED
+    with pytest.raises(UserError, match="inside an epoch of 8 samples a step, now there are 16"):
+        train(Line(), tmp_path, resume="latest", batch_size=16)
+    other = Line()
+    other.identity = lambda: {"formula": "y = 4 x"}
+    with pytest.raises(UserError, match="formula was 'y = 3 x', now it is 'y = 4 x'"):
+        train(other, tmp_path, resume="latest")
+    other = Line()
+    other.name = "parabola"
+    with pytest.raises(UserError, match="is of line, not of parabola"):
+        train(other, tmp_path, resume="latest")
+    wide = Line()
+    wide.module.line[1] = nn.Linear(1, 2)
+    with pytest.raises(UserError, match="does not fit this run"):
+        train(wide, tmp_path, resume="latest")
+    with pytest.raises(UserError, match="no optimizer: .* start from them instead"):
+        train(Line(), tmp_path, resume=tmp_path / "line.pt")
+
+
+def test_resume_names_changed_options(tmp_path, caplog):
+    assert train(Line(), tmp_path, epochs=1) == 0
+    task = Line()
+    task.options = lambda: {"parts": 7}
+    assert train(task, tmp_path, resume="latest") == 0
+    assert "resuming with another parts: it was 1, now it is 7" in caplog.text
+
+
+def test_steps_end_a_run(tmp_path):
+    assert train(Line(), tmp_path, max_steps=13) == 0
+    assert (last(tmp_path)["step"], last(tmp_path)["epoch"]) == (13, 2)
+    with pytest.raises(UserError, match="--accum-freq 11 exceeds an epoch's 10 batches"):
+        train(Line(), tmp_path, accum_freq=11)
+    task = Line()
+    task.module.requires_grad_(False)
+    with pytest.raises(UserError, match="nothing trains"):
+        train(task, tmp_path)
