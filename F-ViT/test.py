@@ -12,15 +12,15 @@ try:
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from ovdet.config import resolve_path
-from ovdet.data.annotations import check_image_root, load_annotations
-from ovdet.distributed import join, leave, together
-from ovdet.errors import UserError, run
+from ovdet.data.annotations import check_image_root, load
 from ovdet.evaluation.coco import KINDS, format_table
-from ovdet.fvit.assemble import load_detector, load_vit, make_detector, read_config
-from ovdet.journal import setup_logging
+from ovdet.fvit.assemble import load_into, load_vit, make_detector, read_config
+from ovdet.task import FLAGS
 from ovdet.testing import test
 from ovdet.vocabulary import make_vocabulary
+from training.engine.distributed import init_distributed, together
+from training.engine.errors import UserError, run_program
+from training.engine.journal import setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,25 +38,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not kinds or set(kinds) - set(KINDS):
         raise UserError(f"--eval {' '.join(args.eval)}: use {' or '.join(KINDS)}, or both")
     config = read_config(args.config, [*args.overrides, *(value for value in args.eval if "=" in value)])
-    process = join(args.device)
-    setup_logging(process.rank)
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
     with together():
-        path = resolve_path(config.data.val_annotations)
-        annotations = load_annotations(path, key="data.val_annotations")
-        check_image_root(annotations, resolve_path(config.data.val_images), key="data.val_images")
+        annotations = load(config, "val", masks="segm" in kinds)
+        check_image_root(annotations, config.locate(config.data.val_images), key="data.val_images")
         vocabulary = make_vocabulary(config, annotations)
         vit = load_vit(config)
-    detector = make_detector(config, vit, vocabulary, device=process.device, progress=process.is_master)
-    load_detector(args.checkpoint, detector, vit)
+    detector = make_detector(config, vit, vocabulary, device=dist.device, progress=dist.is_master)
+    load_into(args.checkpoint, detector, config, vit)
     checkpoint = Path(args.checkpoint)
     metrics = test(
-        config, detector, annotations, vocabulary, process=process, kinds=kinds,
+        config, detector, annotations, vocabulary, dist=dist, kinds=kinds,
         folder=args.out or checkpoint.parent / f"{checkpoint.stem}_test",
     )  # fmt: skip
-    if process.is_master:
+    if dist.is_master:
         print(format_table(metrics, config.data.protocol))
-    leave()
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run_program(main, FLAGS))

@@ -23,48 +23,48 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "F-ViT"))
 try:
     import open_clip  # noqa: F401
 except ImportError:  # run from a clone that is not installed
-    sys.path.insert(0, str(ROOT / "src"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from open_clip.transform import crop_region, normalize  # noqa: E402
-from ovdet.config import Config  # noqa: E402
 from ovdet.data.annotations import load_annotations  # noqa: E402
 from ovdet.data.dataset import TestDataset  # noqa: E402
-from ovdet.data.images import read_image, resolve  # noqa: E402
+from ovdet.data.images import read_image  # noqa: E402
 from ovdet.data.loader import test_loader  # noqa: E402
-from ovdet.distributed import Process, broadcast, gather_to_master, join, leave, together  # noqa: E402
-from ovdet.errors import UserError, as_user_error, run  # noqa: E402
 from ovdet.evaluation.coco import write_json  # noqa: E402
-from ovdet.fvit.assemble import Vit, free_vocabulary, load_detector, load_vit, read_config  # noqa: E402
+from ovdet.fvit.assemble import Vit, free_vocabulary, load_into, load_vit, read_config  # noqa: E402
+from ovdet.fvit.config import FViTConfig  # noqa: E402
 from ovdet.fvit.detector import build_detector  # noqa: E402
-from ovdet.journal import setup_logging  # noqa: E402
-from ovdet.testing import SkipJudge, autocast, detect  # noqa: E402
-from ovdet.vocabulary import compute_embeddings  # noqa: E402
+from ovdet.listing import list_images as image_files  # noqa: E402
+from ovdet.listing import read_names  # noqa: E402
+from ovdet.precision import choose_precision  # noqa: E402
+from ovdet.task import FLAGS  # noqa: E402
+from ovdet.testing import count_skips, detect  # noqa: E402
+from ovdet.vocabulary import noun_embeddings  # noqa: E402
+from training.engine.data.images import is_url, resolve  # noqa: E402
+from training.engine.data.workers import Loader  # noqa: E402
+from training.engine.distributed import Dist, gather_to_master, init_distributed, together  # noqa: E402
+from training.engine.errors import UserError, as_user_error, run_program  # noqa: E402
+from training.engine.journal import setup_logging  # noqa: E402
+from training.engine.precision import Precision  # noqa: E402
+from training.engine.skips import SkipPolicy  # noqa: E402
 
 log = logging.getLogger(__name__)
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
-
 
 def list_images(images: Path, root: str) -> tuple[list[int], list[str], str]:
     """(ids, file names, image root) of a folder or an annotation file. UserError when there is no image."""
     if images.is_dir():
-        names = sorted(
-            str(path.relative_to(images)) for path in images.rglob("*") if path.suffix.lower() in SUFFIXES
-        )  # fmt: skip
-        if not names:
-            raise UserError(f"--images {images}: the folder holds no image ({', '.join(sorted(SUFFIXES))})")
+        names = [str(Path(file).relative_to(images)) for file in image_files([str(images)], "--images")]
         return list(range(1, len(names) + 1)), names, str(images)
     annotations = load_annotations(str(images), key="--images")
-    if not os.path.isdir(root) and "://" not in root:
+    if not os.path.isdir(root) and not is_url(root):
         raise UserError(f"--image-root {root or '(not given)'}: no such folder; give that of the images of {images}")
-    return annotations.image_ids.tolist(), annotations.file_names, root
+    return annotations.image_ids.tolist(), list(annotations.file_names), root
 
 
 def enlarge(boxes: np.ndarray, scale: float, height: int, width: int) -> np.ndarray:
@@ -74,55 +74,86 @@ def enlarge(boxes: np.ndarray, scale: float, height: int, width: int) -> np.ndar
     return np.clip(grown, 0, np.array([width, height, width, height]))
 
 
+class Crops(Dataset):
+    """Crops of boxes, cut by worker processes.
+
+    Items: uint8 ``[N, 3, size, size]`` of image i's boxes, each enlarged ``scale`` times.
+    """
+
+    def __init__(
+        self, files: Sequence[str], boxes: Sequence[np.ndarray], *, size: int, scale: float, exif: bool
+    ) -> None:
+        self.files, self.boxes, self.size, self.scale, self.exif = files, boxes, size, scale, exif
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = read_image(self.files[index], exif=self.exif)
+        grown = enlarge(self.boxes[index], self.scale, *image.shape[-2:])
+        return torch.stack([crop_region(image, box, self.size) for box in grown])
+
+
 @torch.inference_mode()
 def name_boxes(
-    image: Tensor, boxes: np.ndarray, vit: Vit, nouns: Tensor, *, process: Process, precision: str, scale: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """(noun, cosine) of each box: the noun whose embedding is most like CLIP's global embedding of the crop.
+    found: list[dict[str, Any]], files: Sequence[str], vit: Vit, nouns: Tensor, *, dist: Dist, precision: Precision,
+    scale: float, workers: int, exif: bool,
+) -> None:  # fmt: skip
+    """Add ``nouns`` and ``cosine`` to images: for each box the noun most like CLIP's global embedding of its crop.
 
     Args:
-        image: uint8 ``[3, H, W]``; boxes: ``[N, 4]`` in its pixels; nouns: ``[M, D]`` of unit length.
+        files: path of each image; nouns: ``[M, D]`` of unit length.
         scale: the crop is the box enlarged so many times.
+        workers: processes that read images and cut crops.
     """
-    visual = vit.model.visual
-    grown = enlarge(boxes, scale, *image.shape[-2:])
-    best, cosine = [], []
-    for start in range(0, len(grown), 64):
-        crops = torch.stack([crop_region(image, box, visual.image_size) for box in grown[start : start + 64]])
-        with autocast(precision, process.device):
-            pixels = normalize(crops.to(process.device), visual.image_mean, visual.image_std)
-            features = vit.model.encode_image(pixels, normalize=True)
-        value, index = (features.float() @ nouns.T).max(dim=1)
-        best.append(index.cpu().numpy())
-        cosine.append(value.cpu().numpy())
-    return np.concatenate(best), np.concatenate(cosine)
+    visual = vit.model.visual.to(dist.device)
+    table = nouns.to(dist.device)
+    for image in found:
+        image |= {"nouns": np.zeros(0, np.int64), "cosine": np.zeros(0, np.float32)}
+    filled = [i for i, image in enumerate(found) if len(image["boxes"])]
+    dataset = Crops(
+        [files[i] for i in filled], [found[i]["boxes"] for i in filled], size=visual.image_size, scale=scale, exif=exif
+    )
+    loader = Loader(dataset, workers=workers, batch_size=None)
+    bar = tqdm(loader, desc="nouns", unit="img", disable=not dist.is_master, mininterval=1)
+    for i, crops in zip(filled, bar, strict=True):
+        best = []
+        for part in crops.split(64):
+            with precision.autocast():
+                pixels = normalize(part.to(dist.device, non_blocking=True), visual.image_mean, visual.image_std)
+                features = vit.model.encode_image(pixels, normalize=True)
+            best.append(torch.stack((features.float() @ table.T).max(dim=1), 1))
+        cosine, noun = torch.cat(best).cpu().unbind(1)
+        found[i] |= {"nouns": noun.long().numpy(), "cosine": cosine.numpy()}
 
 
-def images_with_boxes(
-    config: Config, vit: Vit, checkpoint: str, names: list[str], root: str, *, process: Process, args: Any
+def find_proposals(
+    config: FViTConfig, vit: Vit, checkpoint: str, names: list[str], root: str, *, dist: Dist, args: Any
 ) -> Iterator[dict[str, Any]]:
-    """Proposals of this process's share of the images, named where nouns are asked for."""
+    """Proposals of this process's share of the images. UserError where too many of these cannot be read."""
     with as_user_error():
         width = vit.model.visual.embed_dim
         # Proposals need no classes; a detector does.
         detector = build_detector(config, vit.model, torch.ones(2, width), free_vocabulary(["object"]).base_mask)
-    load_detector(checkpoint, detector, vit)
-    detector = detector.to(process.device).eval()
+    load_into(checkpoint, detector, config, vit)
+    detector = detector.to(dist.device).eval()
+    data = config.data
     loader = test_loader(
-        TestDataset(names, root=root, image_size=config.data.image_size),
-        batch_size=config.test.batch_size, workers=config.data.workers, rank=process.rank,
-        world_size=process.world_size, pin=process.device.type == "cuda",
+        TestDataset(names, root=root, image_size=data.image_size, resize=data.resize, exif=data.exif),
+        batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank,
+        world_size=dist.world_size, pin=dist.device.type == "cuda",
     )  # fmt: skip
-    judge = SkipJudge(str(args.images))
-    bar = tqdm(loader, desc="proposals", unit="batch", disable=not process.is_master, mininterval=1)
+    policy = SkipPolicy(f"--images {args.images}", data.max_skipped, "data.max_skipped")
+    bar = tqdm(loader, desc="proposals", unit="batch", disable=not dist.is_master, mininterval=1)
+    precision = choose_precision(config.train, dist.device, training=False)
     for found in detect(
-        detector, bar, process=process, precision=config.train.precision, forward=detector.proposals, on_skipped=judge
-    ):
+        detector, bar, device=dist.device, precision=precision, forward=detector.proposals,
+        on_skipped=count_skips(policy),
+    ):  # fmt: skip
         sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
         keep = np.flatnonzero((sides >= 1).all(1) & (found["scores"] >= args.score))[: args.most]
-        found = {**found, "boxes": found["boxes"][keep], "scores": found["scores"][keep]}
-        yield found
-    judge.check(judge.skipped, judge.seen)
+        yield {**found, "boxes": found["boxes"][keep], "scores": found["scores"][keep]}
+    policy.judge(at_end=True)
 
 
 def coco_file(found: list[dict[str, Any]], ids: list[int], names: list[str], categories: list[str]) -> dict[str, Any]:
@@ -161,16 +192,9 @@ def read_nouns(path: Path | None) -> list[str]:
     """Names, one a line; repeated ones once. UserError when there is none."""
     if path is None:
         return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--nouns {path}: cannot be read ({type(error).__name__}); give a text with one noun a line"
-        ) from None
-    nouns = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
-    if not nouns:
-        raise UserError(f"--nouns {path}: it is empty; give a text with one noun a line")
-    return nouns
+    if not path.is_file():
+        raise UserError(f"--nouns {path}: no such file; give a text with one noun a line")
+    return read_names(str(path), "--nouns", once=False)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -193,8 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.config, args.overrides)
-    process = join(args.device)
-    setup_logging(process.rank)
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
     with together():
         nouns = read_nouns(args.nouns)
         ids, names, root = list_images(args.images, args.image_root)
@@ -203,29 +227,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             judge = load_vit(replace(config, model=replace(config.model, pretrained=args.clip, cache_dir="")))
     embeddings = None
     if nouns:
-        embeddings = broadcast(
-            lambda: compute_embeddings(judge.model, judge.tokenizer, nouns, device=process.device, progress=True),
-            shape=(len(nouns), judge.model.visual.embed_dim),
-        )
-        judge.model.visual.to(process.device)
-    found = []
-    for image in images_with_boxes(config, vit, args.checkpoint, names, root, process=process, args=args):
-        if embeddings is not None:
-            pixels = read_image(resolve(root, names[image["index"]]))
-            image["nouns"], image["cosine"] = (
-                name_boxes(
-                    pixels, image["boxes"], judge, embeddings.to(process.device), process=process,
-                    precision=config.train.precision, scale=args.crop_scale,
-                )
-                if len(image["boxes"])
-                else (np.zeros(0, np.int64), np.zeros(0, np.float32))
-            )  # fmt: skip
-        found.append(image)
+        embeddings = noun_embeddings(judge.model, judge.tokenizer, nouns, device=dist.device, progress=dist.is_master)
+    found = list(find_proposals(config, vit, args.checkpoint, names, root, dist=dist, args=args))
+    if embeddings is not None:
+        files = [resolve(root, names[image["index"]]) for image in found]
+        name_boxes(
+            found, files, judge, embeddings, dist=dist, scale=args.crop_scale, workers=config.data.workers,
+            precision=choose_precision(config.train, dist.device, training=False), exif=config.data.exif,
+        )  # fmt: skip
     parts = gather_to_master(found)
     if parts is not None:
         everything = sorted((image for part in parts for image in part), key=lambda image: image["index"])
         _write(everything, ids, names, nouns, embeddings, args)
-    leave()
 
 
 def _write(
@@ -252,4 +265,4 @@ def _write(
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run_program(main, FLAGS))

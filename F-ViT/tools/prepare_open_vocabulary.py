@@ -24,11 +24,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 FVIT = Path(__file__).resolve().parents[1]
-sys.path.append(str(FVIT))
+try:
+    import open_clip  # noqa: F401
+except ImportError:  # run from a clone that is not installed
+    sys.path.insert(0, str(FVIT.parent / "src"))
 
 from ovdet.data.annotations import read_json  # noqa: E402
-from ovdet.errors import UserError, run  # noqa: E402
 from ovdet.evaluation.coco import write_json  # noqa: E402
+from training.engine.errors import UserError, run_program  # noqa: E402
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ def prepare_lvis(train: Path, out: Path | None) -> list[Path]:
 
 
 def prepare_voc(root: Path, split: str, out: Path) -> list[Path]:
-    """A VOC split as a COCO file. Boxes become 0-based; difficult objects become crowds, which evaluation ignores."""
+    """A VOC split as a COCO file. Boxes become 0-based; difficult objects are marked ``difficult``, as VOC does."""
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     if not listing.is_file():
         raise UserError(f"--root {root}: there is no {listing}; give the folder VOC2007 of the official archive")
@@ -122,7 +125,7 @@ def prepare_voc(root: Path, split: str, out: Path) -> list[Path]:
                     {
                         "id": len(annotations) + 1, "image_id": number, "bbox": [x, y, w, h], "area": w * h,
                         "category_id": names.index(item.findtext("name", "")) + 1,
-                        "iscrowd": int(item.findtext("difficult", "0")),
+                        "iscrowd": 0, "difficult": int(item.findtext("difficult", "0")),
                     }
                 )  # fmt: skip
         except (OSError, ElementTree.ParseError, ValueError) as error:
@@ -171,4 +174,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(run_program(main))
