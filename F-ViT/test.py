@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    import open_clip  # noqa: F401
+    import ovdet  # noqa: F401
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 

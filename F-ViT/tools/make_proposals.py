@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 try:
-    import open_clip  # noqa: F401
+    import ovdet  # noqa: F401
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 

@@ -25,7 +25,7 @@ from xml.etree import ElementTree
 
 FVIT = Path(__file__).resolve().parents[1]
 try:
-    import open_clip  # noqa: F401
+    import ovdet  # noqa: F401
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(FVIT.parent / "src"))
 

@@ -39,7 +39,7 @@ WRONG = [
     (lambda m: m.encode_text(torch.zeros(1, 99, dtype=torch.long)), ValueError, "99 tokens a text"),
     (lambda m: m.encode_pseudo_boxes(IMAGE, [BOX * 300]), ValueError, "run from 30 to 150: give shares 0..1"),
     (lambda m: m.encode_pseudo_boxes(IMAGE, [BOX[:, [2, 3, 0, 1]]]), ValueError, r"box 0 of image 0 is \(0.5, 0.5"),
-    (lambda m: m.encode_pseudo_boxes(IMAGE, [[[0.1, 0.1, 0.5, 0.5]]]), TypeError, "boxes of image 0 are a list of list"),
+    (lambda m: m.encode_pseudo_boxes(IMAGE, [[[0.1, 0.1, 0.5, 0.5]]]), TypeError, "image 0 are a list of list"),
     (lambda m: m.encode_pseudo_boxes(IMAGE, BOX), ValueError, r"the boxes of image 0 have shape \(4,\): give \[K, 4\]"),
     (lambda m: m.encode_pseudo_boxes(IMAGE, [BOX, BOX]), ValueError, "2 lists of boxes for 1 images"),
     (lambda m: m.encode_pseudo_boxes(IMAGE, [BOX * torch.nan]), ValueError, "not all finite"),
