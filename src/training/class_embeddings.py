@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip.prompts import class_prompts
 from open_clip.prompts import class_embeddings as compute_class_embeddings
+from open_clip.prompts import class_prompts
 from open_clip.weights import load_torch_file
 from training.engine.errors import UserError
 
