@@ -75,10 +75,19 @@ def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) 
 
 
 def config_from_dict(
-    kind: type[C], values: dict[str, dict[str, Any]], *, source: str = "config", overrides: Sequence[str] = ()
+    kind: type[C],
+    values: dict[str, dict[str, Any]],
+    *,
+    source: str = "config",
+    near: str = "",
+    overrides: Sequence[str] = (),
 ) -> C:
-    """A config from ``{section: {key: value}}``; ``source`` stands in messages. Raises as :func:`load_config`."""
-    return _finish(_fill(kind(), values, source), "", overrides, source)
+    """A config from ``{section: {key: value}}``. Raises as :func:`load_config`.
+
+    Args:
+        source: stands in messages; near: the file around which relative paths are looked for.
+    """
+    return _finish(_fill(kind(), values, source), near, overrides, source)
 
 
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:

@@ -14,9 +14,10 @@ from ovdet.fvit.detector import select_detections
 from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
 from ovdet.parts import boxes as box_ops
 from ovdet.parts.anchors import level_anchors
+from ovdet.parts.boxes import Padded
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import box_loss, classification_loss, mask_loss, objectness_loss
-from ovdet.parts.mask_head import mask_targets, paste_masks
+from ovdet.parts.masks import mask_targets, paste_masks
 
 
 def random_boxes(number: int, size: float, generator: torch.Generator) -> torch.Tensor:
@@ -65,33 +66,60 @@ def test_box_coding_is_torchvisions_and_round_trips():
     assert box_ops.encode_boxes(flat, flat, weights).isfinite().all()
 
 
-def test_matching():
+def test_matching(monkeypatch: pytest.MonkeyPatch):
     truth = torch.tensor([[0.0, 0, 10, 10], [100, 100, 110, 110]])
     boxes = torch.tensor(
         [[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 0, 10, 2], [100, 100, 110, 104], [100, 100, 110, 102], [50, 50, 60, 60]]
     )  # IoU 1, .5, .2 with the first; .4, .2 with the second; 0
-    chunked = [box_ops.match(boxes, truth, positive=0.7, negative=0.3, chunk=c).tolist() for c in (1, 64)]
-    assert chunked[0] == chunked[1] == [0, -2, -1, -2, -1, -1]
-    # The best box of the second true box is forced, as its IoU is at least 0.3.
-    assert box_ops.match(boxes, truth, positive=0.7, negative=0.3, at_least=0.3).tolist() == [0, -2, -1, 1, -1, -1]
-    assert box_ops.match(boxes, truth, positive=0.7, negative=0.3, at_least=0.5).tolist() == [0, -2, -1, -2, -1, -1]
+    generator = torch.Generator().manual_seed(1)
+    many, crowd = random_boxes(200, 100, generator), random_boxes(90, 100, generator)
+    best, index = box_iou(many, crowd).max(1)
+    expected = torch.where(best >= 0.5, index, box_ops.BACKGROUND)
+    for table in (2**25, 1):  # all true boxes at once, and one after another
+        monkeypatch.setattr(box_ops, "_TABLE", table)
+        assert box_ops.match(boxes, truth, positive=0.7, negative=0.3).tolist() == [0, -2, -1, -2, -1, -1]
+        # The best box of the second true box is forced, as its IoU is at least 0.3.
+        assert box_ops.match(boxes, truth, positive=0.7, negative=0.3, at_least=0.3).tolist() == [0, -2, -1, 1, -1, -1]
+        assert box_ops.match(boxes, truth, positive=0.7, negative=0.3, at_least=0.5).tolist() == [0, -2, -1, -2, -1, -1]
+        assert torch.equal(box_ops.match(many, crowd, positive=0.5, negative=0.5), expected)
     assert box_ops.match(boxes, truth[:0], positive=0.7, negative=0.3, at_least=0.3).tolist() == [-1] * 6
     assert box_ops.match(boxes[:0], truth, positive=0.5, negative=0.5, at_least=0.3).shape == (0,)
-    generator = torch.Generator().manual_seed(1)
-    boxes, truth = random_boxes(200, 100, generator), random_boxes(90, 100, generator)
-    best, index = box_iou(boxes, truth).max(1)
-    expected = torch.where(best >= 0.5, index, box_ops.BACKGROUND)
-    assert torch.equal(box_ops.match(boxes, truth, positive=0.5, negative=0.5, chunk=7), expected)
+    # A batch is each image for itself, whatever it is filled up with.
+    parts = [crowd[:5], crowd[5:90], crowd[:0]]
+    together = box_ops.match_batch(many[None], Padded.of(parts), positive=0.5, negative=0.4, at_least=0.3)
+    for row, part in zip(together, parts, strict=True):
+        assert torch.equal(row, box_ops.match(many, part, positive=0.5, negative=0.4, at_least=0.3))
 
 
-def test_sampling_numbers():
-    matches = torch.tensor([-1] * 50 + [3] * 30 + [-2] * 20)
-    positive, background = box_ops.sample(matches, 40, 0.25)
-    assert len(positive) == 10 and len(background) == 30
-    assert (matches[positive] >= 0).all() and (matches[background] == -1).all()
-    assert len(set(positive.tolist())) == 10 and len(set(background.tolist())) == 30
-    positive, background = box_ops.sample(torch.tensor([-1, 0, -2]), 256, 0.5)
-    assert positive.tolist() == [1] and background.tolist() == [0]
+def test_drawing_numbers():
+    rows = torch.tensor([[-1] * 50 + [3] * 30 + [-2] * 20, [-1] * 98 + [0, -2], [-2] * 100, [5] * 100])
+    draw = box_ops.draw(rows, 40, 0.25)
+    positive, background = draw.valid[:, : draw.positives].sum(1), draw.valid[:, draw.positives :].sum(1)
+    assert positive.tolist() == [10, 1, 0, 10] and background.tolist() == [30, 39, 0, 0]
+    for row, index, valid in zip(rows, draw.index, draw.valid, strict=True):
+        first, rest = index[: draw.positives][valid[: draw.positives]], index[draw.positives :][valid[draw.positives :]]
+        assert (row[first] >= 0).all() and (row[rest] == -1).all()
+        assert len(set(first.tolist())) == len(first) and len(set(rest.tolist())) == len(rest)
+    # Valid ones come first; everything is drawn equally often.
+    assert (draw.valid[:, 1 : draw.positives] <= draw.valid[:, : draw.positives - 1]).all()
+    counts = torch.zeros(50)
+    for seed in range(400):
+        torch.manual_seed(seed)
+        counts[box_ops.draw(rows[:1, :50], 10, 0.0).index[0]] += 1
+    assert counts.min() > 45 and counts.max() < 120  # 80 on average, standard deviation 8
+
+
+@pytest.mark.parametrize("iou", [0.1, 0.3, 0.45])
+def test_suppression_at_once_is_the_greedy_one(iou: float):
+    """What a GPU computes by repetition is what torchvision's loop gives, chains of overlaps included."""
+    generator = torch.Generator().manual_seed(2)
+    boxes = torch.stack([random_boxes(150, 60, generator) for _ in range(3)])
+    chain = torch.arange(150.0)[:, None] * 2 + torch.tensor([0.0, 0, 10, 10])  # each overlaps the next few
+    boxes = torch.cat([boxes, chain[None]])
+    valid = torch.rand(4, 150, generator=generator) > 0.2
+    one, other = box_ops._suppress_by_row(boxes, valid, iou), box_ops._suppress_at_once(boxes, valid, iou, rounds=3)
+    assert torch.equal(one, other) and not (one & ~valid).any()
+    assert 0 < one.sum() < valid.sum()
 
 
 def test_pooling_is_torchvisions_for_whole_strides():

@@ -14,10 +14,11 @@ from torch import Tensor
 import open_clip
 from ovdet import files as checkpoint
 from ovdet.config import config_from_dict, load_config
-from ovdet.errors import as_user_error
 from ovdet.fvit.config import UNVERSIONED, FViTConfig
 from ovdet.fvit.detector import Detector, build_detector
-from ovdet.vocabulary import Vocabulary, vocabulary_embeddings, weights_hash
+from ovdet.library import LoadedDetector
+from ovdet.vocabulary import Vocabulary, vocabulary_embeddings
+from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def load_vit(config: FViTConfig) -> Vit:
         clip = open_clip.create_model(name, pretrained=pretrained or None, cache_dir=folder).eval()
         tokenizer = open_clip.get_tokenizer(name)
     weights = str(folder) if pretrained == "eva" else str(pretrained) or f"random, seed {config.train.seed}"
-    return Vit(clip, tokenizer, {"name": name, "weights": weights, "hash": weights_hash(clip.visual)})
+    return Vit(clip, tokenizer, {"name": name, "weights": weights, "hash": checkpoint.vit_hash(clip)})
 
 
 def make_detector(
@@ -84,20 +85,62 @@ def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence
     if checkpoint.version_of(content) == 0:
         values = {name: {**UNVERSIONED.get(name, {}), **section} for name, section in values.items()}
     with as_user_error():
-        return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", overrides=overrides)
+        return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", near=path, overrides=overrides)
 
 
-def load_detector(path: str, detector: Detector, vit: Vit) -> dict[str, Any]:
-    """Load a detector file into a detector; returns the file's content.
+def load_into(path: str, detector: Detector, config: FViTConfig, vit: Vit) -> dict[str, Any]:
+    """Load a detector file into a detector that a config describes; returns the file's content.
 
     Raises:
         UserError: missing, damaged, of another architecture, or trained on another ViT.
     """
     content = checkpoint.load(path)
-    checkpoint.check_vit(content, vit.identity, path)
-    with as_user_error():
+    checkpoint.check_vit(content, vit.identity, vit.model, path)
+    trained = config_of_checkpoint(content, path)
+    differing = [
+        f"{section}.{key}={value!r}".replace("True", "true").replace("False", "false")
+        for section, keys in UNVERSIONED.items()
+        for key in keys
+        if section != "train" and (value := getattr(getattr(trained, section), key)) != getattr(
+            getattr(config, section), key)
+    ]  # fmt: skip
+    try:
         detector.load_trainable_state_dict(checkpoint.detector_state(content))
+    except ValueError as error:
+        settings = f", that is with {' '.join(differing)}" if differing else ""
+        raise UserError(f"checkpoint {path}: {error}{settings}") from error
+    if differing:
+        log.warning("%s was trained with %s; the config at hand differs there", path, " ".join(differing))
     return content
+
+
+def open_detector(
+    content: dict[str, Any], path: str, device: torch.device, config_file: str | None, overrides: Sequence[str] = ()
+) -> LoadedDetector:
+    """A detector file's content as :func:`ovdet.load_detector` gives it.
+
+    Raises:
+        UserError: a faulty config, or a ViT whose weights are missing or others.
+    """
+    overrides = [*overrides, 'data.embeddings=""']
+    config = read_config(config_file, overrides) if config_file else config_of_checkpoint(content, path, overrides)
+    vit = load_vit(config)
+    checkpoint.check_vit(content, vit.identity, vit.model, path)
+    with as_user_error():
+        # Until classes are chosen there are none.
+        nothing = torch.ones(2, vit.model.visual.embed_dim)
+        detector = build_detector(config, vit.model, nothing, torch.ones(1, dtype=torch.bool))
+        detector.load_trainable_state_dict(checkpoint.detector_state(content))
+    detector = detector.to(device).eval()
+
+    def set_classes(names: Sequence[str]) -> None:
+        vocabulary = free_vocabulary(names, content["base"])
+        embeddings = vocabulary_embeddings(config, vit.model, vit.tokenizer, names, device=device, progress=True)
+        detector.set_vocabulary(embeddings, vocabulary.base_mask)
+
+    return LoadedDetector(
+        detector, config, set_classes, device=device, base=content["base"], novel=content["novel"]
+    )  # fmt: skip
 
 
 def free_vocabulary(names: Sequence[str], base: Sequence[str] = ()) -> Vocabulary:

@@ -98,14 +98,19 @@ class TestConfig:
     vlm_boxes: str = "proposals"  # (*) what the VLM judges: "proposals", or the "refined" boxes
     temperature: float = 0.0  # of the detector's classifier; 0 = the learned one
     mask_threshold: float = 0.5
+    mask_edges: str = "zero"  # (*) beyond its outer cells' centres a mask falls to 0; "repeated": it goes on
 
     def rules(self) -> Iterator[Rule]:
         """What the types do not say."""
         good = self.vlm_boxes in ("proposals", "refined")
         yield "test.vlm_boxes", self.vlm_boxes, good, '"proposals" or "refined"'
         yield from positive("test", self, ("batch_size", "per_image", "vlm_temperature"))
+        good = self.mask_edges in ("zero", "repeated")
+        yield "test.mask_edges", self.mask_edges, good, '"zero" or "repeated"'
+        good = 0 < self.mask_threshold <= 1
+        yield "test.mask_threshold", self.mask_threshold, good, "above 0 and at most 1"
         yield from not_negative("test", self, ("temperature",))
-        yield from shares("test", self, ("score", "nms", "vlm_weight_base", "vlm_weight_novel", "mask_threshold"))
+        yield from shares("test", self, ("score", "nms", "vlm_weight_base", "vlm_weight_novel"))
 
 
 @dataclass
@@ -138,5 +143,18 @@ UNVERSIONED: dict[str, dict[str, Any]] = {
         "roi_finest": 0.0,
         "temperature_kind": "log",
     },
-    "test": {"vlm_boxes": "refined"},
+    "data": {
+        "resize": "bicubic",
+        "pixels": "model",
+        "padding": "black",
+        "exif": False,
+        "whole_target": False,
+        "mask_centres": True,
+        "by_orientation": False,
+        "min_image_side": 0,
+        "min_object_side": 0.0,
+        "replace_thin": False,
+    },
+    "train": {"decay_all": False},
+    "test": {"vlm_boxes": "refined", "mask_edges": "repeated"},
 }

@@ -13,6 +13,7 @@ from open_clip import CLIP, ImageTower
 from ovdet.fvit.backbone import FrozenViT
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.fvit.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
 from ovdet.parts.box_head import BoxHead
 from ovdet.parts.classifier import CosineClassifier
 from ovdet.parts.fpn import Neck, level_strides
@@ -67,6 +68,9 @@ class Detector(nn.Module):
             self.mask_head = MaskHead(
                 model.channels, self.strides[:4], size=model.mask_size, convs=model.mask_convs, **pooling
             )
+        imagenet, zero = config.data.pixels == "imagenet", config.data.padding == "zero"
+        self.pixels = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (visual.image_mean, visual.image_std)
+        self.zero_padding = zero
         # Not part of any state: the vocabulary is the user's.
         self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
         self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)
@@ -131,6 +135,11 @@ class Detector(nn.Module):
 
     # -- running ----------------------------------------------------------------------------------------------------
 
+    def prepare(self, images: Tensor, image_sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
+        """Input of :meth:`forward` from uint8 images ``[B, 3, S, S]``, padded right and bottom with black."""
+        mean, std = self.pixels
+        return normalize_padded(images, image_sizes, mean, std, zero=self.zero_padding)
+
     def forward(
         self,
         images: Tensor,
@@ -150,7 +159,7 @@ class Detector(nn.Module):
             ``loss_mask``; their sum is the objective. What is sampled comes from torch's default generator. In eval
             mode, per image and by falling score, ``boxes``, ``scores`` ``[N]``, ``labels`` ``[N]`` and, with masks,
             ``masks``: probabilities ``[N, m, m]`` in the frame of the box, which
-            :func:`ovdet.parts.mask_head.paste_masks` puts into an image of any size.
+            :func:`ovdet.parts.masks.paste_masks` puts into an image of any size.
 
         Raises:
             ValueError: training without targets, with labels of novel classes, or without the masks that are needed.
@@ -165,17 +174,12 @@ class Detector(nn.Module):
         self, images: Tensor, image_sizes: Sequence[tuple[int, int]], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         classes = len(self.base_mask)
-        labels = torch.cat([target["labels"] for target in targets])
-        if not ((labels >= 0) & (labels < classes)).all() or not self.base_mask[labels].all():
-            raise ValueError("targets hold labels that are not base classes: train on base-class annotations only")
-        if self.mask_head is not None and any("masks" not in target for target in targets):
-            raise ValueError("targets hold no masks: give them, or set model.masks=false")
-
+        self.check_targets(targets)
         maps = self.neck(self.backbone(images, dense=False).levels)
         out = self.rpn(maps)
-        rpn_class, rpn_box = self.rpn.losses(out, image_sizes, [target["boxes"] for target in targets])
-        proposals = [p["boxes"] for p in self.rpn.proposals(out, image_sizes)]
         model, truth = self.config, [target["boxes"] for target in targets]
+        rpn_class, rpn_box = self.rpn.losses(out, image_sizes, truth)
+        proposals, _ = self.rpn.propose(out, image_sizes)
         samples = sample_rois(
             proposals, image_sizes, truth, [target["labels"] for target in targets], classes,
             number=model.roi_samples, positive_share=model.roi_positive_share, iou=model.roi_iou,
@@ -198,6 +202,22 @@ class Detector(nn.Module):
                 fallback=samples.boxes[0][0],
             )
         return losses
+
+    def check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
+        """See that targets can be trained on.
+
+        Labels are looked at where they are on the host; those on a GPU would make it wait in every step.
+
+        Raises:
+            ValueError: labels of novel classes, or no masks where they are needed.
+        """
+        on_host = [target["labels"] for target in targets if target["labels"].device.type == "cpu"]
+        if on_host:
+            labels, base = torch.cat(on_host), self.base_mask.cpu()
+            if not ((labels >= 0) & (labels < len(base))).all() or not base[labels].all():
+                raise ValueError("targets hold labels that are not base classes: train on base-class annotations only")
+        if self.mask_head is not None and any("masks" not in target for target in targets):
+            raise ValueError("targets hold no masks: give them, or set model.masks=false")
 
     @torch.no_grad()
     def _detect(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:

@@ -14,7 +14,6 @@ from ovdet.glip.build import build_glip, load_clip, load_start_weights, make_tok
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.model import GLIP
 from training.engine.errors import UserError, as_user_error
-from training.engine.precision import Precision, make_precision
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +39,6 @@ def config_of_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Gli
         config = config_from_dict(GlipConfig, content["config"], source=str(path), overrides=overrides)
     config.path = str(path)
     return config
-
-
-def precision_of(config: GlipConfig, device: torch.device, *, training: bool) -> Precision:
-    """``train.precision`` on a device; testing needs no scaled gradients, so float16 becomes bfloat16.
-
-    Raises:
-        UserError: training in float16 on a CPU.
-    """
-    name = config.train.precision
-    return make_precision({"amp_fp16": "amp" if training else "amp_bf16"}.get(name, name), device)
 
 
 def start_model(config: GlipConfig) -> GLIP:

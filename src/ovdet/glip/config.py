@@ -145,6 +145,8 @@ class DataConfig:
     longest: int = 1333
     test_size: int = 800
     flip: float = 0.5
+    exif: bool = False  # turn images as their EXIF orientation says; annotations mostly mean them as they are stored
+    max_skipped: float = 0.1  # share of unusable images that ends a run
     shuffle: bool = False  # the order of class names in a training prompt
     negatives: int = 0  # class names in a training prompt besides those present; 0: all classes, always
     workers: int = 4  # per process
@@ -158,7 +160,7 @@ class DataConfig:
         yield "data.shuffle", self.shuffle, clash, "false together with data.prompts, whose order is fixed"
         yield from positive("data", self, ("longest", "test_size", "copies"))
         yield from not_negative("data", self, ("shots", "shot_seed", "negatives", "workers"))
-        yield from shares("data", self, ("flip",))
+        yield from shares("data", self, ("flip", "max_skipped"))
 
 
 @dataclass
@@ -184,6 +186,7 @@ class TrainConfig:
     ema: float = 0.0  # decay of the averaged weights; 0: none
     batch_size: int = 2  # images per process
     precision: str = "amp_bf16"  # "fp32", "amp_bf16" or "amp_fp16"
+    loss_scale: float = 0.0  # of amp_fp16, fixed; 0: found and adapted
     seed: int = 0
     log_every: int = 20
     save_every: int = 1  # epochs
@@ -209,7 +212,7 @@ class TrainConfig:
         yield from positive("train", self, ("epochs", "batch_size", "lr", "log_every", "save_every"))
         yield from not_negative(
             "train", self, ("text_lr", "weight_decay", "clip", "decay_factor", "warmup_steps", "warmup_factor",
-                            "patience", "stop_patience", "seed", "eval_every")
+                            "patience", "stop_patience", "loss_scale", "seed", "eval_every")
         )  # fmt: skip
 
 

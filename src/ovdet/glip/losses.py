@@ -85,10 +85,15 @@ def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     """
     high = torch.maximum(predicted[:, :2], predicted[:, 2:])
     low = predicted[:, :2]
-    shared = (torch.minimum(high, target[:, 2:]) - torch.maximum(low, target[:, :2])).clamp(min=0).prod(-1)
-    union = (high - low).prod(-1) + (target[:, 2:] - target[:, :2]).prod(-1) - shared + _EPS
-    hull = (torch.maximum(high, target[:, 2:]) - torch.minimum(low, target[:, :2])).prod(-1) + _EPS
+    shared = _area((torch.minimum(high, target[:, 2:]) - torch.maximum(low, target[:, :2])).clamp(min=0))
+    union = _area(high - low) + _area(target[:, 2:] - target[:, :2]) - shared + _EPS
+    hull = _area(torch.maximum(high, target[:, 2:]) - torch.minimum(low, target[:, :2])) + _EPS
     return 1 - (shared / union - (hull - union) / hull)
+
+
+def _area(sides: Tensor) -> Tensor:
+    # Not prod: its backward pass takes another way, of other rounding, where operations are counted.
+    return sides[:, 0] * sides[:, 1]
 
 
 def glip_losses(

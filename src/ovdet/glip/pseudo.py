@@ -18,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ovdet.data.annotations import image_file_name, is_id
 from ovdet.evaluation.coco import write_json
 from ovdet.glip.data.dataset import pad_images
+from ovdet.glip.data.records import is_id
 from ovdet.glip.data.transforms import resized_view, target_size
 from ovdet.glip.decode import Selection
 from ovdet.glip.inference import find_own
 from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.phrases import Phrase, caption_prompt, noun_phrases
-from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, read_image, resolve
+from training.engine.data.parsing import image_file_name, read_json
 from training.engine.errors import UserError
 from training.engine.journal import write_atomically
 from training.engine.precision import Precision

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from ovdet.config import config_to_dict
 from ovdet.evaluation.coco import write_json
@@ -22,6 +21,7 @@ from ovdet.glip.model import GLIP
 from ovdet.glip.testing import Test, format_metrics
 from training.engine.checkpoint import save_atomically
 from training.engine.data.sampler import EpochBatchSampler
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist
 from training.engine.errors import Flags, UserError
 from training.engine.journal import Journal
@@ -34,9 +34,17 @@ log = logging.getLogger(__name__)
 
 LAST, BEST = "model_last.pt", "model_best.pt"
 FLAGS = Flags(
-    resume="--resume", folder="--work-dir", batch_size="train.batch_size", accum_freq="train.batch_size",
-    workers="data.workers", checkpointing="model.checkpoint=true", lr="train.lr", precision="train.precision",
-)  # fmt: skip
+    resume="--resume",
+    name="--work-dir",
+    folder="--work-dir",
+    batch_size="train.batch_size",
+    accum_freq="train.batch_size",
+    workers="data.workers",
+    checkpointing="model.checkpoint=true",
+    lr="train.lr",
+    max_skipped="data.max_skipped",
+    precision="train.precision",
+)
 
 
 class Trainee(nn.Module):
@@ -91,15 +99,15 @@ class Grounding(Task):
         self.source = ", ".join(s.set.annotations for s in sets)
         self.dataset = TrainDataset(
             [open_set(s, model.tokenizer) for s in sets], [s.set.copies for s in sets], model.tokenizer,
-            sizes=data.sizes, longest=data.longest, flip=data.flip, seed=train.seed,
+            sizes=data.sizes, longest=data.longest, flip=data.flip, seed=train.seed, exif=data.exif,
         )  # fmt: skip
         self.sampler = EpochBatchSampler(
             size=len(self.dataset), batch_size=train.batch_size, rank=dist.rank, world_size=dist.world_size,
             seed=train.seed,
         )  # fmt: skip
-        self.loader = DataLoader(
-            self.dataset, batch_sampler=self.sampler, num_workers=data.workers, collate_fn=Collate(model.image.divisor),
-            pin_memory=dist.device.type == "cuda", persistent_workers=data.workers > 0,
+        self.loader = Loader(
+            self.dataset, workers=data.workers, seed=train.seed + dist.rank, batch_sampler=self.sampler,
+            collate_fn=Collate(model.image.divisor), pin_memory=dist.device.type == "cuda",
         )  # fmt: skip
         self.trained = [name for name, p in model.named_parameters() if p.requires_grad]
         self.base = files.rest_hash(model, self.trained)
@@ -254,7 +262,9 @@ def loop_options(config: GlipConfig, *, max_steps: int = 0, save_every_steps: in
     """What a config says to the loop."""
     train = config.train
     return LoopOptions(
-        epochs=train.epochs, batch_size=train.batch_size, max_steps=max_steps, clip_norm=train.clip or None,
+        epochs=train.epochs, batch_size=train.batch_size, max_steps=max_steps,
+        clip_norm=train.clip or None, max_skipped=config.data.max_skipped,
         log_every=train.log_every, save_every_steps=save_every_steps, save_every_epochs=train.save_every, keep=2,
-        evaluate_first=False, evaluate_every=train.eval_every, flags=FLAGS,
+        evaluate_first=False, evaluate_every=train.eval_every,
+        evaluate_last=train.eval_every > 0, flags=FLAGS,
     )  # fmt: skip

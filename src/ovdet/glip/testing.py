@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from ovdet.data.annotations import check_image_root, parse
+from ovdet.data.annotations import check_image_root
 from ovdet.data.loader import TestSampler
-from ovdet.evaluation.coco import evaluate_detections, read_truth, write_json
+from ovdet.evaluation.arrays import Detections
+from ovdet.evaluation.coco import evaluate, write_json, write_results
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.classes import is_background
 from ovdet.glip.data.dataset import Collate, TestDataset
@@ -29,6 +29,9 @@ from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.phrases import Phrase, caption_prompt
 from ovdet.glip.prompts import ClassPrompt, clean_name, make_prompts
 from ovdet.glip.tokens import Tokenizer
+from ovdet.testing import read_truth
+from training.engine.data.annotations import load_annotations
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, on_master
 from training.engine.errors import UserError
 from training.engine.precision import Precision
@@ -36,7 +39,6 @@ from training.engine.skips import SkipPolicy
 
 log = logging.getLogger(__name__)
 
-MAX_SKIPPED = 0.1  # share of unusable images that ends a test
 LVIS_PER_IMAGE = 300  # detections of a prompt, where the number per class is what counts
 
 
@@ -52,16 +54,16 @@ class _Set:
 
     def __init__(self, names: Sequence[str], root: str, config: GlipConfig, divisor: int, dist: Dist) -> None:
         data = config.data
-        dataset = TestDataset(names, root=root, shorter=data.test_size, longest=data.longest)
+        dataset = TestDataset(names, root=root, shorter=data.test_size, longest=data.longest, exif=data.exif)
         sampler = TestSampler(
             size=len(dataset), batch_size=config.test.batch_size, rank=dist.rank, world_size=dist.world_size
         )
-        self.loader = DataLoader(
-            dataset, batch_sampler=sampler, num_workers=data.workers, collate_fn=Collate(divisor),
-            pin_memory=dist.device.type == "cuda",
+        self.loader = Loader(
+            dataset, workers=data.workers, batch_sampler=sampler, collate_fn=Collate(divisor),
+            pin_memory=dist.device.type == "cuda", **({"persistent_workers": False} if data.workers else {}),
         )  # fmt: skip
         self.size, self.dist = len(dataset), dist
-        self.skips = SkipPolicy(data.val_annotations, MAX_SKIPPED, "a share of")
+        self.skips = SkipPolicy(data.val_annotations, data.max_skipped, "data.max_skipped")
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Batches with something in them, on the device."""
@@ -97,18 +99,16 @@ class ClassTest:
     def __init__(self, config: GlipConfig, tokenizer: Tokenizer, divisor: int, dist: Dist) -> None:
         data = config.data
         self.config, self.dist, self.path = config, dist, config.locate(data.val_annotations)
-        self.truth = read_truth(self.path)
-        annotations = parse(self.truth, self.path, key="data.val_annotations")
+        annotations = load_annotations(self.path, flag="data.val_annotations", labelled=True)
         root = config.locate(data.val_images)
         check_image_root(annotations, root, key="data.val_images")
-        self.image_ids = annotations.image_ids
-        self.category_ids, self.names = annotations.category_ids, annotations.names
+        self.truth, self.names = read_truth(self.path, data.protocol, annotations), annotations.names
         unknown = sorted(set(data.novel) - set(self.names))
         if unknown:
             raise UserError(f'data.novel: "{unknown[0]}" is no class of {self.path}: write the names as it does')
         written = written_classes(data.names, config.locate(data.prompts), self.names, "data.names")
         entries = written or [ClassPrompt(clean_name(name)) for name in self.names]
-        labels = [i for i, name in enumerate(self.names) if not is_background(int(self.category_ids[i]), name)]
+        labels = [i for i, name in enumerate(self.names) if not is_background(int(annotations.category_ids[i]), name)]
         self.prompts = make_prompts(
             [entries[i] for i in labels], tokenizer, chunk=config.test.chunk, separator=config.test.separator,
             labels=labels,
@@ -116,29 +116,16 @@ class ClassTest:
         self.images = _Set(annotations.file_names, root, config, divisor, dist)
 
     @torch.no_grad()
-    def detect(self, model: GLIP, precision: Precision) -> list[dict[str, Any]] | None:
-        """COCO results of all processes on process 0, None on the others; the model is in eval mode."""
+    def detect(self, model: GLIP, precision: Precision) -> Detections | None:
+        """Detections of all processes on process 0, None on the others; the model is in eval mode."""
         options, mine = selection(self.config), []
         with precision.autocast():
             query = encode_prompts(model, self.prompts)
             for batch in self.images:
                 found = find(model, batch["images"], batch["sizes"], batch["original"], query, options)
-                mine += [(i, _on_cpu(result)) for i, result in zip(batch["index"], found, strict=True)]
-        parts = gather_to_master(mine)
-        if parts is None:
-            return None
-        return [
-            result
-            for index, found in sorted((pair for part in parts for pair in part), key=lambda pair: pair[0])
-            for result in self._coco(int(self.image_ids[index]), found)
-        ]
-
-    def _coco(self, image: int, found: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
-        for (x1, y1, x2, y2), score, label in zip(
-            found["boxes"].tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True
-        ):
-            box = [round(v, 3) for v in (x1, y1, x2 - x1, y2 - y1)]
-            yield {"image_id": image, "category_id": int(self.category_ids[label]), "bbox": box, "score": score}
+                mine += [{"index": i, **_on_cpu(one)} for i, one in zip(batch["index"], found, strict=True)]
+        parts = gather_to_master(Detections.gather(mine))
+        return None if parts is None else Detections.merge(parts)
 
     def __call__(self, model: GLIP, precision: Precision, folder: Path | None = None) -> dict[str, float]:
         """Metrics, on every process; with a folder process 0 writes ``results.bbox.json`` and ``metrics.json``.
@@ -146,15 +133,15 @@ class ClassTest:
         Raises:
             UserError: too many images could not be read, or nothing can be written.
         """
-        results = self.detect(model, precision)
+        found = self.detect(model, precision)
 
         def judge() -> dict[str, float]:
             if self.config.data.protocol == "lvis":
-                metrics = fixed_ap(self.truth, results, file=self.path)
+                metrics = fixed_ap(self.truth, found)
             else:
-                metrics = evaluate_detections(self.truth, results, file=self.path, novel=self.config.data.novel)
+                metrics = evaluate(self.truth, found, novel=self.config.data.novel)
             if folder is not None:
-                write_json(folder / "results.bbox.json", results)
+                write_results(folder / "results.bbox.json", self.truth, found, kind="bbox")
                 write_json(folder / "metrics.json", metrics)
             return metrics
 

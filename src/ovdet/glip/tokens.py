@@ -110,7 +110,7 @@ class ClipPairs:
     """
 
     def __init__(self, limit: int = 77) -> None:
-        self._engine = SimpleTokenizer(limit)
+        self._engine = SimpleTokenizer(context_length=limit)
         self.limit, self.size, self.padding = limit, self._engine.vocab_size, 0
 
     def encode(self, text: str) -> Encoded:

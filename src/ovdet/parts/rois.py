@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ovdet.parts import boxes as box_ops
+from ovdet.parts.boxes import Padded
 
 
 class Samples(NamedTuple):
@@ -21,8 +22,8 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def sample_rois(
-    proposals: Sequence[Tensor],
-    image_sizes: Sequence[tuple[int, int]],
+    proposals: Padded | Sequence[Tensor],
+    image_sizes: Sequence[tuple[int, int]] | Tensor,
     truth: Sequence[Tensor],
     labels: Sequence[Tensor],
     background: int,
@@ -33,7 +34,7 @@ def sample_rois(
     low_quality: bool = False,
     truth_keeps_label: bool = True,
 ) -> Samples:
-    """RoIs for the loss from proposals and the true boxes themselves.
+    """RoIs for the loss from proposals and the true boxes themselves. One host synchronisation, for their numbers.
 
     An image without any gets its whole valid area, as background: every image (and so every process) always
     contributes a RoI, whose label is right because there is no true box.
@@ -50,20 +51,37 @@ def sample_rois(
         truth_keeps_label: whether a true box stands for itself; otherwise it is assigned like a proposal, and a copy
             of another one takes that one's label.
     """
-    boxes, chosen_labels, positives = [], [], []
-    for proposed, (height, width), own, own_labels in zip(proposals, image_sizes, truth, labels, strict=True):
-        own = own.float()
-        candidates = torch.cat([own, proposed])
-        if not len(candidates):
-            candidates = own.new_tensor([[0, 0, width, height]])
-        at_least = iou if low_quality else None
-        if truth_keeps_label and len(own):
-            matches = box_ops.match(candidates[len(own) :], own, positive=iou, negative=iou, at_least=at_least)
-            matches = torch.cat([torch.arange(len(own), device=own.device), matches])
-        else:
-            matches = box_ops.match(candidates, own, positive=iou, negative=iou, at_least=at_least)
-        positive, negative = box_ops.sample(matches, number, positive_share)
-        positives.append(matches[positive])
-        boxes.append(candidates[torch.cat([positive, negative])])
-        chosen_labels += [own_labels[matches[positive]], torch.full_like(negative, background)]
-    return Samples(boxes, torch.cat(chosen_labels), positives)
+    proposals = proposals if isinstance(proposals, Padded) else Padded.of(proposals)
+    own, device = Padded.of(truth), proposals.boxes.device
+    sizes = box_ops.sizes_tensor(image_sizes, device)
+    whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)[:, None]
+    nothing = ~(own.valid.any(1) | proposals.valid.any(1))[:, None]
+    boxes = torch.cat([own.boxes, proposals.boxes, whole], dim=1)
+    valid = torch.cat([own.valid, proposals.valid, nothing], dim=1)
+    first = own.boxes.shape[1] if truth_keeps_label else 0
+    matches = box_ops.match_batch(
+        boxes[:, first:], own, positive=iou, negative=iou, at_least=iou if low_quality else None
+    )
+    rank = torch.arange(first, device=device).expand(len(boxes), -1)
+    matches = torch.cat([rank, matches], dim=1).masked_fill(~valid, box_ops.IGNORED)
+    return collect(boxes, matches, box_ops.draw(matches, number, positive_share), labels, background)
+
+
+def collect(
+    boxes: Tensor, matches: Tensor, draw: box_ops.Draw, labels: Sequence[Tensor], background: int
+) -> Samples:
+    """The drawn RoIs as :class:`Samples`.
+
+    Args:
+        boxes: candidates ``[B, N, 4]``; matches: the true box of each, int64 ``[B, N]``.
+        labels: of the true boxes, int64 ``[M_i]`` per image.
+    """
+    positive = draw.valid[:, : draw.positives].sum(1)
+    counts = torch.stack([positive, draw.valid[:, draw.positives :].sum(1)], 1).tolist()
+    chosen, chosen_labels, positives = [], [], []
+    for i, (hits, rest) in enumerate(counts):
+        index = torch.cat([draw.index[i, :hits], draw.index[i, draw.positives : draw.positives + rest]])
+        chosen.append(boxes[i, index])
+        positives.append(matches[i, draw.index[i, :hits]])
+        chosen_labels += [labels[i][positives[-1]], index.new_full((rest,), background)]
+    return Samples(chosen, torch.cat(chosen_labels), positives)

@@ -182,7 +182,7 @@ def test_phrases_are_trained_and_tested(clip_file: Path, study_data: ModuleType,
     train.epochs, train.batch_size, train.warmup_steps, train.metric = 2, 2, 1, "R@1"
     (tmp_path / "config.toml").write_text(format_config(config))
     arguments = [str(tmp_path / "config.toml"), "--work-dir", str(tmp_path / "run"), "--device", "cpu"]
-    assert train_command.main(arguments) == 0
+    assert train_command.run(arguments) == 0
     (last,) = json.loads((tmp_path / "run" / "results.json").read_text())[-1:]
     assert {"R@1", "R@1 seen", "R@10 unseen", "upper bound unknown"} <= last.keys()
     content = torch.load(tmp_path / "run" / "model_last.pt", weights_only=True)

@@ -41,7 +41,7 @@ def photo(tmp_path: Path) -> Path:
 
 def run(checkpoint: Path, photo: Path, out: Path, *more: str) -> int:
     arguments = [str(photo), "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"]
-    return ground.main([*arguments, *more])
+    return ground.run([*arguments, *more])
 
 
 def test_grounding_draws_and_lists(checkpoint: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -100,10 +100,10 @@ def test_images_that_cannot_be_read(checkpoint: Path, photo: Path, tmp_path: Pat
     Image.open(photo).save(tmp_path / "other" / "a.png")
     arguments = ["--checkpoint", str(checkpoint), "--classes", "dog", "--out", str(tmp_path / "out"), "--device", "cpu"]
     images = [str(photo), str(tmp_path / "other" / "a.png"), "absent.png"]
-    assert ground.main([*images, *arguments]) == 0
+    assert ground.run([*images, *arguments]) == 0
     assert "skipped absent.png: no such file" in capsys.readouterr().out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "a_2.png", "results.json"}
-    assert ground.main(["absent.png", *arguments]) == 2
+    assert ground.run(["absent.png", *arguments]) == 2
 
 
 def test_pictures_show_boxes_and_phrases_in_colour():
@@ -138,7 +138,7 @@ def test_labels_come_in_shards_that_go_on(checkpoint: Path, captions: Path, phot
 
     def run(*more: str) -> int:
         arguments = [str(captions), "--images", str(photo.parent), "--checkpoint", str(checkpoint), "--out", str(out)]
-        return label.main([*arguments, "--device", "cpu", "--shard", "2", "--batch-size", "2", *more])
+        return label.run([*arguments, "--device", "cpu", "--shard", "2", "--batch-size", "2", *more])
 
     assert run("--score", "0.02") == 0
     shards = sorted(out.glob("shard_*.jsonl"))
@@ -169,11 +169,11 @@ def test_labels_that_cannot_be(
 ):
     common = ["--images", str(photo.parent), "--checkpoint", str(checkpoint), "--device", "cpu"]
     out = ["--out", str(tmp_path / "pseudo")]
-    assert label.main([str(captions), *common, *out, "--limit", "2", "--seed", "1"]) == 0
+    assert label.run([str(captions), *common, *out, "--limit", "2", "--seed", "1"]) == 0
 
     def refused(message: str, *arguments: str) -> None:
         capsys.readouterr()
-        assert label.main(list(arguments)) == 2
+        assert label.run(list(arguments)) == 2
         assert message in capsys.readouterr().err
 
     refused("was made with seed 1, now it is 2", str(captions), *common, *out, "--limit", "2", "--seed", "2")
@@ -215,13 +215,13 @@ def test_many_data_sets_are_tested_and_tuned(
     out = tmp_path / "out"
     common = [str(wild), "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"]
     fast = ["data.workers=0", "data.sizes=[64]", "train.warmup_steps=1"]
-    assert odinw.main([*common, *fast]) == 0
+    assert odinw.run([*common, *fast]) == 0
     assert "zero_shot, AP of 1 seed(s)" in capsys.readouterr().out
     board = json.loads((out / "leader_board_zero_shot.json").read_text())
     assert set(board) == {"Ponds", "Rooms"} and all(isinstance(v, list) for v in board.values())
     monkeypatch.setattr(odinw, "EPOCHS", 2)
     tune = ["--mode", "language_prompt_v2", "--shots", "1", "--seeds", "3", "30", "--sets", "Ponds"]
-    assert odinw.main([*common, *fast, *tune]) == 0
+    assert odinw.run([*common, *fast, *tune]) == 0
     board = json.loads((out / "leader_board_language_prompt_v2_1.json").read_text())
     assert set(board["Ponds"]) == {"3", "30"}
     run = out / "Ponds" / "language_prompt_v2_1_3"
@@ -231,8 +231,8 @@ def test_many_data_sets_are_tested_and_tuned(
     assert set(means) == {"AP of 1 sets"}
     # What is there is not run again.
     stamp = (run / "test" / "metrics.json").stat().st_mtime_ns
-    assert odinw.main([*common, *fast, *tune]) == 0
+    assert odinw.run([*common, *fast, *tune]) == 0
     assert (run / "test" / "metrics.json").stat().st_mtime_ns == stamp
     capsys.readouterr()
-    assert odinw.main([*common, "--shots", "1"]) == 2 and "--shots needs --mode" in capsys.readouterr().err
-    assert odinw.main([*common, "--sets", "Seas"]) == 2 and "lacks Seas" in capsys.readouterr().err
+    assert odinw.run([*common, "--shots", "1"]) == 2 and "--shots needs --mode" in capsys.readouterr().err
+    assert odinw.run([*common, "--sets", "Seas"]) == 2 and "lacks Seas" in capsys.readouterr().err

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ovdet.data.annotations import parse
 from ovdet.data.dataset import Skipped
 from ovdet.glip import tokens as tk
 from ovdet.glip.config import GlipConfig
@@ -30,6 +29,7 @@ from ovdet.glip.data.sources import DetectionSource, GroundingSource
 from ovdet.glip.data.transforms import names_a_side, target_size
 from ovdet.glip.data.tsv import load_tsv
 from ovdet.glip.prompts import ClassPrompt
+from training.engine.data.parsing import parse
 from training.engine.errors import UserError
 
 
@@ -68,7 +68,7 @@ def test_sizes_match_the_recorded_ones(glip_golden: Path):
 
 def test_few_shots_match_the_recorded_ones(glip_golden: Path, words: tk.WordPieces):
     content = json.loads((glip_golden / "fewshot.json").read_text())
-    data = parse(content["annotations"], "fewshot.json", key="test")
+    data = parse(content["annotations"], "fewshot.json", flag="test", labelled=True)
     assert data.category_ids.tolist() == [int(c) for c in content["json_to_contiguous"]]
     texts = ClassTexts([ClassPrompt("a"), ClassPrompt("b"), ClassPrompt("c"), ClassPrompt("d")], words)
     for shots, wanted in content["kept"].items():
@@ -150,7 +150,7 @@ def test_detection_samples(tmp_path: Path, words: tk.WordPieces):
     for i in (1, 2, 3):
         picture(tmp_path / f"{i}.png")
     boxes = [(1, 7, [10, 5, 20, 10]), (1, 0, [50, 30, 20, 20]), (1, 7, [5, 5, 1, 10]), (2, 3, [0, 0, 60, 40])]
-    data = parse(coco(boxes, {0: "big_dog", 3: "cat", 7: "bus"}, images=3), "x.json", key="test")
+    data = parse(coco(boxes, {0: "big_dog", 3: "cat", 7: "bus"}, images=3), "x.json", flag="test", labelled=True)
     texts = ClassTexts(class_prompts(data.category_ids.tolist(), data.names), words)
     source = DetectionSource(data, root=str(tmp_path), texts=texts)
     assert len(source) == 2 and source.shot_counts() == {"bus": 1, "big_dog": 1, "cat": 1}
@@ -169,9 +169,8 @@ def test_detection_samples(tmp_path: Path, words: tk.WordPieces):
     assert mirrored["image"][0, 0, 0] == 0 and mirrored["image"][0, 0, -1] == 200
     assert torch.equal(dataset[3, 1]["image"], dataset[3, 3]["image"])  # the copy
     with pytest.raises(UserError, match="no image has an object"):
-        DetectionSource(
-            parse(coco([], {1: "a"}), "x.json", key="t"), root="", texts=ClassTexts([ClassPrompt("a")], words)
-        )
+        empty = parse(coco([], {1: "a"}), "x.json", flag="t", labelled=True)
+        DetectionSource(empty, root="", texts=ClassTexts([ClassPrompt("a")], words))
 
 
 def test_shots_follow_the_seed():
@@ -403,7 +402,7 @@ def test_wild_folders(tmp_path: Path):
 
 def test_samples_depend_on_seed_epoch_and_index(tmp_path: Path, words: tk.WordPieces):
     picture(tmp_path / "1.png")
-    data = parse(coco([(1, 1, [5, 5, 20, 20])], {1: "dog", 2: "cat", 3: "bus"}, images=1), "x", key="t")
+    data = parse(coco([(1, 1, [5, 5, 20, 20])], {1: "dog", 2: "cat", 3: "bus"}, images=1), "x", flag="t", labelled=True)
     texts = ClassTexts(class_prompts([1, 2, 3], data.names), words, negatives=3)
     source = DetectionSource(data, root=str(tmp_path), texts=texts)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ovdet.evaluation.arrays import Detections, Truth
 from ovdet.glip.evaluation import flickr, wild
 from ovdet.glip.evaluation.fixed_ap import best_per_class, fixed_ap
 from training.engine.errors import UserError
@@ -35,20 +36,19 @@ def test_fixed_ap_matches_the_recorded_one(glip_golden: Path):
     ]
     for name, lines in content["results"].items():
         wanted = printed(lines)
-        got = fixed_ap(content["gt"], detections, most=int(name.removeprefix("topk")))
+        truth = Truth.from_json(content["gt"])
+        got = fixed_ap(truth, Detections.from_results(detections, truth), most=int(name.removeprefix("topk")))
         assert got.keys() == wanted.keys()
         assert {k: round(v, 3) for k, v in got.items()} == wanted
 
 
 def test_the_best_of_each_class_count_over_the_whole_set():
     rng = np.random.default_rng(0)
-    found = [
-        {"category_id": int(c), "score": float(s)} for c, s in zip(rng.integers(0, 3, 60), rng.random(60), strict=True)
-    ]
+    found = Detections(label=rng.integers(0, 3, 60).astype(np.int32), scores=rng.random(60))
     kept = best_per_class(found, 5)
     for c in range(3):
-        scores = sorted((d["score"] for d in found if d["category_id"] == c), reverse=True)
-        assert sorted((d["score"] for d in kept if d["category_id"] == c), reverse=True) == scores[:5]
+        best = np.sort(found.scores[found.label == c])[::-1][:5]
+        assert np.array_equal(np.sort(found.scores[kept][found.label[kept] == c])[::-1], best)
 
 
 def test_recall_matches_the_recorded_one(glip_golden: Path):

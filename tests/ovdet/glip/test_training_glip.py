@@ -174,7 +174,7 @@ def config_file(scene: Path, config_of_tiny: Callable[..., GlipConfig], tmp_path
 
 
 def run(config: Path, folder: Path, *more: str) -> int:
-    return train_command.main([str(config), "--work-dir", str(folder), "--device", "cpu", *more])
+    return train_command.run([str(config), "--work-dir", str(folder), "--device", "cpu", *more])
 
 
 def test_a_run_learns_writes_and_is_tested(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -188,17 +188,17 @@ def test_a_run_learns_writes_and_is_tested(config_file: Path, tmp_path: Path, ca
     best = json.loads((folder / "best.json").read_text())
     assert best["AP"] == max(r["AP"] for r in records)
     capsys.readouterr()
-    assert test_command.main([str(folder / "model_last.pt"), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
+    assert test_command.run([str(folder / "model_last.pt"), "--device", "cpu", "--out", str(tmp_path / "out")]) == 0
     assert "AP50" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert metrics["AP"] == pytest.approx(records[-1]["AP"])
     results = json.loads((tmp_path / "out" / "results.bbox.json").read_text())
     assert {r["category_id"] for r in results} <= {1, 2} and {r["image_id"] for r in results} <= set(range(1, 7))
-    assert test_command.main([str(folder / "model_last.pt"), "--ema", "--device", "cpu"]) == 0
+    assert test_command.run([str(folder / "model_last.pt"), "--ema", "--device", "cpu"]) == 0
     assert (folder / "model_last_test" / "metrics.json").is_file()
     # Batches of any size give the same.
     options = ["--device", "cpu", "--out", str(tmp_path / "four"), "test.batch_size=4"]
-    assert test_command.main([str(folder / "model_last.pt"), *options]) == 0
+    assert test_command.run([str(folder / "model_last.pt"), *options]) == 0
     assert json.loads((tmp_path / "four" / "metrics.json").read_text())["AP"] == pytest.approx(metrics["AP"], abs=1e-4)
 
 
@@ -243,11 +243,11 @@ def test_tuning_writes_a_small_file(config_file: Path, tmp_path: Path):
     assert file.stat().st_size < (tmp_path / "base" / "model_last.pt").stat().st_size
     records = json.loads((tmp_path / "prompt" / "results.json").read_text())
     out = ["--device", "cpu", "--out", str(tmp_path / "out")]
-    assert test_command.main([str(file), *out]) == 0
+    assert test_command.run([str(file), *out]) == 0
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["AP"] == pytest.approx(records[-1]["AP"])
     # On other weights it is refused.
     assert run(config_file, tmp_path / "other", "train.epochs=1", "train.seed=5") == 0
-    assert test_command.main([str(file), *out, f"model.weights={tmp_path / 'other' / 'model_last.pt'}"]) == 2
+    assert test_command.run([str(file), *out, f"model.weights={tmp_path / 'other' / 'model_last.pt'}"]) == 2
 
 
 def test_a_run_ends_when_nothing_is_gained(config_file: Path, tmp_path: Path):

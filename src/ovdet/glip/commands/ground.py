@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ovdet.evaluation.coco import write_json
 from ovdet.glip import phrases as ph
-from ovdet.glip.assemble import config_of_checkpoint, load_model, precision_of, read_config
+from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.dataset import pad_images
 from ovdet.glip.data.transforms import resized_view, target_size
@@ -23,7 +23,9 @@ from ovdet.glip.draw import draw
 from ovdet.glip.inference import Query, encode_prompts, find
 from ovdet.glip.model import GLIP
 from ovdet.glip.prompts import ClassPrompt, clean_name, make_prompts, read_class_prompts
+from ovdet.glip.task import FLAGS
 from ovdet.glip.testing import selection
+from ovdet.precision import choose_precision
 from training.engine.data.images import ImageError, read_image
 from training.engine.distributed import init_distributed
 from training.engine.errors import UserError, run_program
@@ -132,7 +134,7 @@ def ground(model: GLIP, image: Tensor, wanted: Wanted, config: GlipConfig) -> di
     resized, _ = resized_view(image, torch.zeros(0, 4), size, flip=False)
     batch, sizes = pad_images([resized], model.image.divisor)
     device = model.head.bias0.device
-    with precision_of(config, device, training=False).autocast():
+    with choose_precision(config.train, device, training=False).autocast():
         (found,) = find(model, batch.to(device), sizes, [original], wanted.query, selection(config))
     found = {key: value.cpu() for key, value in found.items()}
     limit = torch.tensor([original[1], original[0]] * 2)
@@ -149,45 +151,46 @@ def _target(out: Path, image: Path, used: set[str]) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
+    args = parse_args(argv)
+    changes = [*args.set, f"test.score={min(0.05, 0.99 * args.score**2)}"]
+    if args.aggregation:
+        changes.append(f"test.aggregation={args.aggregation}")
+    config = read_config(args.config, changes) if args.config else config_of_checkpoint(args.checkpoint, changes)
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
+    model = load_model(config, args.checkpoint, ema=args.ema).to(dist.device)
+    wanted = understand(args, config, model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    used: set[str] = set()
+    results: list[dict[str, Any]] = []
+    failed = 0
+    for name in args.images:
+        try:
+            image = read_image(name)
+        except ImageError as error:
+            print(f"skipped {error}")
+            failed += 1
+            continue
+        found = ground(model, image, wanted, config)
+        shown = found["scores"] >= args.score
+        found = {key: value[shown] for key, value in found.items()}
+        target = _target(args.out, Path(name), used)
+        labels, scores = found["labels"].tolist(), found["scores"].tolist()
+        draw(
+            image, found["boxes"], labels, scores, wanted.names,
+            caption=" ".join((args.caption or "").split()), phrases=wanted.phrases,
+        ).save(target)  # fmt: skip
+        print(f"{name} -> {target}")
+        for box, label, score in zip(found["boxes"].tolist(), labels, scores, strict=True):
+            print(f"  {wanted.names[label]:<24} {score:.3f}  {' '.join(f'{v:.0f}' for v in box)}")
+            results.append({"image": name, "name": wanted.names[label], "score": score, "box": box})
+    if failed == len(args.images):
+        raise UserError("none of the images could be read: see the reasons above")
+    write_json(args.out / "results.json", results)
+    return 0
 
-    def run() -> int:
-        args = parse_args(argv)
-        changes = [*args.set, f"test.score={min(0.05, 0.99 * args.score**2)}"]
-        if args.aggregation:
-            changes.append(f"test.aggregation={args.aggregation}")
-        config = read_config(args.config, changes) if args.config else config_of_checkpoint(args.checkpoint, changes)
-        dist = init_distributed(args.device)
-        setup_logging(dist.rank)
-        model = load_model(config, args.checkpoint, ema=args.ema).to(dist.device)
-        wanted = understand(args, config, model)
-        args.out.mkdir(parents=True, exist_ok=True)
-        used: set[str] = set()
-        results: list[dict[str, Any]] = []
-        failed = 0
-        for name in args.images:
-            try:
-                image = read_image(name)
-            except ImageError as error:
-                print(f"skipped {error}")
-                failed += 1
-                continue
-            found = ground(model, image, wanted, config)
-            shown = found["scores"] >= args.score
-            found = {key: value[shown] for key, value in found.items()}
-            target = _target(args.out, Path(name), used)
-            labels, scores = found["labels"].tolist(), found["scores"].tolist()
-            draw(
-                image, found["boxes"], labels, scores, wanted.names,
-                caption=" ".join((args.caption or "").split()), phrases=wanted.phrases,
-            ).save(target)  # fmt: skip
-            print(f"{name} -> {target}")
-            for box, label, score in zip(found["boxes"].tolist(), labels, scores, strict=True):
-                print(f"  {wanted.names[label]:<24} {score:.3f}  {' '.join(f'{v:.0f}' for v in box)}")
-                results.append({"image": name, "name": wanted.names[label], "score": score, "box": box})
-        if failed == len(args.images):
-            raise UserError("none of the images could be read: see the reasons above")
-        write_json(args.out / "results.json", results)
-        return 0
 
-    return run_program(run)
+def run(argv: Sequence[str] | None = None) -> int:
+    """:func:`main`, with its errors as an exit status, see :func:`~training.engine.errors.run_program`."""
+    return run_program(lambda: main(argv), FLAGS)

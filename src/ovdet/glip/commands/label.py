@@ -8,10 +8,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ovdet.glip.assemble import config_of_checkpoint, load_model, precision_of, read_config
+from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
 from ovdet.glip.phrases import TAGGERS
 from ovdet.glip.pseudo import Labeller, LabelOptions, choose, read_captions
+from ovdet.glip.task import FLAGS
 from ovdet.glip.testing import selection
+from ovdet.precision import choose_precision
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import barrier, init_distributed, together
 from training.engine.errors import UserError, run_program
@@ -47,36 +49,37 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
+    args = parse_args(argv)
+    changes = [*args.overrides, f"test.score={min(0.05, 0.99 * args.score**2)}"]
+    config = read_config(args.config, changes) if args.config else config_of_checkpoint(args.checkpoint, changes)
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
+    options = LabelOptions(
+        args.score, args.tagger, args.shard, args.limit, args.seed, config.data.test_size, config.data.longest
+    )
+    with together():
+        captions = choose(read_captions(args.captions), options)
+        model = load_model(config, args.checkpoint)
+        labeller = Labeller(
+            model, weights_hash(model.state_dict()), args.images, args.out, options=options,
+            selection=selection(config), precision=choose_precision(config.train, dist.device, training=False),
+            source=args.captions, batch_size=args.batch_size, tagger_data=args.tagger_data,
+        )  # fmt: skip
+        labeller.check_folder(write=False)
+    with together():
+        labeller.check_folder(write=dist.is_master)
+    model.to(dist.device)
+    shards = -(-len(captions) // args.shard)
+    with tqdm(total=len(captions), desc="captions", unit="", disable=not dist.is_master, dynamic_ncols=True) as bar:
+        labeller.label(captions, range(dist.rank, shards, dist.world_size), bar.update)
+    barrier()
+    if dist.is_master:
+        for name, number in sorted(labeller.summary(shards).items()):
+            print(f"{name:<48} {number:>10}")
+    return 0
 
-    def run() -> int:
-        args = parse_args(argv)
-        changes = [*args.overrides, f"test.score={min(0.05, 0.99 * args.score**2)}"]
-        config = read_config(args.config, changes) if args.config else config_of_checkpoint(args.checkpoint, changes)
-        dist = init_distributed(args.device)
-        setup_logging(dist.rank)
-        options = LabelOptions(
-            args.score, args.tagger, args.shard, args.limit, args.seed, config.data.test_size, config.data.longest
-        )
-        with together():
-            captions = choose(read_captions(args.captions), options)
-            model = load_model(config, args.checkpoint)
-            labeller = Labeller(
-                model, weights_hash(model.state_dict()), args.images, args.out, options=options,
-                selection=selection(config), precision=precision_of(config, dist.device, training=False),
-                source=args.captions, batch_size=args.batch_size, tagger_data=args.tagger_data,
-            )  # fmt: skip
-            labeller.check_folder(write=False)
-        with together():
-            labeller.check_folder(write=dist.is_master)
-        model.to(dist.device)
-        shards = -(-len(captions) // args.shard)
-        with tqdm(total=len(captions), desc="captions", unit="", disable=not dist.is_master, dynamic_ncols=True) as bar:
-            labeller.label(captions, range(dist.rank, shards, dist.world_size), bar.update)
-        barrier()
-        if dist.is_master:
-            for name, number in sorted(labeller.summary(shards).items()):
-                print(f"{name:<48} {number:>10}")
-        return 0
 
-    return run_program(run)
+def run(argv: Sequence[str] | None = None) -> int:
+    """:func:`main`, with its errors as an exit status, see :func:`~training.engine.errors.run_program`."""
+    return run_program(lambda: main(argv), FLAGS)

@@ -11,13 +11,14 @@ from typing import Any
 
 from ovdet.config import config_from_dict, config_to_dict
 from ovdet.evaluation.coco import write_json
-from ovdet.glip.assemble import config_of_checkpoint, load_model, precision_of, read_config
+from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
 from ovdet.glip.commands.train import train
 from ovdet.glip.config import TUNING, GlipConfig
 from ovdet.glip.data.odinw import WildSet, find_sets
 from ovdet.glip.evaluation.wild import averages, format_averages, write_leader_board
-from ovdet.glip.task import BEST
+from ovdet.glip.task import BEST, FLAGS
 from ovdet.glip.testing import open_test
+from ovdet.precision import choose_precision
 from training.engine.distributed import Dist, barrier, init_distributed, together
 from training.engine.errors import UserError, run_program
 from training.engine.journal import setup_logging
@@ -108,44 +109,45 @@ def run_set(
     with together():
         model = load_model(test_config, checkpoint).to(dist.device)
         test = open_test(test_config, model.tokenizer, model.image.divisor, dist)
-    metrics = test(model, precision_of(test_config, dist.device, training=False), folder / "test")
+    metrics = test(model, choose_precision(test_config.train, dist.device, training=False), folder / "test")
     barrier()
     return metrics, folder / "test"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
+    args = parse_args(argv)
+    if args.config:
+        config = read_config(args.config, args.overrides)
+    else:
+        config = config_of_checkpoint(args.checkpoint, args.overrides)
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
+    sets = find_sets(args.root, args.sets)
+    for shots in args.shots:
+        seeds = args.seeds if args.mode and shots else args.seeds[:1]
+        results: dict[str, dict[int, dict[str, float]]] = {}
+        detections: dict[str, dict[int, Any]] = {}
+        for wild in sets:
+            for seed in seeds:
+                log.info(
+                    "%s: %s",
+                    wild.name,
+                    f"{args.mode}, {shots or 'all'} shots, seed {seed}" if args.mode else "zero shot",
+                )
+                metrics, folder = run_set(wild, config, args, dist, shots, seed)
+                results.setdefault(wild.name, {})[seed] = metrics
+                if dist.is_master:
+                    found = json.loads((folder / "results.bbox.json").read_text())
+                    detections.setdefault(wild.name, {})[seed] = found
+        if dist.is_master:
+            _report(args, shots, seeds, results, detections)
+    return 0
 
-    def run() -> int:
-        args = parse_args(argv)
-        if args.config:
-            config = read_config(args.config, args.overrides)
-        else:
-            config = config_of_checkpoint(args.checkpoint, args.overrides)
-        dist = init_distributed(args.device)
-        setup_logging(dist.rank)
-        sets = find_sets(args.root, args.sets)
-        for shots in args.shots:
-            seeds = args.seeds if args.mode and shots else args.seeds[:1]
-            results: dict[str, dict[int, dict[str, float]]] = {}
-            detections: dict[str, dict[int, Any]] = {}
-            for wild in sets:
-                for seed in seeds:
-                    log.info(
-                        "%s: %s",
-                        wild.name,
-                        f"{args.mode}, {shots or 'all'} shots, seed {seed}" if args.mode else "zero shot",
-                    )
-                    metrics, folder = run_set(wild, config, args, dist, shots, seed)
-                    results.setdefault(wild.name, {})[seed] = metrics
-                    if dist.is_master:
-                        found = json.loads((folder / "results.bbox.json").read_text())
-                        detections.setdefault(wild.name, {})[seed] = found
-            if dist.is_master:
-                _report(args, shots, seeds, results, detections)
-        return 0
 
-    return run_program(run)
+def run(argv: Sequence[str] | None = None) -> int:
+    """:func:`main`, with its errors as an exit status, see :func:`~training.engine.errors.run_program`."""
+    return run_program(lambda: main(argv), FLAGS)
 
 
 def _report(

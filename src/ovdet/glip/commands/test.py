@@ -6,8 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovdet.glip.assemble import config_of_checkpoint, load_model, precision_of, read_config
+from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
+from ovdet.glip.task import FLAGS
 from ovdet.glip.testing import format_metrics, open_test
+from ovdet.precision import choose_precision
 from training.engine.distributed import init_distributed, together
 from training.engine.errors import run_program
 from training.engine.journal import setup_logging
@@ -26,24 +28,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
+    args = parse_args(argv)
+    if args.config:
+        config = read_config(args.config, args.overrides)
+    else:
+        config = config_of_checkpoint(args.checkpoint, args.overrides)
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
+    precision = choose_precision(config.train, dist.device, training=False)
+    with together():
+        model = load_model(config, args.checkpoint, ema=args.ema).to(dist.device)
+        test = open_test(config, model.tokenizer, model.image.divisor, dist)
+    checkpoint = Path(args.checkpoint)
+    metrics = test(model, precision, args.out or checkpoint.parent / f"{checkpoint.stem}_test")
+    if dist.is_master:
+        print(format_metrics(metrics))
+    return 0
 
-    def run() -> int:
-        args = parse_args(argv)
-        if args.config:
-            config = read_config(args.config, args.overrides)
-        else:
-            config = config_of_checkpoint(args.checkpoint, args.overrides)
-        dist = init_distributed(args.device)
-        setup_logging(dist.rank)
-        precision = precision_of(config, dist.device, training=False)
-        with together():
-            model = load_model(config, args.checkpoint, ema=args.ema).to(dist.device)
-            test = open_test(config, model.tokenizer, model.image.divisor, dist)
-        checkpoint = Path(args.checkpoint)
-        metrics = test(model, precision, args.out or checkpoint.parent / f"{checkpoint.stem}_test")
-        if dist.is_master:
-            print(format_metrics(metrics))
-        return 0
 
-    return run_program(run)
+def run(argv: Sequence[str] | None = None) -> int:
+    """:func:`main`, with its errors as an exit status, see :func:`~training.engine.errors.run_program`."""
+    return run_program(lambda: main(argv), FLAGS)

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ovdet.config import format_config
-from ovdet.glip.assemble import precision_of, read_config, start_model
+from ovdet.glip.assemble import read_config, start_model
 from ovdet.glip.build import count_parameters
 from ovdet.glip.config import GlipConfig
-from ovdet.glip.task import BEST, LAST, Grounding, loop_options
+from ovdet.glip.task import BEST, FLAGS, LAST, Grounding, loop_options
 from ovdet.glip.testing import open_test
-from training.engine.checkpoint import remove_unfinished
+from ovdet.precision import choose_precision
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import UserError, run_program
-from training.engine.journal import setup_logging, write_atomically
+from training.engine.folder import open_folder, resume_after_restart
+from training.engine.journal import setup_logging
 from training.engine.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -49,56 +50,44 @@ def train(
     Raises:
         UserError: faulty input, before anything is written.
     """
-    precision = precision_of(config, dist.device, training=True)
+    start = resume_after_restart(work_dir, "latest" if resume else None, FLAGS)
     with together():
-        if work_dir.exists() and any(work_dir.iterdir()) and not resume:
-            raise UserError(
-                f"--work-dir {work_dir} is not empty: give --resume to go on with its run, or another folder"
-            )
+        if start is None and work_dir.exists() and any(work_dir.iterdir()):
+            raise UserError(f"--work-dir {work_dir} is not empty: give --resume to go on there, or another folder")
         model = start_model(config)
-        test = None
-        if config.data.val_annotations and config.train.eval_every:
-            test = open_test(config, model.tokenizer, model.image.divisor, dist)
-        task = Grounding(config, model, test, dist, precision, work_dir)
-        options = loop_options(config, max_steps=max_steps, save_every_steps=save_every_steps)
-        loop = Loop(task, options, dist=dist, precision=precision)
-    _open(work_dir, config, dist)
-    log.info(
-        "%s: %s of %s, %d images in %s, %d process(es) on %s, %s", work_dir, config.train.mode,
-        config.path or "a config", len(task.dataset), task.source, dist.world_size, dist.device, precision.name,
-    )  # fmt: skip
-    status = loop.train(work_dir, "latest" if resume else None)
+    precision = choose_precision(config.train, dist.device, training=True)
+    test = None
+    if config.data.val_annotations and config.train.eval_every:
+        test = open_test(config, model.tokenizer, model.image.divisor, dist)
+    task = Grounding(config, model, test, dist, precision, work_dir)
+    options = loop_options(config, max_steps=max_steps, save_every_steps=save_every_steps)
+    loop = Loop(task, options, dist=dist, precision=precision)
+    # A folder without a run in it is as good as none.
+    with open_folder(work_dir, "auto", dist, FLAGS, {"config.toml": format_config(config)}):
+        setup_logging(dist.rank, work_dir / "train.log" if dist.is_master else None)
+        log.info(
+            "%s: %s of %s, %d images in %s, %d process(es) on %s, %s", work_dir, config.train.mode,
+            config.path or "a config", len(task.dataset), task.source, dist.world_size, dist.device, precision.name,
+        )  # fmt: skip
+        status = loop.train(work_dir, start)
     if status == 0 and dist.is_master:
         best = f", the best evaluated {work_dir / BEST}" if (work_dir / BEST).is_file() else ""
         log.info("the model is %s (%.1f M parameters)%s", work_dir / LAST, count_parameters(model) / 1e6, best)
     return status
 
 
-def _open(work_dir: Path, config: GlipConfig, dist: Dist) -> None:
-    with together():
-        if not dist.is_master:
-            return
-        try:
-            (work_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-            remove_unfinished(work_dir / "checkpoints")
-            write_atomically(work_dir / "config.toml", format_config(config))
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror})"
-            raise UserError(f"--work-dir {work_dir} {reason}: choose another one") from error
-    setup_logging(dist.rank, work_dir / "out.log" if dist.is_master else None)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
+    args = parse_args(argv)
+    config = read_config(args.config, args.overrides)
+    dist = init_distributed(args.device)
+    setup_logging(dist.rank)
+    return train(
+        config, args.work_dir, dist, resume=args.resume, max_steps=args.max_steps,
+        save_every_steps=args.save_every_steps,
+    )  # fmt: skip
 
-    def run() -> int:
-        args = parse_args(argv)
-        config = read_config(args.config, args.overrides)
-        dist = init_distributed(args.device)
-        setup_logging(dist.rank)
-        return train(
-            config, args.work_dir, dist, resume=args.resume, max_steps=args.max_steps,
-            save_every_steps=args.save_every_steps,
-        )  # fmt: skip
 
-    return run_program(run)
+def run(argv: Sequence[str] | None = None) -> int:
+    """:func:`main`, with its errors as an exit status, see :func:`~training.engine.errors.run_program`."""
+    return run_program(lambda: main(argv), FLAGS)

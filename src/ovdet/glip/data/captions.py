@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torchvision.ops import nms
 
-from ovdet.data.annotations import is_id
-from ovdet.glip.data.records import Builder, Records, read_box, read_spans
+from ovdet.glip.data.records import Builder, Records, is_id, read_box, read_spans
 from training.engine.errors import UserError
 
 

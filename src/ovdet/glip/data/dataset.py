@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ovdet.data.dataset import Skipped
+from ovdet.data.images import read_image
 from ovdet.glip.data.sources import Source
 from ovdet.glip.data.transforms import names_a_side, resized_view, target_size, usable_boxes
 from ovdet.glip.losses import GroundTruth
 from ovdet.glip.tokens import Tokenizer, positive_map, tokens_of_spans
-from training.engine.data.images import ImageError, decode, read_image, resolve
+from training.engine.data.images import ImageError, decode, resolve
 
 
 class TrainDataset(Dataset):
@@ -26,7 +27,7 @@ class TrainDataset(Dataset):
         tokenizer: encodes texts.
         sizes: shorter sides, one of which is drawn for each image; longest: largest longer side.
         flip: probability of mirroring, but for texts that speak of left or right.
-        seed: of all choices.
+        seed: of all choices; exif: turn images of files as their EXIF orientation says.
 
     Items, by key (epoch, index): a dict of ``image`` uint8 ``[3, h, w]``, ``text`` (:class:`Encoded`), ``truth``
     (:class:`GroundTruth` with one column for every token that a text may have) and ``image_id``; or a
@@ -43,9 +44,10 @@ class TrainDataset(Dataset):
         longest: int,
         flip: float,
         seed: int,
+        exif: bool = False,
     ) -> None:
         self.sources, self.tokenizer = list(sources), tokenizer
-        self.sizes, self.longest, self.flip, self.seed = tuple(sizes), longest, flip, seed
+        self.sizes, self.longest, self.flip, self.seed, self.exif = tuple(sizes), longest, flip, seed, exif
         self.ends = np.cumsum([len(source) * n for source, n in zip(sources, copies, strict=True)])
 
     def __len__(self) -> int:
@@ -61,7 +63,7 @@ class TrainDataset(Dataset):
         try:
             example = source.read(row, rng)
             name = example.name
-            image = decode(example.image, name) if isinstance(example.image, bytes) else read_image(example.image)
+            image = self._pixels(example.image, name)
         except ImageError as error:
             return Skipped(error.file, error.reason)
         except ValueError as error:
@@ -86,6 +88,9 @@ class TrainDataset(Dataset):
             "image_id": example.image_id,
         }
 
+    def _pixels(self, image: str | bytes, name: str) -> Tensor:
+        return decode(image, name) if isinstance(image, bytes) else read_image(image, exif=self.exif)
+
 
 class TestDataset(Dataset):
     """Images at the size of testing.
@@ -96,8 +101,8 @@ class TestDataset(Dataset):
 
     __test__ = False  # no test, though its name begins like one
 
-    def __init__(self, file_names: Sequence[str], *, root: str, shorter: int, longest: int) -> None:
-        self.file_names, self.root, self.shorter, self.longest = file_names, root, shorter, longest
+    def __init__(self, file_names: Sequence[str], *, root: str, shorter: int, longest: int, exif: bool = False) -> None:
+        self.file_names, self.root, self.shorter, self.longest, self.exif = file_names, root, shorter, longest, exif
 
     def __len__(self) -> int:
         return len(self.file_names)
@@ -105,7 +110,7 @@ class TestDataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
         name = self.file_names[index]
         try:
-            image = read_image(resolve(self.root, name) if self.root else name)
+            image = read_image(resolve(self.root, name) if self.root else name, exif=self.exif)
         except ImageError as error:
             return Skipped(error.file, error.reason)
         original = (image.shape[-2], image.shape[-1])

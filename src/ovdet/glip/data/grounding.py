@@ -9,9 +9,8 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from ovdet.data.annotations import image_file_name, is_id
-from ovdet.glip.data.records import Builder, Records, read_box, read_spans
-from training.engine.data.annotations import read_json
+from ovdet.glip.data.records import Builder, Records, is_id, read_box, read_spans
+from training.engine.data.parsing import image_file_name, read_json
 from training.engine.errors import UserError
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ovdet.glip.tokens import Span
-from training.engine.data.annotations import Strings
+from training.engine.data.records import Strings
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,11 @@ class Builder:
             extra=self._extra,
             skipped=dict(self.skipped),
         )
+
+
+def is_id(value: Any) -> bool:
+    """Whether a json value can be an id."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**62
 
 
 def read_box(value: Any, *, xywh: bool) -> tuple[str, tuple[float, ...]]:

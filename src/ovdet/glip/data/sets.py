@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ovdet.config import Config, load_config
-from ovdet.data.annotations import check_image_root, load_annotations
+from ovdet.data.annotations import check_image_root
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.captions import load_captions
 from ovdet.glip.data.classes import ClassTexts, class_prompts
@@ -26,6 +26,7 @@ from ovdet.glip.data.tsv import load_tsv
 from ovdet.glip.prompts import ClassPrompt, read_class_prompts
 from ovdet.glip.tokens import Tokenizer
 from ovdet.sections import Rule, not_negative, positive, shares
+from training.engine.data.annotations import load_annotations
 from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ def open_set(config: SetConfig, tokenizer: Tokenizer) -> Source:
     section, key = config.set, f"{config.path or 'config'}: set.annotations"
     path, root = config.locate(section.annotations), config.locate(section.images)
     if section.kind == "detection":
-        data = load_annotations(path, key=key)
+        data = load_annotations(path, flag=key, labelled=True)
         check_image_root(data, root, key=f"{config.path or 'config'}: set.images")
         prompts = config.locate(section.prompts)
         written = written_classes(section.names, prompts, data.names, f"{config.path or 'config'}: set.names")

@@ -10,7 +10,6 @@ from typing import Protocol
 import numpy as np
 from numpy.random import Generator
 
-from ovdet.data.annotations import Annotations
 from ovdet.glip.data.classes import ClassTexts
 from ovdet.glip.data.fewshot import choose_shots
 from ovdet.glip.data.packing import draw_number, pack
@@ -18,6 +17,7 @@ from ovdet.glip.data.records import Records
 from ovdet.glip.data.tsv import TsvImages
 from ovdet.glip.tokens import Span, Tokenizer
 from training.engine.data.images import resolve
+from training.engine.data.records import Annotations
 from training.engine.errors import UserError
 
 LEAST_SIDE = 1.0  # an object that trains has longer sides, in pixels
@@ -103,7 +103,7 @@ class DetectionSource:
         chosen = chosen[self.usable[chosen]]
         text, spans = self.texts.write(data.labels[chosen].tolist(), rng)
         chosen = chosen[[label in spans for label in data.labels[chosen].tolist()]] if len(chosen) else chosen
-        name = data.file_names[row]
+        name = data.file_name(row)
         return Example(
             image=resolve(self.root, name),
             name=name,
