@@ -28,16 +28,17 @@ from PIL import Image
 
 sys.path.append(str(ROOT / "F-ViT"))  # at the end: the folder holds a train.py and a test.py
 
+from ovdet.distributed import Process  # noqa: E402
+from ovdet.schedule import make_optimizer  # noqa: E402
+
 from ovdet.data.annotations import load_annotations  # noqa: E402
 from ovdet.data.dataset import TestDataset, TrainDataset  # noqa: E402
 from ovdet.data.loader import TrainSampler, test_loader, train_loader  # noqa: E402
-from ovdet.distributed import Process  # noqa: E402
 from ovdet.engine import Trainer  # noqa: E402
 from ovdet.fvit.assemble import load_vit, make_detector, read_config  # noqa: E402
 from ovdet.fvit.backbone import FrozenViT  # noqa: E402
 from ovdet.fvit.config import FViTConfig  # noqa: E402
 from ovdet.fvit.detector import Detector  # noqa: E402
-from ovdet.schedule import make_optimizer  # noqa: E402
 from ovdet.testing import autocast, detect, to_device  # noqa: E402
 from ovdet.vocabulary import make_vocabulary, training_labels  # noqa: E402
 

@@ -22,7 +22,7 @@ _RUNTIME = ("training", "grad_checkpointing")  # how a module is run at present,
 
 
 def architecture(module: nn.Module) -> dict[str, Any]:
-    """Facts about a model, an image tower or a text tower that change its outputs and have no weights, as json has them.
+    """Facts about a model, or one of its towers, that change its outputs and have no weights, as json has them.
 
     Activations, epsilons of norms, heads, pooling, masking, rotary embedding, position grid, and the preparation of
     images. They do not depend on the release of timm. The dense reading is not among them: it stands with the weights.

@@ -205,7 +205,7 @@ class ImageTower(ImageTowerAPI, nn.Module):
             state.update({n: t for n, t in own.items() if n not in state})
 
     def resolve_readout(self, readout: str | Readout | None) -> Readout:
-        """The reading that ``readout=`` means: the model's own (None), one by name, or itself.
+        """The reading that ``readout=`` means: the model's own (None, or its name), another one by name, or itself.
 
         Raises:
             ValueError: an unknown name, or one of a reading with parameters that is not the model's own.
@@ -215,6 +215,8 @@ class ImageTower(ImageTowerAPI, nn.Module):
         if readout is None or readout == self.readout.name:
             return self.readout
         built = build_readout(readout, self)
+        if built.name == self.readout.name:  # "gated" is short for "gated:3"
+            return self.readout
         if next(built.parameters(), None) is not None:
             raise ValueError(f'the reading "{readout}" has weights of its own: make it the model\'s by set_readout')
         return built

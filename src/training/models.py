@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP
+from open_clip.readouts import build_readout
 from open_clip.weights import export_state_dict, reference_layout
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import Dist
@@ -44,6 +45,8 @@ def load_model(options: Options) -> CLIP:
         open_clip.create_model, model_options.model, pretrained=model_options.pretrained or None,
         cache_dir=model_options.cache_dir, force_quick_gelu=model_options.force_quick_gelu,
     )  # fmt: skip
+    if options.readout is not None:
+        as_user_error(build_readout, options.readout, model.visual)
     name, size, patch = model_options.model, options.data.det_image_size, model.visual.patch_size
     if model_options.downsample_factor not in (None, patch):
         raise UserError(

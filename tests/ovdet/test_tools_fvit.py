@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -23,19 +23,14 @@ from ovdet.vocabulary import make_vocabulary
 from training.engine.errors import UserError
 from training.scenes.generate import SceneOptions, write_dataset
 
-FVIT = Path(__file__).resolve().parents[2] / "F-ViT"
 
-
-def program(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"fvit_program_{Path(path).stem}", FVIT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program(name: str) -> ModuleType:
+    return importlib.import_module(f"ovdet.fvit.commands.{name}")
 
 
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
-    return program("tools/prepare_open_vocabulary.py")
+    return program("prepare_open_vocabulary")
 
 
 # -- prepare_open_vocabulary ------------------------------------------------------------------------------------------
@@ -163,7 +158,7 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
     nouns = tmp_path / "nouns.txt"
     nouns.write_text("red circle\nblue square\n\nsky\nred circle\n")
     source = data / "annotations" / "instances_val2017.json"
-    tool = program("tools/make_proposals.py")
+    tool = program("make_proposals")
     tool.main(
         [str(config), str(checkpoint), "--images", str(source), "--image-root", str(data / "val2017"), "--out",
          str(tmp_path), "--name", "mine", "--most", "15", "--nouns", str(nouns), "--pairs", "5", "--device", "cpu"]
@@ -200,7 +195,7 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
 
 def test_nouns_of_boxes():
     """Each box gets the noun nearest to CLIP's embedding of its crop."""
-    tool = program("tools/make_proposals.py")
+    tool = program("make_proposals")
     grown = tool.enlarge(np.array([[10.0, 20, 30, 60], [0, 0, 10, 10]]), 1.5, 64, 64)
     assert grown.tolist() == [[5, 10, 35, 64], [0, 0, 12.5, 12.5]]
     image = {"boxes": np.arange(12).reshape(3, 4), "nouns": np.array([4, 5, 6]), "cosine": np.array([0.1, 0.9, 0.5])}
@@ -214,7 +209,7 @@ def test_detect_free_vocabulary(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data, _, checkpoint = detector_file
-    tool = program("detect.py")
+    tool = program("detect")
     images = sorted((data / "val2017").iterdir())
     (tmp_path / "folder" / "a").mkdir(parents=True)
     for place in ("one.jpg", "a/one.jpg"):

