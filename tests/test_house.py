@@ -119,7 +119,8 @@ def test_commands_import_the_detection_package_only(folder):
                 names = [alias.name for alias in node.names]
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or ""]
-            wrong += [f"{file.relative_to(ROOT)} imports {n}" for n in names if within(n, "open_clip", "training", "ovseg")]
+            lower = [n for n in names if within(n, "open_clip", "training", "ovseg")]
+            wrong += [f"{file.relative_to(ROOT)} imports {name}" for name in lower]
     assert not wrong, "\n".join(wrong)
 
 

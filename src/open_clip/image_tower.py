@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import timm_blocks
+from .checks import check_images
 from .readouts import DEFAULT, SPEC_KEY, BlockInputs, Readout, build_readout, read_spec, write_spec
+from .upstream_api import ImageTowerAPI
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +39,7 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
     return grid.to(positions.dtype).permute(0, 2, 3, 1).reshape(1, -1, channels)
 
 
-class ImageTower(nn.Module):
+class ImageTower(ImageTowerAPI, nn.Module):
     """A timm trunk read as a CLIP image encoder.
 
     Args:
@@ -103,6 +105,7 @@ class ImageTower(nn.Module):
 
     def grid(self, image: Tensor) -> tuple[int, int]:
         """Cells (h, w) of an image ``[B, 3, H, W]``; ValueError when a side is not a multiple of the patch."""
+        check_images(image)
         height, width = image.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
@@ -202,7 +205,7 @@ class ImageTower(nn.Module):
             state.update({n: t for n, t in own.items() if n not in state})
 
     def resolve_readout(self, readout: str | Readout | None) -> Readout:
-        """The reading that ``readout=`` means: the model's own (None), one by name, or itself.
+        """The reading that ``readout=`` means: the model's own (None, or its name), another one by name, or itself.
 
         Raises:
             ValueError: an unknown name, or one of a reading with parameters that is not the model's own.
@@ -212,6 +215,8 @@ class ImageTower(nn.Module):
         if readout is None or readout == self.readout.name:
             return self.readout
         built = build_readout(readout, self)
+        if built.name == self.readout.name:  # "gated" is short for "gated:3"
+            return self.readout
         if next(built.parameters(), None) is not None:
             raise ValueError(f'the reading "{readout}" has weights of its own: make it the model\'s by set_readout')
         return built
@@ -346,10 +351,11 @@ class ImageTower(nn.Module):
         stem += [t for t in (trunk.cls_token, trunk.reg_token) if t is not None]
         return [stem, [] if trunk.pos_embed is None else [trunk.pos_embed], *blocks]
 
-    def lock(self, unlocked_groups: int = 0) -> None:
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Freeze the tower except the last ``unlocked_groups`` of :meth:`parameter_groups` (0 freezes everything).
 
-        What the dense reading owns trains along with any group.
+        What the dense reading owns trains along with any group. ``freeze_bn_stats`` has nothing to act on, as in
+        :meth:`open_clip.model.CLIP.lock_image_tower`.
         """
         if unlocked_groups < 0:
             raise ValueError(f"unlocked_groups is {unlocked_groups}: give 0 (all frozen) or more")

@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_boxes
 from .image_tower import ImageTower
 from .readouts import Readout
 from .regions import box_masks, mask_features, roi_features
 from .text_tower import TextTower
+from .upstream_api import CLIPAPI
 
 
-class CLIP(nn.Module):
+class CLIP(CLIPAPI, nn.Module):
     """Image tower, text tower and temperature, with the calls of OpenCLIP plus dense and region embeddings.
 
     Images are float ``[B, 3, H, W]``, normalised with :attr:`visual` ``.image_mean`` / ``.image_std``; both sides any
@@ -117,8 +119,8 @@ class CLIP(nn.Module):
         Args:
             image: ``[B, 3, H, W]``.
             normed_boxes: one ``[K_i, 4]`` per image, xyxy in 0..1 of the (padded) input image; ``K_i`` may be 0.
-            extract_type: ``"v2"`` (RoIAlign of the dense map) or ``"v1"`` (one masked token per box; CLIP ViT only). The
-                published default is "v1", and all published training and evaluation asks for "v2".
+            extract_type: ``"v2"`` (RoIAlign of the dense map) or ``"v1"`` (one masked token per box; CLIP ViT only).
+                The published default is "v1", but all published training and evaluation asks for "v2".
             readout: dense reading that "v2" pools.
 
         Returns:
@@ -127,6 +129,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError: another extract type, "v1" with a trunk that is not a CLIP ViT, or with a dense reading.
         """
+        check_boxes(normed_boxes)
         if extract_type == "v2":
             features = roi_features(self.visual.encode_dense(image, readout=readout), normed_boxes)
         elif extract_type == "v1":
@@ -171,6 +174,8 @@ class CLIP(nn.Module):
         readout: str | Readout | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Boxes and masks from one dense pass: (``[sum K_i, D]`` or None, ``[sum M_i, D]`` or None)."""
+        if normed_boxes is not None:
+            check_boxes(normed_boxes)
         dense = self.visual.encode_dense(image, readout=readout)
         boxes = None if normed_boxes is None else roi_features(dense, normed_boxes)
         pooled = None if masks is None else mask_features(dense, masks)
@@ -201,12 +206,6 @@ class CLIP(nn.Module):
         norm) and is accepted for OpenCLIP's callers.
         """
         self.visual.lock(unlocked_groups)
-
-    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the whole text tower. ValueError for ``unlocked_layers`` other than 0."""
-        if unlocked_layers:
-            raise ValueError(f"unlocked_layers is {unlocked_layers}: the text tower can only be frozen as a whole")
-        self.text.requires_grad_(False)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass, on the global, dense and text paths."""

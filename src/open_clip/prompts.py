@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checks import check_names
+
 #: The 63 templates of the published class embeddings: ``{article}`` and ``{}`` stand for "a" / "an" and the name.
 PROMPT_TEMPLATES: tuple[str, ...] = tuple(
     json.loads((Path(__file__).parent / "prompt_templates.json").read_text(encoding="utf-8"))
@@ -40,6 +42,34 @@ def average_prompts(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def embed_texts(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    texts: Sequence[str],
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor:
+    """Text embeddings float32 ``[N, D]`` on the CPU, not normalised; arguments as in :func:`class_embeddings`."""
+    text = getattr(model, "text", model)
+    home = next(text.parameters()).device
+    device = torch.device(device) if device is not None else home
+    # A causal tower that is read at the end token never sees the padding, four fifths of a row of prompts.
+    cut = getattr(text, "causal", False) and getattr(text, "pool", None) == "argmax"
+    rows = []
+    text.to(device)
+    try:
+        for start in tqdm(range(0, len(texts), batch_size), "class embeddings", unit="batch", disable=not progress):
+            tokens = tokenizer(list(texts[start : start + batch_size]))
+            if cut:
+                tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
+            rows.append(model.encode_text(tokens.to(device)).float().cpu())
+    finally:
+        text.to(home)
+    return torch.cat(rows)
+
+
 def class_embeddings(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
@@ -65,24 +95,32 @@ def class_embeddings(
         float32 ``[C, D]`` on the CPU, unit length.
 
     Raises:
-        ValueError: no names or no templates.
+        TypeError: ``names`` is one text instead of a list, or holds something else than texts.
+        ValueError: no names or no templates, or an empty name.
     """
-    if not names or not templates:
+    check_names(names)
+    if not len(names) or not len(templates):
         raise ValueError(f"class embeddings of {len(names)} names and {len(templates)} templates: give at least one")
     texts = [p for name in names for p in (class_prompts(name, templates) if prompts is None else prompts(name))]
-    text = getattr(model, "text", model)
-    home = next(text.parameters()).device
-    device = torch.device(device) if device is not None else home
-    # A causal tower that is read at the end token never sees the padding, four fifths of a row of prompts.
-    cut = getattr(text, "causal", False) and getattr(text, "pool", None) == "argmax"
-    rows = []
-    text.to(device)
+    features = embed_texts(model, tokenizer, texts, device=device, batch_size=batch_size, progress=progress)
+    return average_prompts(features.unflatten(0, (len(names), -1)))
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Class names of a text file, one a line; empty lines are skipped, a byte-order mark is no part of a name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, or no name in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"file of class names {path} does not exist: check the path")
     try:
-        for start in tqdm(range(0, len(texts), batch_size), "class embeddings", unit="batch", disable=not progress):
-            tokens = tokenizer(texts[start : start + batch_size])
-            if cut:
-                tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
-            rows.append(model.encode_text(tokens.to(device)).float().cpu())
-    finally:
-        text.to(home)
-    return average_prompts(torch.cat(rows).unflatten(0, (len(names), -1)))
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path} holds no class names: write one a line")
+    return names

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
-
-def _check_count(regions: Sequence[Tensor], dense_map: Tensor, kind: str) -> None:
-    if len(regions) != len(dense_map):
-        raise ValueError(f"{len(regions)} lists of {kind} for {len(dense_map)} images: give one (possibly empty) each")
+from .checks import check_boxes, check_masks
 
 
 def _in_cells(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -32,7 +29,7 @@ def roi_features(dense_map: Tensor, normed_boxes: Sequence[Tensor]) -> Tensor:
         ``[sum K_i, D]``, images one after the other, float32 (float64 for a float64 map): boxes in bfloat16 would move
         by more than a pixel at 1024, and the cosine that follows deserves the precision.
     """
-    _check_count(normed_boxes, dense_map, "boxes")
+    check_boxes(normed_boxes, len(dense_map), values=False)
     boxes = [_in_cells(b.to(dense_map.device, non_blocking=True), dense_map.shape[-2:]) for b in normed_boxes]
     if not boxes:
         return dense_map.new_zeros(0, dense_map.shape[1]).to(torch.promote_types(dense_map.dtype, torch.float32))
@@ -53,11 +50,9 @@ def mask_features(dense_map: Tensor, masks: Sequence[Tensor]) -> Tensor:
     Returns:
         ``[sum K_i, D]``, images one after the other.
     """
-    _check_count(masks, dense_map, "masks")
+    check_masks(masks, len(dense_map), dense_map.shape[-2:])
     pooled = []
     for features, mask in zip(dense_map, masks, strict=True):
-        if mask.shape[-2:] != features.shape[-2:]:
-            raise ValueError(f"masks of {tuple(mask.shape[-2:])} cells for a dense map of {tuple(features.shape[-2:])}")
         weights = mask.to(features.device).flatten(1).to(features.dtype)  # [K_i, h*w]
         sums = weights @ features.flatten(1).T  # [K_i, D]
         area = mask.to(features.device).flatten(1).sum(1, keepdim=True).clamp(min=1)
@@ -67,6 +62,7 @@ def mask_features(dense_map: Tensor, masks: Sequence[Tensor]) -> Tensor:
 
 def box_masks(normed_boxes: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
     """Cells inside each box, for extraction "v1": bool ``[K_i, h, w]``; box corners are truncated to whole cells."""
+    check_boxes(normed_boxes)
     height, width = grid
     masks = []
     for boxes in normed_boxes:

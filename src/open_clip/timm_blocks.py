@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,14 +59,38 @@ def check_dense(trunk: nn.Module) -> None:
     """TypeError for a trunk whose blocks, attention or pooling no dense reading here knows."""
     for block in trunk.blocks:
         if not isinstance(block, _BLOCKS):
-            raise TypeError(f"no dense reading for a block of type {type(block).__name__}: use a plain Eva or ViT trunk")
+            kind = type(block).__name__
+            raise TypeError(f"no dense reading for a block of type {kind}; use an Eva or plain ViT trunk")
         if type(block.attn) not in _ATTENTIONS:
-            raise TypeError(
-                f"no dense reading for an attention of type {type(block.attn).__name__}: use a plain Eva or ViT trunk"
-            )
+            kind = type(block.attn).__name__
+            raise TypeError(f"no dense reading for an attention of type {kind}; use an Eva or plain ViT trunk")
     pool = getattr(trunk, "attn_pool", None)
     if pool is not None and not isinstance(pool, AttentionPoolLatent):
         raise TypeError(f"no dense reading for a pooling of type {type(pool).__name__}: use a class token or MAP head")
+
+
+def trunk_facts(trunk: nn.Module) -> dict[str, Any]:
+    """What of a trunk changes its outputs and has neither weights nor a module of its own, as json has it; the same in
+    every release."""
+    facts: dict[str, Any] = {
+        "family": "eva" if is_eva(trunk) else "vit",
+        "pool": trunk.global_pool,
+        "pool_prefix": bool(getattr(trunk, "pool_include_prefix", False)),
+        "prefix": [trunk.num_prefix_tokens, bool(trunk.no_embed_class)],
+        "blocks": [type(block).__name__ for block in trunk.blocks],
+    }
+    rope = getattr(trunk, "rope", None)
+    if rope is not None:
+        # Later releases have more of these; what is left out here is at its default, as it was before.
+        known = {
+            "temperature": None, "in_pixels": False, "max_res": 224, "linear_bands": False, "ref_feat_shape": None,
+            "grid_offset": 0.0, "grid_indexing": None, "normalize_coords": "separate", "min_period": None,
+            "max_period": None,
+        }  # fmt: skip
+        values = {n: getattr(rope, n, default) for n, default in known.items()}
+        values = {n: list(v) if isinstance(v, (tuple, list)) else v for n, v in values.items()}
+        facts["rotary"] = [type(rope).__name__, {n: v for n, v in values.items() if v != known[n]}]
+    return facts
 
 
 # -- rotary tables ----------------------------------------------------------------------------------------------------

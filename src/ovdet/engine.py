@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from ovdet import files as checkpoint
-from ovdet.config import Config, config_to_dict, format_config
+from ovdet.config import config_to_dict, format_config
 from ovdet.data.loader import TrainSampler, train_loader
 from ovdet.distributed import Process, all_reduce_sum, average_batch_norm, many, together
 from ovdet.errors import UserError, as_user_error
 from ovdet.fvit.assemble import make_detector
+from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import Detector
 from ovdet.fvit.inputs import read_inputs
 from ovdet.journal import Scalars, setup_logging
@@ -85,7 +86,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: Config,
+        config: FViTConfig,
         process: Process,
         work_dir: Path,
         *,
@@ -365,7 +366,7 @@ class Trainer:
                 f"{images}: choose processes and train.batch_size so that their product is the same"
             )
         with as_user_error():
-            self.detector.load_trainable_state_dict(content["detector"])
+            self.detector.load_trainable_state_dict(checkpoint.detector_state(content))
             self.optimizer.load_state_dict(content["optimizer"])
         if self.scaler is not None and content["scaler"] is not None:
             self.scaler.load_state_dict(content["scaler"])

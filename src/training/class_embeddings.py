@@ -16,8 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip.prompts import class_prompts
 from open_clip.prompts import class_embeddings as compute_class_embeddings
+from open_clip.prompts import class_prompts
 from open_clip.weights import load_torch_file
 from training.engine.errors import UserError
 
@@ -84,7 +84,7 @@ def load_class_embeddings(
     """Read class embeddings from a file: float32 ``[C, D]`` of unit length.
 
     ``.npy``: an array ``[C, D]`` in label order, any float type. ``.pt``/``.pth``: such a tensor, or a dict from class
-    name to ``[D]``, which may hold more classes.
+    name (whatever its case, ``_`` or space) to ``[D]``, which may hold more classes.
 
     Raises:
         UserError: a file that is missing, unreadable, not finite, or of another count or width.
@@ -101,6 +101,9 @@ def load_class_embeddings(
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{where}: not readable as class embeddings ({reason}); {REMEDY}") from None
     if isinstance(content, dict):
+        # "Potted plant" and "potted_plant" are one class to the makers of such files.
+        plain = {_plain(name): value for name, value in content.items()}
+        content = {**{name: plain[_plain(name)] for name in class_names if _plain(name) in plain}, **content}
         missing = [name for name in class_names if name not in content]
         if missing:
             raise UserError(
@@ -124,6 +127,10 @@ def load_class_embeddings(
     if not torch.isfinite(content).all() or (length == 0).any():
         raise UserError(f"{where}: an embedding is zero or not finite; {REMEDY}")
     return F.normalize(content, dim=-1)  # half-precision files are off unit length by up to 1e-3
+
+
+def _plain(name: object) -> str:
+    return str(name).lower().replace("_", " ")
 
 
 def _compute_or_cached(

@@ -95,7 +95,8 @@ def build_readout(name: str, tower: ImageTower, **options: Any) -> Readout:
         try:
             options[entry.number] = float(number)
         except ValueError:
-            raise ValueError(f'dense reading "{name}": what follows the colon is the {entry.number}, a number') from None
+            what = f"a number, its {entry.number}, belongs after the colon"
+            raise ValueError(f'dense reading "{name}" is unknown: {what}') from None
     known = set(inspect.signature(entry.make).parameters) - {"tower", "form"}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"the reading {base} has no option {', '.join(unknown)}: it has {', '.join(sorted(known))}")

@@ -34,7 +34,8 @@ class Mixing:
     """How the last block mixes values.
 
     Attributes:
-        pairs: similarities, such as ``"qk"`` or ``"kk"``; one softmax each, added up. None: every token keeps its value.
+        pairs: similarities, such as ``"qk"`` or ``"kk"``; one softmax each, added up. Without any every token keeps
+            its value.
         full: residual and MLP are kept.
         merged: one softmax of the mean of the similarities instead of a sum of softmaxes.
         gaussian: NACLIP's neighbourhood is added to the similarities.
@@ -267,7 +268,7 @@ class ProxyCLIP(Readout):
         count = inputs.tokens[inputs.last].shape[0]
         if self.external is None:
             raise ValueError(
-                "the reading proxyclip mixes by another model's map: give build_readout(..., external=map), or bound(map)"
+                "the reading proxyclip mixes by another model's map: build it with external=map, or read bound(map)"
             )
         if self.external.dim() != 4 or self.external.shape[0] != count:
             raise ValueError(

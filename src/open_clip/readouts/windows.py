@@ -68,7 +68,7 @@ class Windows(Readout):
         return x if self.ordinary_last else inputs.run(tb.value_block, tower.trunk.blocks[inputs.last], x)
 
     def _windowed(self, inputs: BlockInputs, index: int, x: Tensor) -> Tensor:
-        tower, prefix, (height, width) = inputs.tower, inputs.tower.num_prefix_tokens, inputs.grid
+        prefix, (height, width) = inputs.tower.num_prefix_tokens, inputs.grid
         first, cells = x[:, :prefix], x[:, prefix:].unflatten(1, (height, width))
         windows, bands = 0, []
         total = torch.zeros_like(first)

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ovdet import files as checkpoint
-from ovdet.config import Config, resolve_path
 from ovdet.data.annotations import Annotations, check_image_root, load_annotations
 from ovdet.data.dataset import TrainDataset
 from ovdet.errors import UserError
 from ovdet.fvit.assemble import Vit, load_vit
+from ovdet.fvit.config import FViTConfig
 from ovdet.vocabulary import Vocabulary, make_vocabulary, training_labels
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Inputs:
     resumed: dict[str, Any] | None
 
 
-def read_inputs(config: Config, work_dir: Path, *, resume: bool) -> Inputs:
+def read_inputs(config: FViTConfig, work_dir: Path, *, resume: bool) -> Inputs:
     """Read annotations, weights and the checkpoint to resume from.
 
     Raises:
@@ -42,19 +42,19 @@ def read_inputs(config: Config, work_dir: Path, *, resume: bool) -> Inputs:
     if resume and resumed is None:
         log.warning("nothing to resume in %s: a new run begins", work_dir)
     training = load_annotations(
-        resolve_path(data.train_annotations), key="data.train_annotations", masks=config.model.masks
+        config.locate(data.train_annotations), key="data.train_annotations", masks=config.model.masks
     )
-    check_image_root(training, resolve_path(data.train_images), key="data.train_images")
+    check_image_root(training, config.locate(data.train_images), key="data.train_images")
     validation = None
     if data.val_annotations:
-        validation = load_annotations(resolve_path(data.val_annotations), key="data.val_annotations")
+        validation = load_annotations(config.locate(data.val_annotations), key="data.val_annotations")
         if config.train.eval_every:
-            check_image_root(validation, resolve_path(data.val_images), key="data.val_images")
+            check_image_root(validation, config.locate(data.val_images), key="data.val_images")
     vocabulary = make_vocabulary(config, validation or training)
     dataset = TrainDataset(
         training,
         labels=training_labels(training, vocabulary),
-        root=resolve_path(data.train_images),
+        root=config.locate(data.train_images),
         image_size=data.image_size,
         jitter=data.jitter,
         flip=data.flip,

@@ -81,6 +81,27 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         UserError: missing, damaged, or no training checkpoint.
     """
     content = read_file(path)
+    _check_kind(content, path)
+    return content
+
+
+def peek_checkpoint(path: Path) -> None:
+    """See, without reading it all, that a file is a training checkpoint; damage inside it shows when it is read.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`.
+    """
+    if path.is_file() and zipfile.is_zipfile(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # of a dozen kinds; reading it as a whole says what is wrong
+            content = read_file(path)
+        _check_kind(content, path)
+    else:
+        read_file(path)
+
+
+def _check_kind(content: Any, path: Path) -> None:
     missing = [k for k in NEEDED if not isinstance(content, dict) or k not in content]
     if missing:
         weights = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
@@ -88,7 +109,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {path} has no {', '.join(missing)}: it is no training checkpoint of this program{hint}"
         )
-    return content
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -187,12 +207,13 @@ class Checkpoints:
         self.last = str(path)
 
     def find(self, resume: str | Path) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, with its content: ``"latest"`` of the folder (None if there is none) or a file.
+        """The checkpoint to go on from, with its content: the folder's newest (``"latest"``, ``"auto"``; None if
+        there is none) or a file.
 
         Raises:
             UserError: the file is missing, damaged, or no training checkpoint.
         """
-        if resume == "latest":
+        if resume in ("latest", "auto"):
             found = find_latest(self.folder)
             if found is None:
                 log.warning("no complete checkpoint in %s: the run starts from the beginning", self.folder)

@@ -35,6 +35,7 @@ class Flags:
     """What a program calls its options, for the messages of the engine."""
 
     resume: str = "--resume latest"
+    name: str = "--name"
     folder: str = "--logs"
     batch_size: str = "--batch-size"
     accum_freq: str = "--accum-freq"
