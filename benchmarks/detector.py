@@ -28,16 +28,17 @@ from PIL import Image
 
 sys.path.append(str(ROOT / "F-ViT"))  # at the end: the folder holds a train.py and a test.py
 
-from ovdet.config import Config  # noqa: E402
+from ovdet.distributed import Process  # noqa: E402
+from ovdet.schedule import make_optimizer  # noqa: E402
+
 from ovdet.data.annotations import load_annotations  # noqa: E402
 from ovdet.data.dataset import TestDataset, TrainDataset  # noqa: E402
 from ovdet.data.loader import TrainSampler, test_loader, train_loader  # noqa: E402
-from ovdet.distributed import Process  # noqa: E402
 from ovdet.engine import Trainer  # noqa: E402
 from ovdet.fvit.assemble import load_vit, make_detector, read_config  # noqa: E402
 from ovdet.fvit.backbone import FrozenViT  # noqa: E402
+from ovdet.fvit.config import FViTConfig  # noqa: E402
 from ovdet.fvit.detector import Detector  # noqa: E402
-from ovdet.schedule import make_optimizer  # noqa: E402
 from ovdet.testing import autocast, detect, to_device  # noqa: E402
 from ovdet.vocabulary import make_vocabulary, training_labels  # noqa: E402
 
@@ -70,7 +71,7 @@ def prepare(folder: Path, count: int, *, objects: int = 7) -> Path:
     return file
 
 
-def make_config(args: argparse.Namespace) -> Config:
+def make_config(args: argparse.Namespace) -> FViTConfig:
     """The config to measure, on the generated data, with random weights."""
     folder = Path(args.data)
     file = str(prepare(folder, max(args.images, args.batch_size)))
@@ -88,7 +89,7 @@ def make_config(args: argparse.Namespace) -> Config:
     return config
 
 
-def add_embeddings(config: Config, folder: Path) -> None:
+def add_embeddings(config: FViTConfig, folder: Path) -> None:
     """Random class embeddings: the text tower is not what is measured."""
     import open_clip
 
@@ -97,14 +98,14 @@ def add_embeddings(config: Config, folder: Path) -> None:
     np.save(config.data.embeddings, np.random.default_rng(0).normal(size=(CLASSES + 1, dim)).astype(np.float32))
 
 
-def build(config: Config, device: torch.device) -> tuple[Detector, object, object]:
+def build(config: FViTConfig, device: torch.device) -> tuple[Detector, object, object]:
     """(detector, annotations, vocabulary)."""
     annotations = load_annotations(config.data.train_annotations, key="data.train_annotations")
     vocabulary = make_vocabulary(config, annotations)
     return make_detector(config, load_vit(config), vocabulary, device=device), annotations, vocabulary
 
 
-def train_speed(config: Config, args: argparse.Namespace, folder: Path) -> dict[str, float]:
+def train_speed(config: FViTConfig, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Median step of the trainer, its data loading included."""
     process = Process(0, 1, torch.device(args.device))
     Trainer(config, process, folder / "run", max_steps=args.steps + WARM_UP).run()
@@ -118,7 +119,7 @@ def train_speed(config: Config, args: argparse.Namespace, folder: Path) -> dict[
     }
 
 
-def test_speed(config: Config, args: argparse.Namespace) -> dict[str, float]:
+def test_speed(config: FViTConfig, args: argparse.Namespace) -> dict[str, float]:
     """The test loop from JPEG to boxes in pixels of the file; AP is not part of it."""
     device = torch.device(args.device)
     detector, annotations, _ = build(config, device)
@@ -139,7 +140,7 @@ def test_speed(config: Config, args: argparse.Namespace) -> dict[str, float]:
     return {"images_per_s": 1 / seconds, "boxes_per_image": found / (args.steps * size)}
 
 
-def step_memory(config: Config, args: argparse.Namespace, *, frozen: bool) -> dict[str, float]:
+def step_memory(config: FViTConfig, args: argparse.Namespace, *, frozen: bool) -> dict[str, float]:
     """Bytes that autograd keeps for one step (parameters aside), and the peak of two whole steps, in GB."""
     device = torch.device(args.device)
     detector, annotations, vocabulary = build(config, device)

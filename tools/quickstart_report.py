@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from show_dense_map import class_colours, dense_class_map  # noqa: E402
-
-from open_clip import create_model, get_tokenizer  # noqa: E402
-from training.class_embeddings import load_or_compute  # noqa: E402
-from training.engine.data.images import read_image  # noqa: E402
-from training.engine.errors import UserError  # noqa: E402
+from open_clip import create_model, get_tokenizer
+from ovseg.classes import ClassList
+from ovseg.protocols import Protocol
+from ovseg.segment import segment
+from training.engine.data.images import read_image
+from training.engine.errors import UserError
+from training.engine.pictures import distinct_colours
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
@@ -112,15 +112,12 @@ def choose_scenes(panoptic: dict, count: int) -> list[dict]:
     return sorted(records, key=lambda r: not rich(r))[:count]  # the sort is stable
 
 
-def maps_of(
-    model_name: str, weights: Path, images: list[Tensor], names: list[str], size: int, val: Path
-) -> list[Tensor]:
+def maps_of(model_name: str, weights: Path, images: list[Tensor], names: list[str], size: int) -> list[Tensor]:
     """Dense class map of each image under the weights of one checkpoint."""
     model = create_model(model_name, str(weights)).eval()
-    embeddings = load_or_compute(
-        argparse.Namespace(embed_path=""), model, get_tokenizer(model_name), names, names_file=str(val)
-    )
-    return [dense_class_map(model, image, embeddings, size) for image in images]
+    classes = ClassList(tuple(names), tuple((name,) for name in names))
+    protocol, tokenizer = Protocol(long_side=size, short_side=size), get_tokenizer(model_name)
+    return [segment(image, model, classes, tokenizer=tokenizer, protocol=protocol).labels for image in images]
 
 
 def draw(losses: dict, before: dict, after: dict, rows: list[list[np.ndarray]], names: list[str]):
@@ -144,7 +141,7 @@ def draw(losses: dict, before: dict, after: dict, rows: list[list[np.ndarray]], 
     axes[2].set(title="top-1 mean accuracy (%)", ylim=(0, 108))
     axes[2].legend(loc="upper left", ncols=2, fontsize=8)
     if rows:
-        colours = class_colours(len(names))
+        colours = distinct_colours(len(names)) / 255
         titles = ("scene", "true classes", "dense map before", "dense map after CLIPSelf")
         grid = bottom.subplots(len(rows), len(titles), squeeze=False)
         for axes_row, (image, *maps) in zip(grid, rows, strict=True):
@@ -176,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     scenes = choose_scenes(panoptic, args.scenes)
     images = [read_image(str(data / "val2017" / files[s["image_id"]])) for s in scenes]
     maps = [
-        maps_of(args.model, folder / "checkpoints" / "clipself.pt", images, names, args.size, val)
+        maps_of(args.model, folder / "checkpoints" / "clipself.pt", images, names, args.size)
         for folder in (start, distilled)
     ]
     rows = [

@@ -1,311 +1,329 @@
-"""Models by name: configs, construction, weights and image preparation, with OpenCLIP's calls."""
+"""Models by name: construction, weights, image preparation and tokenizers, with OpenCLIP's calls."""
 
 from __future__ import annotations
 
-import difflib
-import json
 import logging
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
-from timm.layers import LayerNorm
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor
 
 from . import pretrained as pretrained_weights
-from .image_tower import OPENAI_MEAN, OPENAI_STD, ImageTower
+from .build import build_image_tower as build_image_tower
+from .build import build_model as build_model
+from .configs import add_model_config as add_model_config
+from .configs import list_models as list_models
+from .hub import Source, parse_source
+from .loss import create_loss as create_loss
 from .model import CLIP
-from .text_tower import QuickGELU, text_tower_from_config
+from .precision import DTYPES
 from .tokenizer import HFTokenizer, SimpleTokenizer
-from .transform import image_transform
-from .weights import load_weights
+from .weight_files import load_state_dict_file
+from .weights import load_state, load_tower, proves_quick_gelu
+from .whole_images import AugmentationCfg, PreprocessCfg, image_transform
 
 log = logging.getLogger(__name__)
 
-_PRECISIONS = {
-    "fp32": torch.float32, "amp": torch.float32, "amp_bf16": torch.float32, "amp_bfloat16": torch.float32,
-    "fp16": torch.float16, "pure_fp16": torch.float16, "bf16": torch.bfloat16, "pure_bf16": torch.bfloat16,
-}  # fmt: skip
-
-# -- configs ----------------------------------------------------------------------------------------------------------
-
-_configs: dict[str, dict] = {}
+_MODEL_KEYS = ("init_logit_scale", "init_logit_bias")
 
 
-def add_model_config(path: str | Path, name: str | None = None) -> None:
-    """Register a model config file, or every ``*.json`` of a folder.
+def get_model_config(model_name: str) -> dict | None:
+    """A copy of the config of a model, or None when there is no such model.
 
     Args:
-        path: json in the EVA-CLIP, OpenCLIP ViT or OpenCLIP-timm schema; or OpenCLIP's hub form with ``model_cfg``.
-        name: name of the model; the file's stem when None (a file called ``config.json`` takes its folder's name).
-
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: not json, or without ``embed_dim``, ``vision_cfg`` and ``text_cfg``.
+        model_name: one of :func:`list_models`, ``hf-hub:REPOSITORY`` or ``local-dir:FOLDER``.
     """
-    path = Path(path)
-    if path.is_dir():
-        for file in sorted(path.glob("*.json")):
-            add_model_config(file)
-        return
-    if not path.is_file():
-        raise FileNotFoundError(f"model config {path} does not exist: check the path")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"model config {path} is not json: {error}") from error
-    if isinstance(config, dict) and isinstance(config.get("model_cfg"), dict):
-        config = {**config["model_cfg"], "preprocess_cfg": config.get("preprocess_cfg", {})}
-    missing = [k for k in ("embed_dim", "vision_cfg", "text_cfg") if not isinstance(config, dict) or k not in config]
-    if missing:
-        raise ValueError(
-            f"model config {path} lacks {', '.join(missing)}: see src/open_clip/model_configs for examples"
-        )
-    _configs[name or (path.parent.name if path.stem == "config" else path.stem)] = config
-
-
-add_model_config(Path(__file__).parent / "model_configs")
-
-
-def list_models() -> list[str]:
-    """Names of all known models, sorted."""
-    return sorted(_configs)
-
-
-def get_model_config(name: str) -> dict | None:
-    """A copy of the config of a model, or None when there is no such model."""
-    config = _configs.get(_canonical(name))
-    return None if config is None else json.loads(json.dumps(config))
-
-
-def _canonical(name: str) -> str:
-    return name.replace("/", "-")  # OpenAI writes ViT-B/16
-
-
-def _known_config(name: str) -> dict:
-    config = get_model_config(name)
-    if config is None:
-        near = difflib.get_close_matches(_canonical(name), list_models(), n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(list_models())}"
-        raise ValueError(f'model "{name}" is unknown: {hint} (open_clip.add_model_config adds one)')
-    return config
-
-
-# -- construction -----------------------------------------------------------------------------------------------------
-
-
-def _eva_trunk(cfg: dict, embed_dim: int) -> nn.Module:
-    """EVA-CLIP schema, told by ``eva_model_name``."""
-    subln = bool(cfg.get("subln", False))
-    width = cfg["width"]
-    return Eva(
-        img_size=cfg["image_size"],
-        patch_size=cfg["patch_size"],
-        num_classes=embed_dim,
-        global_pool="avg" if cfg.get("global_average_pool") else "token",
-        embed_dim=width,
-        depth=cfg["layers"],
-        num_heads=width // cfg.get("head_width", 64),
-        qkv_bias=cfg.get("qkv_bias", True),
-        qkv_fused=not subln,
-        mlp_ratio=cfg.get("mlp_ratio", 4.0),
-        swiglu_mlp=bool(cfg.get("naiveswiglu", False)),
-        scale_mlp=subln,
-        scale_attn_inner=subln,
-        drop_path_rate=cfg.get("drop_path_rate", 0.0),
-        norm_layer=partial(LayerNorm, eps=1e-6),
-        init_values=cfg.get("ls_init_value"),
-        use_rot_pos_emb=bool(cfg.get("rope", False)),
-        ref_feat_shape=(cfg.get("pt_hw_seq_len", 16),) * 2 if cfg.get("rope") else None,
-        use_post_norm=bool(cfg.get("postnorm", False)),
-        dynamic_img_size=True,
-        head_init_scale=1.0,
-    )
-
-
-def _vit_trunk(cfg: dict, embed_dim: int, quick_gelu: bool) -> nn.Module:
-    """OpenCLIP ViT schema, told by ``layers`` and ``width`` without ``eva_model_name``."""
-    width = cfg["width"]
-    trunk = VisionTransformer(
-        img_size=cfg["image_size"],
-        patch_size=cfg["patch_size"],
-        num_classes=embed_dim,
-        global_pool="token",
-        embed_dim=width,
-        depth=cfg["layers"],
-        num_heads=width // cfg.get("head_width", 64),
-        mlp_ratio=cfg.get("mlp_ratio", 4.0),
-        init_values=cfg.get("ls_init_value"),
-        pre_norm=True,
-        norm_layer=partial(LayerNorm, eps=1e-5),
-        act_layer=QuickGELU if quick_gelu else nn.GELU,
-        dynamic_img_size=True,
-    )
-    trunk.head = nn.Linear(width, embed_dim, bias=False)
-    return trunk
-
-
-def _timm_trunk(cfg: dict, embed_dim: int) -> nn.Module:
-    """OpenCLIP-timm schema, told by ``timm_model_name``."""
-    name, proj = cfg["timm_model_name"], cfg.get("timm_proj") or ""
-    if proj not in ("", "none"):
-        raise ValueError(f'timm_proj is "{proj}": only the trunk\'s own head ("") or none ("none") is supported')
-    if not timm.is_model(name):
-        raise ValueError(
-            f'timm has no model "{name}" (timm {timm.__version__}): upgrade timm or correct timm_model_name'
-        )
-    kwargs = {"global_pool": cfg["timm_pool"]} if cfg.get("timm_pool") else {}
-    return timm.create_model(
-        name,
-        num_classes=0 if proj == "none" else embed_dim,
-        img_size=cfg["image_size"],
-        dynamic_img_size=True,
-        drop_path_rate=cfg.get("timm_drop_path") or 0.0,
-        **kwargs,
-    )
-
-
-def build_image_tower(config: dict) -> ImageTower:
-    """Image tower of a config; its keys tell the schema. ValueError when a key is missing or the trunk unknown."""
-    cfg, embed_dim = config["vision_cfg"], config["embed_dim"]
-    cfg.setdefault("image_size", 224)
-    try:
-        if "timm_model_name" in cfg:
-            trunk = _timm_trunk(cfg, embed_dim)
-        elif "eva_model_name" in cfg:
-            trunk = _eva_trunk(cfg, embed_dim)
-        else:
-            trunk = _vit_trunk(cfg, embed_dim, bool(config.get("quick_gelu", False)))
-    except KeyError as error:
-        raise ValueError(f"vision_cfg lacks {error}: see src/open_clip/model_configs for the three schemas") from error
-    if isinstance(trunk.head, nn.Linear):
-        # The projection of CLIP starts at width^-1/2; timm's would start at a classifier's scale.
-        nn.init.normal_(trunk.head.weight, std=trunk.head.in_features**-0.5)
-    prep = config.get("preprocess_cfg", {})
-    return ImageTower(
-        trunk,
-        image_size=cfg["image_size"],
-        image_mean=prep.get("mean", OPENAI_MEAN),
-        image_std=prep.get("std", OPENAI_STD),
-        interpolation=prep.get("interpolation", "bicubic"),
-        resize_mode=prep.get("resize_mode", "shortest"),
-    )
-
-
-def build_model(config: dict, *, output_dict: bool = False) -> CLIP:
-    """A :class:`~open_clip.model.CLIP` with random weights from a config (see :func:`add_model_config`)."""
-    text = text_tower_from_config(config["text_cfg"], config["embed_dim"], bool(config.get("quick_gelu", False)))
-    kwargs = {k: config[k] for k in ("init_logit_scale", "init_logit_bias") if config.get(k) is not None}
-    return CLIP(build_image_tower(config), text, output_dict=output_dict, **kwargs)
-
-
-# -- public calls -----------------------------------------------------------------------------------------------------
+        return parse_source(model_name).config()
+    except (ValueError, FileNotFoundError):
+        return None
 
 
 def create_model(
-    name: str,
+    model_name: str,
     pretrained: str | Path | None = None,
+    load_weights: bool = True,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
-    cache_dir: str | Path | None = None,
-    force_image_size: int | None = None,
+    jit: bool = False,
     force_quick_gelu: bool = False,
-    output_dict: bool = False,
+    force_custom_text: bool = False,
+    force_patch_dropout: float | None = None,
+    force_image_size: int | tuple[int, int] | None = None,
+    force_preprocess_cfg: dict[str, Any] | None = None,
+    force_context_length: int | None = None,
+    pretrained_image: bool = False,
+    pretrained_text: bool = True,
+    pretrained_image_path: str | Path | None = None,
+    pretrained_text_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    output_dict: bool | None = None,
+    require_pretrained: bool = False,
+    weights_only: bool = True,
+    **model_kwargs: Any,
 ) -> CLIP:
     """Build a model and load its weights.
 
     Args:
-        name: one of :func:`list_models`.
+        model_name: one of :func:`list_models`; ``hf-hub:OWNER/REPOSITORY`` (its config and weights are fetched);
+            ``local-dir:FOLDER`` (``open_clip_config.json`` and weights that lie there).
         pretrained: a tag of :func:`list_pretrained` (downloaded), a checkpoint file in any layout, ``"eva"`` with
-            ``cache_dir`` naming the file, or None / ``""`` for random weights.
+            ``cache_dir`` naming the file, or None / ``""``: random weights, or those beside a hub or local config.
+        load_weights: False builds the model alone, whatever ``pretrained`` says.
         precision: ``"fp32"``; ``"fp16"`` / ``"bf16"`` (or ``pure_*``) store the weights so; ``amp*`` keep float32.
         device: where the model is put.
+        jit: only False; compile the model with ``torch.compile`` or :func:`trace_model` instead.
+        force_quick_gelu: use QuickGELU although the config does not say so. OpenAI's own files choose it themselves.
+        force_custom_text: accepted for OpenCLIP's callers: the text tower is a module of its own in every model.
+        force_patch_dropout: only 0, as dense maps need every patch.
+        force_image_size: another native size, a side or (height, width); position embeddings are resized.
+        force_preprocess_cfg: changes to the preparation of images: ``mean``, ``std``, ``interpolation``,
+            ``resize_mode``, ``fill_color``.
+        force_context_length: another number of tokens a text; text positions are resized.
+        pretrained_image: start the image trunk from timm's own weights (timm trunks, without ``pretrained``).
+        pretrained_text: accepted for OpenCLIP's callers; no text tower here has weights of its own.
+        pretrained_image_path, pretrained_text_path: checkpoint files from which one tower is loaded, after the rest.
         cache_dir: folder of the download cache; with ``pretrained="eva"`` the checkpoint file.
-        force_image_size: another native size; position embeddings are resized.
-        force_quick_gelu: use QuickGELU although the config does not say so (OpenAI's weights need it).
         output_dict: whether the model's ``forward`` returns a dict.
+        require_pretrained: raise an error instead of returning random weights.
+        weights_only: only True: files are read without running the code in them.
+        model_kwargs: ``init_logit_scale``, ``init_logit_bias``.
 
     Raises:
-        ValueError: unknown model, tag or precision, or weights of another architecture.
+        ValueError: unknown model, tag, precision or option, or weights of another architecture.
         FileNotFoundError, RuntimeError: weights that are missing, damaged or cannot be fetched.
     """
-    if precision not in _PRECISIONS:
-        raise ValueError(f'precision is "{precision}": use one of {", ".join(_PRECISIONS)}')
-    config = _known_config(name)
-    if force_image_size is not None:
-        config["vision_cfg"]["image_size"] = force_image_size
-    config["quick_gelu"] = bool(config.get("quick_gelu", False)) or force_quick_gelu
-    file = _weights_file(_canonical(name), pretrained, cache_dir, config)
-    model = build_model(config, output_dict=output_dict)
-    if file is not None:
-        load_weights(model, file, resize=force_image_size is not None)
-    return model.to(device=device, dtype=_PRECISIONS[precision])
+    if precision not in DTYPES:
+        raise ValueError(f'precision is "{precision}": use one of {", ".join(DTYPES)}')
+    if jit:
+        raise ValueError("jit=True is not offered: use torch.compile(model), or open_clip.trace_model(model)")
+    if not weights_only:
+        raise ValueError("weights_only=False would run code that a file brings along: leave it out")
+    if force_patch_dropout:
+        raise ValueError(f"force_patch_dropout is {force_patch_dropout}: dense maps need every patch, give 0")
+    source = parse_source(model_name)
+    config = source.config(cache_dir if pretrained != "eva" else None)
+    _force(config, model_kwargs, force_quick_gelu, force_image_size, force_context_length)
+    file = _weights_file(source, pretrained, cache_dir, config) if load_weights else None
+    if file is None and require_pretrained:
+        raise ValueError(f"{model_name} is to have pretrained weights, and none are named: give a tag or a file")
+    state = None if file is None else load_state_dict_file(file)
+    if state is not None and proves_quick_gelu(state) and not config["quick_gelu"]:
+        log.warning("%s is one of OpenAI's own files: %s is built with QuickGELU, as they need", file, model_name)
+        config["quick_gelu"] = True
+    config["preprocess_cfg"] = {**(config.get("preprocess_cfg") or {}), **(force_preprocess_cfg or {})}
+    model = build_model(config, output_dict=bool(output_dict), pretrained_image=pretrained_image and state is None)
+    if state is not None:
+        resize = force_image_size is not None or force_context_length is not None
+        load_state(model, state, source=str(file), resize=resize)
+    elif not (pretrained_image or pretrained_image_path) and load_weights:
+        log.warning("%s has random weights: no pretrained tag or file is given", model_name)
+    for tower, path in (("visual", pretrained_image_path), ("text", pretrained_text_path)):
+        if path is not None:
+            load_tower(model, tower, path)
+    return model.to(device=device, dtype=DTYPES[precision])
 
 
-def _weights_file(name: str, pretrained: str | Path | None, cache_dir: str | Path | None, config: dict) -> Path | None:
+def _force(
+    config: dict, model_kwargs: dict, quick_gelu: bool, image_size: int | tuple | None, context_length: int | None
+) -> None:
+    """Write what the caller forces into a config."""
+    if unknown := sorted(set(model_kwargs) - set(_MODEL_KEYS)):
+        raise TypeError(
+            f"create_model has no argument {', '.join(unknown)}: beside its own it takes {', '.join(_MODEL_KEYS)}; "
+            "other sizes are a config of their own (open_clip.add_model_config)"
+        )
+    config.update(model_kwargs)
+    config["quick_gelu"] = bool(config.get("quick_gelu", False)) or quick_gelu
+    if image_size is not None:
+        config["vision_cfg"]["image_size"] = image_size if isinstance(image_size, int) else tuple(image_size)
+    if context_length is not None:
+        config["text_cfg"]["context_length"] = context_length
+
+
+def _weights_file(
+    source: Source, pretrained: str | Path | None, cache_dir: str | Path | None, config: dict
+) -> Path | None:
     """The checkpoint file that ``pretrained`` means, downloaded if need be; None for random weights.
 
-    A tag whose weights were trained with QuickGELU or with another pixel normalisation changes ``config`` accordingly.
+    A tag whose weights were trained with QuickGELU or with another preparation changes ``config`` accordingly.
     """
     if not pretrained:
-        return None
+        return source.weights(cache_dir)
     if str(pretrained) == "eva":
         if cache_dir is None:
             raise ValueError('pretrained="eva" takes the checkpoint file in cache_dir: give cache_dir=FILE')
         if not Path(cache_dir).is_file():
             raise FileNotFoundError(f'checkpoint {cache_dir} (cache_dir of pretrained="eva") does not exist')
         return Path(cache_dir)
-    if pretrained in pretrained_weights.list_pretrained_tags(name):
-        info = pretrained_weights.pretrained_info(name, pretrained)
-        if getattr(info, "quick_gelu", None):
+    name = source.place
+    if not source.scheme and pretrained_weights.is_pretrained_cfg(name, str(pretrained)):
+        info = pretrained_weights.pretrained_info(name, str(pretrained))
+        if info.quick_gelu:
             config["quick_gelu"] = True
-        prep = {k: getattr(info, k, None) for k in ("mean", "std", "interpolation", "resize_mode")}
-        config.setdefault("preprocess_cfg", {}).update({k: v for k, v in prep.items() if v is not None})
-        return Path(pretrained_weights.download(name, pretrained, cache_dir=cache_dir))
+        config["preprocess_cfg"] = {**(config.get("preprocess_cfg") or {}), **info.preprocess}
+        return Path(pretrained_weights.download(name, str(pretrained), cache_dir=cache_dir))
     if Path(pretrained).is_file():
         return Path(pretrained)
-    tags = ", ".join(pretrained_weights.list_pretrained_tags(name)) or "none"
+    tags = ", ".join(pretrained_weights.list_pretrained_tags_by_model(name)) or "none"
     raise ValueError(f'pretrained "{pretrained}" is neither a file nor a tag of {name}: its tags are {tags}')
 
 
-def create_model_and_transforms(
-    name: str, pretrained: str | Path | None = None, **kwargs
-) -> tuple[CLIP, Callable, Callable]:
-    """(model, preprocess_train, preprocess_val), as OpenCLIP. Keyword arguments are those of :func:`create_model`.
+def load_checkpoint(
+    model: CLIP,
+    checkpoint_path: str | Path,
+    strict: bool = True,
+    weights_only: bool = True,
+    device: str | torch.device = "cpu",
+) -> Any:
+    """Load a checkpoint file of any layout into a model, resizing positions where the sizes differ.
 
-    Both transforms turn a PIL image (or uint8 ``[3, H, W]``) into a normalised float ``[3, n, n]`` of native size n;
-    the training one crops at random (90 to 100 % of the area).
+    Args:
+        strict: only True: a file that does not fit is refused whole.
+        weights_only: only True.
+        device: accepted for OpenCLIP's callers: tensors are read on the CPU and copied to where the model is.
+
+    Returns:
+        What ``load_state_dict`` of torch returns: ``missing_keys`` and ``unexpected_keys``, both empty.
+
+    Raises:
+        ValueError: names or shapes differ from the model's; nothing has been loaded.
     """
-    model = create_model(name, pretrained, **kwargs)
-    visual = model.visual
-    make = partial(
-        image_transform, visual.image_size, mean=visual.image_mean, std=visual.image_std,
-        interpolation=visual.interpolation,
+    if not strict or not weights_only:
+        raise ValueError("load_checkpoint loads strictly and without running code: leave strict and weights_only alone")
+    return load_state(model, load_state_dict_file(checkpoint_path), source=str(checkpoint_path), resize=True)
+
+
+def load_state_dict(
+    checkpoint_path: str | Path, device: str | torch.device = "cpu", weights_only: bool = True
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint file on a device; see :func:`open_clip.weight_files.load_state_dict_file`."""
+    if not weights_only:
+        raise ValueError("weights_only=False would run code that a file brings along: leave it out")
+    return {name: value.to(device) for name, value in load_state_dict_file(checkpoint_path).items()}
+
+
+# -- models with what goes round them ---------------------------------------------------------------------------------
+
+
+def _preprocess_overrides(
+    mean: Sequence[float] | None, std: Sequence[float] | None, interpolation: str | None, resize_mode: str | None
+) -> dict[str, Any]:
+    given = {"mean": mean, "std": std, "interpolation": interpolation, "resize_mode": resize_mode}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _transform(model: CLIP, is_train: bool, aug_cfg: dict | AugmentationCfg | None = None) -> Callable:
+    cfg = PreprocessCfg.of(model.visual.preprocess_cfg)
+    return image_transform(
+        cfg.size, is_train, mean=cfg.mean, std=cfg.std, resize_mode=cfg.resize_mode, interpolation=cfg.interpolation,
+        fill_color=cfg.fill_color, aug_cfg=aug_cfg,
     )  # fmt: skip
-    return model, make(mode="random"), make(mode=visual.resize_mode)
 
 
-def create_model_from_pretrained(name: str, pretrained: str | Path, **kwargs) -> tuple[CLIP, Callable]:
-    """(model in eval mode, preprocess), requiring weights. Keyword arguments are those of :func:`create_model`."""
-    if not pretrained:
-        raise ValueError(f"create_model_from_pretrained({name!r}) needs weights: give a tag or a file as pretrained")
-    model, _, preprocess = create_model_and_transforms(name, pretrained, **kwargs)
-    return model.eval(), preprocess
+def create_model_and_transforms(
+    model_name: str,
+    pretrained: str | Path | None = None,
+    load_weights: bool = True,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    jit: bool = False,
+    force_quick_gelu: bool = False,
+    force_custom_text: bool = False,
+    force_patch_dropout: float | None = None,
+    force_image_size: int | tuple[int, int] | None = None,
+    force_context_length: int | None = None,
+    image_mean: tuple[float, ...] | None = None,
+    image_std: tuple[float, ...] | None = None,
+    image_interpolation: str | None = None,
+    image_resize_mode: str | None = None,
+    aug_cfg: dict[str, Any] | AugmentationCfg | None = None,
+    pretrained_image: bool = False,
+    pretrained_text: bool = True,
+    pretrained_image_path: str | Path | None = None,
+    pretrained_text_path: str | Path | None = None,
+    cache_dir: str | Path | None = None,
+    output_dict: bool | None = None,
+    weights_only: bool = True,
+    **model_kwargs: Any,
+) -> tuple[CLIP, Callable, Callable]:
+    """(model, preprocess_train, preprocess_val), as OpenCLIP.
+
+    Both transforms turn a PIL image (or uint8 ``[3, H, W]``) into a normalised float ``[3, h, w]`` of the native size;
+    the training one crops at random (90 to 100 % of the area). Their steps stand in ``.transforms``.
+
+    Args:
+        image_mean, image_std, image_interpolation, image_resize_mode: instead of the model's own.
+        aug_cfg: an :class:`AugmentationCfg` or a dict, for ``preprocess_train``.
+
+    The other arguments and the errors are those of :func:`create_model`.
+    """
+    model = create_model(
+        model_name, pretrained, load_weights, precision, device, jit, force_quick_gelu, force_custom_text,
+        force_patch_dropout, force_image_size,
+        _preprocess_overrides(image_mean, image_std, image_interpolation, image_resize_mode), force_context_length,
+        pretrained_image, pretrained_text, pretrained_image_path, pretrained_text_path, cache_dir, output_dict,
+        weights_only=weights_only, **model_kwargs,
+    )  # fmt: skip
+    return model, _transform(model, True, aug_cfg), _transform(model, False)
 
 
-def get_tokenizer(name: str, context_length: int | None = None, cache_dir: str | None = None) -> Callable:
-    """Tokenizer of a model: a callable from a text or list of texts to ids ``[N, L]`` (int64)."""
-    text_cfg = _known_config(name)["text_cfg"]
+def create_model_from_pretrained(
+    model_name: str,
+    pretrained: str | Path | None = None,
+    precision: str = "fp32",
+    device: str | torch.device = "cpu",
+    jit: bool = False,
+    force_quick_gelu: bool = False,
+    force_custom_text: bool = False,
+    force_image_size: int | tuple[int, int] | None = None,
+    force_context_length: int | None = None,
+    image_mean: tuple[float, ...] | None = None,
+    image_std: tuple[float, ...] | None = None,
+    image_interpolation: str | None = None,
+    image_resize_mode: str | None = None,
+    return_transform: bool = True,
+    cache_dir: str | Path | None = None,
+    weights_only: bool = True,
+    **model_kwargs: Any,
+) -> CLIP | tuple[CLIP, Callable]:
+    """(model in eval mode, preprocess), or the model alone with ``return_transform=False``; weights are required.
+
+    The arguments and the errors are those of :func:`create_model_and_transforms`.
+    """
+    model = create_model(
+        model_name, pretrained, True, precision, device, jit, force_quick_gelu, force_custom_text,
+        force_image_size=force_image_size,
+        force_preprocess_cfg=_preprocess_overrides(image_mean, image_std, image_interpolation, image_resize_mode),
+        force_context_length=force_context_length, cache_dir=cache_dir, require_pretrained=True,
+        weights_only=weights_only, **model_kwargs,
+    ).eval()  # fmt: skip
+    return (model, _transform(model, False)) if return_transform else model
+
+
+def get_tokenizer(
+    model_name: str = "", context_length: int | None = None, cache_dir: str | Path | None = None, **kwargs: Any
+) -> Callable[..., Tensor]:
+    """Tokenizer of a model: a callable from a text or list of texts to ids ``[N, L]`` (int64).
+
+    Args:
+        model_name: as for :func:`create_model`; CLIP's own tokenizer when empty.
+        context_length: L; the model's when None.
+        cache_dir: the hub's cache folder.
+        kwargs: options of the tokenizer, such as ``clean``, instead of the config's.
+
+    Raises:
+        ValueError: unknown model or option. FileNotFoundError: a tokenizer of the hub that cannot be had.
+        ImportError: a package that the tokenizer needs is not installed.
+    """
+    if not model_name:
+        return SimpleTokenizer(context_length=context_length or 77, **kwargs)
+    source = parse_source(model_name)
+    text_cfg = source.config(cache_dir)["text_cfg"]
+    options = {**(text_cfg.get("tokenizer_kwargs") or {}), **kwargs}
     length = context_length or text_cfg.get("context_length", 77)
-    if hf_name := text_cfg.get("hf_tokenizer_name"):
-        return HFTokenizer(hf_name, context_length=length, cache_dir=cache_dir, **text_cfg.get("tokenizer_kwargs", {}))
-    return SimpleTokenizer(context_length=length)
-
-
-def list_pretrained() -> list[tuple[str, str]]:
-    """All (model, tag) pairs whose weights can be fetched."""
-    return pretrained_weights.list_pretrained()
+    if name := source.tokenizer(text_cfg.get("hf_tokenizer_name")):
+        return HFTokenizer(name, context_length=length, cache_dir=cache_dir, **options)
+    return SimpleTokenizer(context_length=length, **options)

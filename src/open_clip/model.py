@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_boxes
 from .image_tower import ImageTower
+from .readouts import Readout
 from .regions import box_masks, mask_features, roi_features
 from .text_tower import TextTower
+from .upstream_api import CLIPAPI
 
 
-class CLIP(nn.Module):
+class CLIP(CLIPAPI, nn.Module):
     """Image tower, text tower and temperature, with the calls of OpenCLIP plus dense and region embeddings.
 
     Images are float ``[B, 3, H, W]``, normalised with :attr:`visual` ``.image_mean`` / ``.image_std``; both sides any
@@ -38,8 +41,9 @@ class CLIP(nn.Module):
     ) -> None:
         super().__init__()
         self.visual, self.text = visual, text
-        self.logit_scale = nn.Parameter(torch.tensor(init_logit_scale))
-        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(init_logit_bias))
+        # float(): configs write -10 as well as -10.0, and a tensor of an integer takes no gradient.
+        self.logit_scale = nn.Parameter(torch.tensor(float(init_logit_scale)))
+        self.logit_bias = None if init_logit_bias is None else nn.Parameter(torch.tensor(float(init_logit_bias)))
         self.output_dict = output_dict
 
     @property
@@ -82,16 +86,33 @@ class CLIP(nn.Module):
 
     # -- dense and region embeddings ------------------------------------------------------------------------------
 
-    def encode_dense(self, image: Tensor, normalize: bool = False, keep_shape: bool = True) -> Tensor:
-        """Dense embedding on the value path: ``[B, D, h, w]``, or ``[B, h*w, D]`` when the shape is not kept.
+    # The ``readout`` of these calls is a dense reading (:mod:`open_clip.readouts`): a name, or one built for the image
+    # tower; None for the model's own, ``visual.readout``, which is the value path unless its weights name another.
 
-        Every cell has unit length in any case; ``normalize`` is accepted because callers of the published code pass it.
+    def encode_dense(
+        self,
+        image: Tensor,
+        normalize: bool = False,
+        keep_shape: bool = False,
+        readout: str | Readout | None = None,
+    ) -> Tensor:
+        """Dense embedding: ``[B, h*w, D]``, or as a map ``[B, D, h, w]`` when the shape is kept.
+
+        Args:
+            normalize: unit length per cell. On the value path, and on most others, cells have it in any case.
+            keep_shape: the published default is False.
+            readout: dense reading.
         """
-        features = self.visual.encode_dense(image, keep_shape=keep_shape)
+        features = self.visual.encode_dense(image, keep_shape=keep_shape, readout=readout)
         return F.normalize(features, dim=1 if keep_shape else -1) if normalize else features
 
     def encode_pseudo_boxes(
-        self, image: Tensor, normed_boxes: Sequence[Tensor], normalize: bool = False, extract_type: str = "v2"
+        self,
+        image: Tensor,
+        normed_boxes: Sequence[Tensor],
+        normalize: bool = False,
+        extract_type: str = "v2",
+        readout: str | Readout | None = None,
     ) -> Tensor:
         """Embedding of each box.
 
@@ -99,34 +120,49 @@ class CLIP(nn.Module):
             image: ``[B, 3, H, W]``.
             normed_boxes: one ``[K_i, 4]`` per image, xyxy in 0..1 of the (padded) input image; ``K_i`` may be 0.
             extract_type: ``"v2"`` (RoIAlign of the dense map) or ``"v1"`` (one masked token per box; CLIP ViT only).
+                The published default is "v1", but all published training and evaluation asks for "v2".
+            readout: dense reading that "v2" pools.
 
         Returns:
             ``[sum K_i, D]``, images one after the other.
 
         Raises:
-            ValueError: another extract type, or "v1" with a trunk that is not a CLIP ViT.
+            ValueError: another extract type, "v1" with a trunk that is not a CLIP ViT, or with a dense reading.
         """
+        check_boxes(normed_boxes)
         if extract_type == "v2":
-            features = roi_features(self.encode_dense(image), normed_boxes)
+            features = roi_features(self.visual.encode_dense(image, readout=readout), normed_boxes)
         elif extract_type == "v1":
+            self._refuse_readout(readout, 'extract type "v1"')
             features = self.visual.encode_region_tokens(image, box_masks(normed_boxes, self.visual.grid(image)))
         else:
             raise ValueError(f'extract_type is "{extract_type}": use "v2" or "v1"')
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_masks(
-        self, image: Tensor, masks: Sequence[Tensor], normalize: bool = False, mask_attn: bool = False
+        self,
+        image: Tensor,
+        masks: Sequence[Tensor],
+        normalize: bool = True,
+        mask_attn: bool = False,
+        readout: str | Readout | None = None,
     ) -> Tensor:
         """Embedding ``[sum K_i, D]`` of each mask.
 
         Args:
             masks: one bool ``[K_i, h, w]`` per image on the grid of cells.
+            normalize: the published default is True.
             mask_attn: one token per mask that attends inside it (CLIP ViT only) instead of the mean of the dense map.
+            readout: dense reading whose map is averaged.
+
+        Raises:
+            ValueError: ``mask_attn`` with a trunk that is not a CLIP ViT, or with a dense reading.
         """
         if mask_attn:
+            self._refuse_readout(readout, "mask attention")
             features = self.visual.encode_region_tokens(image, masks)
         else:
-            features = mask_features(self.encode_dense(image), masks)
+            features = mask_features(self.visual.encode_dense(image, readout=readout), masks)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_regions(
@@ -135,18 +171,30 @@ class CLIP(nn.Module):
         normed_boxes: Sequence[Tensor] | None = None,
         masks: Sequence[Tensor] | None = None,
         normalize: bool = False,
+        readout: str | Readout | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Boxes and masks from one dense pass: (``[sum K_i, D]`` or None, ``[sum M_i, D]`` or None)."""
-        dense = self.encode_dense(image)
+        if normed_boxes is not None:
+            check_boxes(normed_boxes)
+        dense = self.visual.encode_dense(image, readout=readout)
         boxes = None if normed_boxes is None else roi_features(dense, normed_boxes)
         pooled = None if masks is None else mask_features(dense, masks)
         if normalize:
             boxes, pooled = (None if f is None else F.normalize(f, dim=-1) for f in (boxes, pooled))
         return boxes, pooled
 
-    def encode_rois_and_image(self, image: Tensor, normed_boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def encode_rois_and_image(
+        self, image: Tensor, normed_boxes: Sequence[Tensor], readout: str | Readout | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Box embeddings ``[sum K_i, D]`` and global embeddings ``[B, D]``, both of unit length."""
-        return self.encode_pseudo_boxes(image, normed_boxes, normalize=True), self.encode_image(image, normalize=True)
+        boxes = self.encode_pseudo_boxes(image, normed_boxes, normalize=True, readout=readout)
+        return boxes, self.encode_image(image, normalize=True)
+
+    @staticmethod
+    def _refuse_readout(readout: str | Readout | None, who: str) -> None:
+        if readout is not None:
+            name = readout.name if isinstance(readout, Readout) else readout
+            raise ValueError(f'{who} reads no dense map, so it has no use for the reading "{name}": leave it out')
 
     # -- training -------------------------------------------------------------------------------------------------
 
@@ -158,12 +206,6 @@ class CLIP(nn.Module):
         norm) and is accepted for OpenCLIP's callers.
         """
         self.visual.lock(unlocked_groups)
-
-    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
-        """Freeze the whole text tower. ValueError for ``unlocked_layers`` other than 0."""
-        if unlocked_layers:
-            raise ValueError(f"unlocked_layers is {unlocked_layers}: the text tower can only be frozen as a whole")
-        self.text.requires_grad_(False)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute block activations in the backward pass, on the global, dense and text paths."""

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from .configs import canonical, known_config, list_models, why_refused
+from .whole_images import PreprocessCfg
 
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -16,88 +22,109 @@ class PretrainedInfo:
     Attributes:
         repo: hub repository.
         quick_gelu: whether they were trained with QuickGELU.
-        mean, std: pixel normalisation that they were trained with; None for that of the model's config.
+        mean, std, interpolation, resize_mode: preparation of images that they were trained with; None for that of the
+            model's config.
         filenames: files tried, in order.
     """
 
     repo: str
     quick_gelu: bool = False
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    interpolation: str | None = None
+    resize_mode: str | None = None
     filenames: tuple[str, ...] = _FILES
 
+    @property
+    def preprocess(self) -> dict[str, Any]:
+        """What of the preparation of images differs from the model's config."""
+        values = {k: getattr(self, k) for k in ("mean", "std", "interpolation", "resize_mode")}
+        return {k: v for k, v in values.items() if v is not None}
 
-def _openai(repo: str) -> PretrainedInfo:
-    return PretrainedInfo(f"timm/{repo}.openai", quick_gelu=True)
+
+# Names of the published EVA-CLIP code for models that OpenCLIP names otherwise.
+_EVA_NAMES = {
+    "EVA01-CLIP-g-14": "EVA01-g-14", "EVA02-CLIP-B-16": "EVA02-B-16", "EVA02-CLIP-L-14": "EVA02-L-14",
+    "EVA02-CLIP-L-14-336": "EVA02-L-14-336", "EVA02-CLIP-bigE-14": "EVA02-E-14",
+}  # fmt: skip
 
 
-_HALF = (0.5, 0.5, 0.5)
-
-_VIT: dict[str, dict[str, PretrainedInfo]] = {
-    "ViT-B-32": {
-        "openai": _openai("vit_base_patch32_clip_224"),
-        "laion400m_e32": PretrainedInfo("timm/vit_base_patch32_clip_224.laion400m_e32", quick_gelu=True),
-        "laion2b_s34b_b79k": PretrainedInfo("laion/CLIP-ViT-B-32-laion2B-s34B-b79K"),
-        "datacomp_xl_s13b_b90k": PretrainedInfo("laion/CLIP-ViT-B-32-DataComp.XL-s13B-b90K"),
-    },
-    "ViT-B-16": {
-        "openai": _openai("vit_base_patch16_clip_224"),
-        "laion400m_e32": PretrainedInfo("timm/vit_base_patch16_clip_224.laion400m_e32"),
-        "laion2b_s34b_b88k": PretrainedInfo("laion/CLIP-ViT-B-16-laion2B-s34B-b88K"),
-        "datacomp_xl_s13b_b90k": PretrainedInfo("laion/CLIP-ViT-B-16-DataComp.XL-s13B-b90K"),
-    },
-    "ViT-L-14": {
-        "openai": _openai("vit_large_patch14_clip_224"),
-        "laion400m_e32": PretrainedInfo("timm/vit_large_patch14_clip_224.laion400m_e32"),
-        # Trained on pixels in -1..1, unlike its siblings.
-        "laion2b_s32b_b82k": PretrainedInfo("laion/CLIP-ViT-L-14-laion2B-s32B-b82K", mean=_HALF, std=_HALF),
-        "datacomp_xl_s13b_b90k": PretrainedInfo("laion/CLIP-ViT-L-14-DataComp.XL-s13B-b90K"),
-    },
-    "ViT-L-14-336": {"openai": _openai("vit_large_patch14_clip_336")},
-}
-
-_PRETRAINED: dict[str, dict[str, PretrainedInfo]] = {
-    "EVA01-CLIP-g-14": {
-        "laion400m_s11b_b41k": PretrainedInfo("timm/eva_giant_patch14_clip_224.laion400m_s11b_b41k"),
-    },
-    "EVA02-CLIP-B-16": {
-        "merged2b_s8b_b131k": PretrainedInfo("timm/eva02_base_patch16_clip_224.merged2b_s8b_b131k"),
-    },
-    "EVA02-CLIP-L-14": {
-        "merged2b_s4b_b131k": PretrainedInfo("timm/eva02_large_patch14_clip_224.merged2b_s4b_b131k"),
-    },
-    "EVA02-CLIP-L-14-336": {
-        "merged2b_s6b_b61k": PretrainedInfo("timm/eva02_large_patch14_clip_336.merged2b_s6b_b61k"),
-    },
-    "EVA02-CLIP-bigE-14": {
-        "laion2b_s4b_b115k": PretrainedInfo("timm/eva02_enormous_patch14_clip_224.laion2b_s4b_b115k"),
-    },
-    "ViT-H-14": {"laion2b_s32b_b79k": PretrainedInfo("laion/CLIP-ViT-H-14-laion2B-s32B-b79K")},
-    "ViT-B-16-SigLIP2-256": {"webli": PretrainedInfo("timm/ViT-B-16-SigLIP2-256")},
-    "ViT-L-16-SigLIP2-256": {"webli": PretrainedInfo("timm/ViT-L-16-SigLIP2-256")},
-    **_VIT,
+def _read_tags() -> dict[str, dict[str, PretrainedInfo]]:
+    content = json.loads((Path(__file__).parent / "pretrained_tags.json").read_text(encoding="utf-8"))
+    lists = {"mean", "std"}
+    tags = {
+        model: {t: PretrainedInfo(**{k: tuple(v) if k in lists else v for k, v in e.items()}) for t, e in of.items()}
+        for model, of in content.items()
+    }
+    tags |= {name: tags[other] for name, other in _EVA_NAMES.items()}
     # The same weights under the names that choose QuickGELU; only those that were trained with it.
-    **{f"{m}-quickgelu": {t: i for t, i in tags.items() if i.quick_gelu} for m, tags in _VIT.items()},
-}
+    for model in [m for m in list_models() if m.endswith("-quickgelu")]:
+        trained = {t: i for t, i in tags.get(model.removesuffix("-quickgelu"), {}).items() if i.quick_gelu}
+        if trained:
+            tags[model] = trained
+    return tags
 
 
-def list_pretrained() -> list[tuple[str, str]]:
-    """All (model, tag) pairs."""
-    return [(model, tag) for model in sorted(_PRETRAINED) for tag in _PRETRAINED[model]]
+_PRETRAINED = _read_tags()
 
 
-def list_pretrained_tags(model: str) -> list[str]:
+def _clean(tag: str) -> str:
+    return tag.lower().replace("-", "_")
+
+
+def list_pretrained(as_str: bool = False) -> list[tuple[str, str]] | list[str]:
+    """All (model, tag) pairs whose weights can be fetched; as ``"model:tag"`` with ``as_str``."""
+    pairs = [(model, tag) for model in sorted(_PRETRAINED) for tag in _PRETRAINED[model]]
+    return [f"{model}:{tag}" for model, tag in pairs] if as_str else pairs
+
+
+def list_pretrained_tags_by_model(model: str) -> list[str]:
     """Tags of a model; empty for a model without published weights."""
-    return list(_PRETRAINED.get(model, {}))
+    return list(_PRETRAINED.get(canonical(model), {}))
+
+
+def list_pretrained_models_by_tag(tag: str) -> list[str]:
+    """Models that have weights of a tag, sorted."""
+    return sorted(model for model, tags in _PRETRAINED.items() if _clean(tag) in map(_clean, tags))
 
 
 def pretrained_info(model: str, tag: str) -> PretrainedInfo:
     """What is known of a tag. ValueError naming the model's tags when there is no such one."""
-    try:
-        return _PRETRAINED[model][tag]
-    except KeyError:
-        tags = ", ".join(list_pretrained_tags(model)) or "none"
-        raise ValueError(f'{model} has no pretrained tag "{tag}": its tags are {tags}') from None
+    found = [info for name, info in _PRETRAINED.get(canonical(model), {}).items() if _clean(name) == _clean(tag)]
+    if not found:
+        if reason := why_refused(canonical(model)):
+            raise ValueError(f"{model} of OpenCLIP has no dense reading: {reason}")
+        tags = ", ".join(list_pretrained_tags_by_model(model)) or "none"
+        raise ValueError(f'{model} has no pretrained tag "{tag}": its tags are {tags}')
+    return found[0]
+
+
+def is_pretrained_cfg(model: str, tag: str) -> bool:
+    """Whether there are published weights of a model by a tag."""
+    return any(_clean(name) == _clean(tag) for name in list_pretrained_tags_by_model(model))
+
+
+def get_pretrained_cfg(model: str, tag: str) -> dict[str, Any]:
+    """What is known of a tag, as a dict: ``hf_hub``, ``quick_gelu``, ``mean``, ``std``, ``interpolation``,
+    ``resize_mode``. Empty when there is no such tag."""
+    if not is_pretrained_cfg(model, tag):
+        return {}
+    info = pretrained_info(model, tag)
+    prep = PreprocessCfg.of({**known_config(model).get("preprocess_cfg", {}), **info.preprocess})
+    return {
+        "hf_hub": f"{info.repo}/", "quick_gelu": info.quick_gelu, "mean": prep.mean, "std": prep.std,
+        "interpolation": prep.interpolation, "resize_mode": prep.resize_mode,
+    }  # fmt: skip
+
+
+def get_pretrained_url(model: str, tag: str) -> str:
+    """Address of a tag's weights on the hub; empty when there is no such tag."""
+    from huggingface_hub import hf_hub_url
+
+    return hf_hub_url(pretrained_info(model, tag).repo, _FILES[0]) if is_pretrained_cfg(model, tag) else ""
+
+
+# -- fetching ---------------------------------------------------------------------------------------------------------
 
 
 def download(model: str, tag: str, cache_dir: str | Path | None = None) -> Path:
@@ -111,30 +138,100 @@ def download(model: str, tag: str, cache_dir: str | Path | None = None) -> Path:
         FileNotFoundError: not in the cache and not to be fetched; the message says what to fetch and where to put it.
         RuntimeError: the content has not the hash that the hub gives.
     """
+    info = pretrained_info(model, tag)
+    return from_hub(info.repo, info.filenames, cache_dir, what=f"{model}, {tag}")
+
+
+def from_hub(
+    repo: str,
+    filenames: tuple[str, ...],
+    cache_dir: str | Path | None = None,
+    *,
+    what: str = "",
+    revision: str | None = None,
+) -> Path:
+    """The first of several files that a hub repository has, from the cache or downloaded to it and verified.
+
+    Raises:
+        FileNotFoundError: none is in the cache or to be fetched.
+        RuntimeError: the content has not the hash that the hub gives.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    info = pretrained_info(model, tag)
     failure: Exception | None = None
-    for filename in info.filenames:
+    for filename in filenames:
         try:
-            path = Path(hf_hub_download(info.repo, filename, cache_dir=cache_dir))
-        except LocalEntryNotFoundError as error:  # offline and not in the cache; another name may be
-            failure = error
-            continue
-        except EntryNotFoundError as error:  # the repository has it under another name
-            failure = error
+            path = Path(hf_hub_download(repo, filename, cache_dir=cache_dir, revision=revision))
+        except (LocalEntryNotFoundError, EntryNotFoundError) as error:
+            failure = error  # offline and not in the cache, or under another name: the next may be there
             continue
         except Exception as error:  # connection, authorisation, proxies: many kinds
             failure = error
             break
-        _verify(path, info.repo, filename)
+        _verify(path, repo, filename)
         return path
+    remedy = (
+        'download it on a connected machine and give its path as pretrained=FILE, or pretrained="eva", cache_dir=FILE'
+        if filenames == _FILES
+        else "download the repository on a connected machine and give its folder as local-dir:FOLDER"
+    )
     raise FileNotFoundError(
-        f"{info.filenames[0]} of hub repository {info.repo} ({model}, {tag}) is not in the cache and cannot be fetched "
-        f"({type(failure).__name__}): download it on a connected machine and give its path as pretrained=FILE, "
-        f'or pretrained="eva", cache_dir=FILE'
+        f"{filenames[0]} of hub repository {repo}{f' ({what})' if what else ''} is not in the cache and cannot be "
+        f"fetched ({type(failure).__name__}): {remedy}"
     ) from failure
+
+
+def download_pretrained(cfg: dict[str, Any], prefer_hf_hub: bool = True, cache_dir: str | Path | None = None) -> str:
+    """Path of the weights that a dict of :func:`get_pretrained_cfg` tells of; empty for one that tells of none.
+
+    Args:
+        cfg: ``hf_hub`` (repository, ``"/"``, optionally a file name), ``url``, or ``file``.
+        prefer_hf_hub: the hub before a ``url``.
+    """
+    if file := cfg.get("file"):
+        return str(file)
+    hub, url = cfg.get("hf_hub", ""), cfg.get("url", "")
+    if url and not (hub and prefer_hf_hub):
+        return download_pretrained_from_url(url, cache_dir)
+    if not hub:
+        return ""
+    owner, name, *rest = hub.split("/", 2)
+    return str(from_hub(f"{owner}/{name}", (rest[0],) if rest and rest[0] else _FILES, cache_dir))
+
+
+def download_pretrained_from_url(url: str, cache_dir: str | Path | None = None) -> str:
+    """Path of a file fetched by http(s) to a folder (``~/.cache/clip`` when None); one that is there is not fetched.
+
+    A SHA-256 that stands in the address, as in OpenAI's, is compared.
+
+    Raises:
+        FileNotFoundError: it cannot be fetched.
+        RuntimeError: it has another hash.
+    """
+    from torch.hub import download_url_to_file
+
+    parts = urllib.parse.urlparse(url).path.rstrip("/").split("/")
+    folder = Path(cache_dir) if cache_dir else Path.home() / ".cache" / "clip"
+    target = folder / parts[-1]
+    stated = next((p for p in parts if len(p) == 64 and not set(p) - set("0123456789abcdef")), None)
+    if not target.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            download_url_to_file(url, str(target))
+        except OSError as error:
+            raise FileNotFoundError(f"{url} cannot be fetched ({error}): give a file instead") from error
+    if stated is not None and _sha256(target) != stated:
+        raise RuntimeError(f"{target} ({url}) is damaged: its SHA-256 is not {stated}; delete it and try again")
+    return str(target)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _verify(path: Path, repo: str, filename: str) -> None:
@@ -145,11 +242,7 @@ def _verify(path: Path, repo: str, filename: str) -> None:
     blob = path.resolve().name
     if len(blob) != 64 or set(blob) - set("0123456789abcdef"):
         return  # a small file is named by its git hash, and a copied cache has no links
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    if digest.hexdigest() != blob:
+    if _sha256(path) != blob:
         raise RuntimeError(
             f"{path} ({repo}, {filename}) is damaged: its SHA-256 is not {blob}; delete it and try again"
         )

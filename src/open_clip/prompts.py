@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .checks import check_names
+
 #: The 63 templates of the published class embeddings: ``{article}`` and ``{}`` stand for "a" / "an" and the name.
 PROMPT_TEMPLATES: tuple[str, ...] = tuple(
     json.loads((Path(__file__).parent / "prompt_templates.json").read_text(encoding="utf-8"))
@@ -40,33 +42,16 @@ def average_prompts(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def class_embeddings(
+def embed_texts(
     model: nn.Module,
     tokenizer: Callable[[list[str]], Tensor],
-    names: Sequence[str],
+    texts: Sequence[str],
     *,
     device: torch.device | str | None = None,
     batch_size: int = 256,
-    templates: Sequence[str] = PROMPT_TEMPLATES,
     progress: bool = False,
 ) -> Tensor:
-    """Class embeddings from a model's text tower.
-
-    Args:
-        model: anything with ``encode_text``; its text tower is used where it is, or moved to ``device`` and back.
-        names: class names, in the order of the rows.
-        batch_size: prompts embedded at a time.
-        progress: show a bar.
-
-    Returns:
-        float32 ``[C, D]`` on the CPU, unit length.
-
-    Raises:
-        ValueError: no names or no templates.
-    """
-    if not names or not templates:
-        raise ValueError(f"class embeddings of {len(names)} names and {len(templates)} templates: give at least one")
-    prompts = [p for name in names for p in class_prompts(name, templates)]
+    """Text embeddings float32 ``[N, D]`` on the CPU, not normalised; arguments as in :func:`class_embeddings`."""
     text = getattr(model, "text", model)
     home = next(text.parameters()).device
     device = torch.device(device) if device is not None else home
@@ -75,11 +60,67 @@ def class_embeddings(
     rows = []
     text.to(device)
     try:
-        for start in tqdm(range(0, len(prompts), batch_size), "class embeddings", unit="batch", disable=not progress):
-            tokens = tokenizer(prompts[start : start + batch_size])
+        for start in tqdm(range(0, len(texts), batch_size), "class embeddings", unit="batch", disable=not progress):
+            tokens = tokenizer(list(texts[start : start + batch_size]))
             if cut:
                 tokens = tokens[:, : int(tokens.argmax(1).max()) + 1]
             rows.append(model.encode_text(tokens.to(device)).float().cpu())
     finally:
         text.to(home)
-    return average_prompts(torch.cat(rows).unflatten(0, (len(names), len(templates))))
+    return torch.cat(rows)
+
+
+def class_embeddings(
+    model: nn.Module,
+    tokenizer: Callable[[list[str]], Tensor],
+    names: Sequence[str],
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = 256,
+    templates: Sequence[str] = PROMPT_TEMPLATES,
+    prompts: Callable[[str], list[str]] | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Class embeddings from a model's text tower.
+
+    Args:
+        model: anything with ``encode_text``; its text tower is used where it is, or moved to ``device`` and back.
+        names: class names, in the order of the rows.
+        batch_size: prompts embedded at a time.
+        templates: filled in by :func:`class_prompts`.
+        prompts: name -> its prompts, the same number for each, in place of :func:`class_prompts` with ``templates``.
+        progress: show a bar.
+
+    Returns:
+        float32 ``[C, D]`` on the CPU, unit length.
+
+    Raises:
+        TypeError: ``names`` is one text instead of a list, or holds something else than texts.
+        ValueError: no names or no templates, or an empty name.
+    """
+    check_names(names)
+    if not len(names) or not len(templates):
+        raise ValueError(f"class embeddings of {len(names)} names and {len(templates)} templates: give at least one")
+    texts = [p for name in names for p in (class_prompts(name, templates) if prompts is None else prompts(name))]
+    features = embed_texts(model, tokenizer, texts, device=device, batch_size=batch_size, progress=progress)
+    return average_prompts(features.unflatten(0, (len(names), -1)))
+
+
+def read_class_names(path: str | Path) -> list[str]:
+    """Class names of a text file, one a line; empty lines are skipped, a byte-order mark is no part of a name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not UTF-8, or no name in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"file of class names {path} does not exist: check the path")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+    names = [line.strip() for line in lines if line.strip()]
+    if not names:
+        raise ValueError(f"{path} holds no class names: write one a line")
+    return names

@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align
 
+from .checks import check_boxes, check_masks
 
-def _check_count(regions: Sequence[Tensor], dense_map: Tensor, kind: str) -> None:
-    if len(regions) != len(dense_map):
-        raise ValueError(f"{len(regions)} lists of {kind} for {len(dense_map)} images: give one (possibly empty) each")
+
+def _in_cells(boxes: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Boxes ``[K, 4]`` in 0..1 to cells, float32. Python numbers, as a tensor of them would have to be copied over."""
+    height, width = grid
+    x1, y1, x2, y2 = boxes.float().reshape(-1, 4).unbind(1)
+    return torch.stack([x1 * width, y1 * height, x2 * width, y2 * height], dim=1)
 
 
 def roi_features(dense_map: Tensor, normed_boxes: Sequence[Tensor]) -> Tensor:
@@ -25,10 +29,10 @@ def roi_features(dense_map: Tensor, normed_boxes: Sequence[Tensor]) -> Tensor:
         ``[sum K_i, D]``, images one after the other, float32 (float64 for a float64 map): boxes in bfloat16 would move
         by more than a pixel at 1024, and the cosine that follows deserves the precision.
     """
-    _check_count(normed_boxes, dense_map, "boxes")
-    height, width = dense_map.shape[-2:]
-    scale = torch.tensor([width, height, width, height], dtype=torch.float32, device=dense_map.device)
-    boxes = [b.to(dense_map.device, torch.float32).reshape(-1, 4) * scale for b in normed_boxes]
+    check_boxes(normed_boxes, len(dense_map), values=False)
+    boxes = [_in_cells(b.to(dense_map.device, non_blocking=True), dense_map.shape[-2:]) for b in normed_boxes]
+    if not boxes:
+        return dense_map.new_zeros(0, dense_map.shape[1]).to(torch.promote_types(dense_map.dtype, torch.float32))
     with torch.autocast(dense_map.device.type, enabled=False):
         # float64 maps stay float64, so that the operator can be checked in double precision.
         features = dense_map if dense_map.dtype == torch.float64 else dense_map.float()
@@ -46,26 +50,23 @@ def mask_features(dense_map: Tensor, masks: Sequence[Tensor]) -> Tensor:
     Returns:
         ``[sum K_i, D]``, images one after the other.
     """
-    _check_count(masks, dense_map, "masks")
+    check_masks(masks, len(dense_map), dense_map.shape[-2:])
     pooled = []
     for features, mask in zip(dense_map, masks, strict=True):
-        if mask.shape[-2:] != features.shape[-2:]:
-            raise ValueError(f"masks of {tuple(mask.shape[-2:])} cells for a dense map of {tuple(features.shape[-2:])}")
         weights = mask.to(features.device).flatten(1).to(features.dtype)  # [K_i, h*w]
         sums = weights @ features.flatten(1).T  # [K_i, D]
         area = mask.to(features.device).flatten(1).sum(1, keepdim=True).clamp(min=1)
         pooled.append(sums / area.to(sums.dtype))
-    return torch.cat(pooled)
+    return torch.cat(pooled) if pooled else dense_map.new_zeros(0, dense_map.shape[1])
 
 
 def box_masks(normed_boxes: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:
     """Cells inside each box, for extraction "v1": bool ``[K_i, h, w]``; box corners are truncated to whole cells."""
+    check_boxes(normed_boxes)
     height, width = grid
     masks = []
     for boxes in normed_boxes:
-        boxes = boxes.reshape(-1, 4)
-        corners = (boxes.float() * boxes.new_tensor([width, height, width, height], dtype=torch.float32)).long()
-        x1, y1, x2, y2 = corners[:, :, None].unbind(1)  # each [K, 1]
+        x1, y1, x2, y2 = _in_cells(boxes, grid).long()[:, :, None].unbind(1)  # each [K, 1]
         columns, rows = (torch.arange(n, device=boxes.device)[None] for n in (width, height))
         inside_x = (columns >= x1) & (columns < x2)
         inside_y = (rows >= y1) & (rows < y2)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gzip
 import html
 import string
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
-import ftfy
-import regex
 import torch
 from torch import Tensor
 
@@ -17,15 +16,64 @@ _VOCAB = Path(__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
 _NUM_MERGES = 49152 - 256 - 2  # CLIP's vocabulary: 2 x 256 bytes, the merges, and two special tokens make 49,408
 _START, _END = "<start_of_text>", "<end_of_text>"
 _WORD_END = "</w>"
-_PATTERN = regex.compile(
-    rf"{_START}|{_END}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE
-)
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _mended(text: str) -> str:
+    """Broken unicode mended and html entities resolved (twice, as captions often need)."""
+    try:
+        import ftfy  # when a text comes, so that the image tower can be used without it
+    except ImportError as error:
+        raise ImportError(
+            "texts are cleaned with the package ftfy, which is not installed: pip install ftfy"
+        ) from error
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def clean_text(text: str) -> str:
     """Mend broken unicode, resolve html entities (twice, as captions often need) and collapse white space."""
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split())
+    return " ".join(_mended(text).split())
+
+
+def canonicalize_text(text: str) -> str:
+    """As :func:`clean_text`, without punctuation (``_`` as a space) and in lower case: SigLIP's cleaning."""
+    return " ".join(_mended(text).replace("_", " ").translate(_PUNCTUATION).lower().split())
+
+
+def _lowered(text: str) -> str:
+    return clean_text(text).lower()
+
+
+_CLEANINGS: dict[str, Callable[[str], str]] = {
+    "whitespace": clean_text, "lower": _lowered, "canonicalize": canonicalize_text,
+}  # fmt: skip
+
+
+def _cleaning(name: str) -> Callable[[str], str]:
+    if name not in _CLEANINGS:
+        raise ValueError(f'tokenizer cleaning "{name}" is unknown: use {", ".join(sorted(_CLEANINGS))}')
+    return _CLEANINGS[name]
+
+
+def _as_list(texts: str | Sequence[str]) -> list[str]:
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"text {i} is a {type(text).__name__}: give texts")
+    return texts
+
+
+@lru_cache
+def _pattern(special: tuple[str, ...]):
+    """Words as CLIP splits them: special tokens, English endings, letters, single digits, anything else."""
+    try:
+        import regex
+    except ImportError as error:
+        raise ImportError(
+            "CLIP's tokenizer needs the package regex, which is not installed: pip install regex"
+        ) from error
+    first = "|".join(regex.escape(token) for token in special)
+    return regex.compile(rf"{first}|'s|'t|'re|'ve|'m|'ll|'d|\p{{L}}+|\p{{N}}|[^\s\p{{L}}\p{{N}}]+", regex.IGNORECASE)
 
 
 @lru_cache
@@ -46,23 +94,41 @@ class SimpleTokenizer:
     cut and keeps its end token.
 
     Args:
+        bpe_path: gzipped list of merges; CLIP's own when None.
+        additional_special_tokens: more tokens that stand for themselves, behind the others.
         context_length: L.
-        vocab_path: gzipped list of merges; CLIP's own when None.
+        clean: ``"lower"``, ``"whitespace"`` or ``"canonicalize"`` (no punctuation).
+        reduction_mask: only ``""``: shortening captions at random belongs to pre-training.
+
+    Raises:
+        ValueError: an unknown ``clean``, or a ``reduction_mask``.
     """
 
-    def __init__(self, context_length: int = 77, vocab_path: str | Path | None = None) -> None:
-        self.context_length = context_length
-        with gzip.open(vocab_path or _VOCAB, "rt", encoding="utf-8") as file:
+    def __init__(
+        self,
+        bpe_path: str | Path | None = None,
+        additional_special_tokens: Sequence[str] | None = None,
+        context_length: int = 77,
+        clean: str = "lower",
+        reduction_mask: str = "",
+    ) -> None:
+        if reduction_mask:
+            raise ValueError(f'reduction_mask is "{reduction_mask}": captions are not shortened here, give ""')
+        self.context_length, self.clean_fn = context_length, _cleaning(clean)
+        with gzip.open(bpe_path or _VOCAB, "rt", encoding="utf-8") as file:
             lines = file.read().split("\n")[1 : _NUM_MERGES + 1]  # the first line is a header
         merges = [tuple(line.split()) for line in lines]
         symbols = list(_byte_symbols().values())
-        tokens = [*symbols, *(s + _WORD_END for s in symbols), *("".join(m) for m in merges), _START, _END]
+        special = [_START, _END, *(additional_special_tokens or ())]
+        tokens = [*symbols, *(s + _WORD_END for s in symbols), *("".join(m) for m in merges), *special]
         self.encoder = {token: i for i, token in enumerate(tokens)}
         self.decoder = dict(enumerate(tokens))
         self._ranks = {merge: i for i, merge in enumerate(merges)}
         self._bytes = {symbol: byte for byte, symbol in _byte_symbols().items()}
-        self._cache: dict[str, list[int]] = {token: [self.encoder[token]] for token in (_START, _END)}
+        self._cache: dict[str, list[int]] = {token: [self.encoder[token]] for token in special}
+        self._special = tuple(special)
         self.sot_token_id, self.eot_token_id = self.encoder[_START], self.encoder[_END]
+        self.all_special_ids = [self.encoder[token] for token in special]
         self.vocab_size = len(tokens)
 
     def _word_ids(self, word: str) -> list[int]:
@@ -92,19 +158,19 @@ class SimpleTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without start and end."""
-        return [i for word in _PATTERN.findall(clean_text(text).lower()) for i in self._word_ids(word)]
+        return [i for word in _pattern(self._special).findall(self.clean_fn(text)) for i in self._word_ids(word)]
 
-    def decode(self, ids: list[int] | Tensor) -> str:
+    def decode(self, tokens: list[int] | Tensor) -> str:
         """Text of ids; a word end becomes a space. Bytes that are no utf-8 become the replacement character."""
-        symbols = "".join(self.decoder[int(i)] for i in ids)
+        symbols = "".join(self.decoder[int(i)] for i in tokens)
         symbols = symbols.replace(_WORD_END, " ")
         return bytes(b for s in symbols for b in ([self._bytes[s]] if s in self._bytes else s.encode())).decode(
             "utf-8", "replace"
         )
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
-        """Ids int64 ``[N, L]``. ValueError when L leaves no room for start and end."""
-        texts = [texts] if isinstance(texts, str) else texts
+        """Ids int64 ``[N, L]``. ValueError when L leaves no room for start and end, TypeError for other than texts."""
+        texts = _as_list(texts)
         length = self.context_length if context_length is None else context_length
         if length < 2:
             raise ValueError(f"context_length is {length}: start and end tokens alone take 2")
@@ -118,55 +184,84 @@ class SimpleTokenizer:
 
 
 class HFTokenizer:
-    """Tokenizer of a hub repository (``tokenizer.json``), for models such as SigLIP 2.
+    """Tokenizer of a hub repository (``tokenizer.json``), for models such as SigLIP and CLIPA.
 
     Args:
-        name: hub repository, or a local folder with ``tokenizer.json``.
+        tokenizer_name: hub repository, or a local folder with ``tokenizer.json``.
         context_length: L; rows are cut and padded to it.
         clean: ``"canonicalize"`` (lower case, no punctuation), ``"lower"`` or ``"whitespace"``.
+        strip_sep_token: put zeros where the separator of BERT stands (CLIPA).
+        language: only None.
         cache_dir: download cache.
+        tokenizer_mode: only None.
 
     Raises:
         ImportError: the package ``tokenizers`` is not installed.
         FileNotFoundError: the file is neither local nor to be had.
-        ValueError: an unknown ``clean``, or a damaged file.
+        ValueError: an unknown ``clean``, an option that is not there, or a damaged file.
     """
 
     def __init__(
-        self, name: str, context_length: int = 64, clean: str = "whitespace", cache_dir: str | None = None
+        self,
+        tokenizer_name: str,
+        context_length: int = 77,
+        clean: str = "whitespace",
+        strip_sep_token: bool = False,
+        language: str | None = None,
+        cache_dir: str | Path | None = None,
+        tokenizer_mode: str | None = None,
     ) -> None:
-        if clean not in ("canonicalize", "lower", "whitespace"):
-            raise ValueError(f'tokenizer cleaning "{clean}" is unknown: use canonicalize, lower or whitespace')
+        self.context_length, self.clean_fn = context_length, _cleaning(clean)
+        for name, value in (("language", language), ("tokenizer_mode", tokenizer_mode)):
+            if value is not None:
+                raise ValueError(f'{name} is "{value}": the models that need it are not part of this package')
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ImportError(f"the tokenizer {name} needs the package tokenizers: pip install tokenizers") from error
-        self.context_length, self.clean = context_length, clean
-        file = _tokenizer_file(name, cache_dir)
+            raise ImportError(
+                f"the tokenizer {tokenizer_name} needs the package tokenizers: pip install tokenizers"
+            ) from error
+        file = _tokenizer_file(tokenizer_name, cache_dir)
         try:
             self.tokenizer = Tokenizer.from_file(str(file))
         except Exception as error:  # the package raises plain Exceptions
-            raise ValueError(f"{file} is no tokenizer ({error}): fetch tokenizer.json of {name} anew") from error
-        pad = self.tokenizer.token_to_id("<pad>") or 0
-        self.tokenizer.enable_padding(length=context_length, pad_id=pad, pad_token="<pad>")
-        self.tokenizer.enable_truncation(context_length)
+            raise ValueError(
+                f"{file} is no tokenizer ({error}): fetch tokenizer.json of {tokenizer_name} anew"
+            ) from error
+        self._pad = next((t for t in ("<pad>", "[PAD]") if self.tokenizer.token_to_id(t) is not None), "<pad>")
+        self._pad_id = self.tokenizer.token_to_id(self._pad) or 0
+        self._sep_id = self.tokenizer.token_to_id("[SEP]") if strip_sep_token else None
+        self._length = 0
+        self._set_length(context_length)
 
-    def _clean(self, text: str) -> str:
-        if self.clean == "canonicalize":
-            text = html.unescape(html.unescape(ftfy.fix_text(text))).replace("_", " ")
-            return " ".join(text.translate(str.maketrans("", "", string.punctuation)).lower().split())
-        return clean_text(text).lower() if self.clean == "lower" else clean_text(text)
+    def _set_length(self, length: int) -> None:
+        if length != self._length:
+            self.tokenizer.enable_padding(length=length, pad_id=self._pad_id, pad_token=self._pad)
+            self.tokenizer.enable_truncation(length)
+            self._length = length
+
+    def save_pretrained(self, dest: str | Path) -> None:
+        """Write ``tokenizer.json`` into a folder, for a model that is saved there."""
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_str(self.tokenizer.to_str())
+        plain.no_padding()
+        plain.no_truncation()
+        plain.save(str(Path(dest) / "tokenizer.json"))
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         """Ids int64 ``[N, L]``."""
-        texts = [texts] if isinstance(texts, str) else texts
-        if context_length is not None and context_length != self.context_length:
-            raise ValueError(f"this tokenizer was made for {self.context_length} tokens, not {context_length}")
-        rows = self.tokenizer.encode_batch([self._clean(t) for t in texts])
-        return torch.tensor([row.ids for row in rows], dtype=torch.long).reshape(len(texts), self.context_length)
+        texts = _as_list(texts)
+        length = self.context_length if context_length is None else context_length
+        if length < 1:
+            raise ValueError(f"context_length is {length}: give 1 or more")
+        self._set_length(length)
+        rows = self.tokenizer.encode_batch([self.clean_fn(t) for t in texts])
+        ids = torch.tensor([row.ids for row in rows], dtype=torch.long).reshape(len(texts), length)
+        return ids if self._sep_id is None else ids.masked_fill(ids == self._sep_id, 0)
 
 
-def _tokenizer_file(name: str, cache_dir: str | None) -> Path:
+def _tokenizer_file(name: str, cache_dir: str | Path | None) -> Path:
     if Path(name).is_dir():
         file = Path(name) / "tokenizer.json"
         if not file.is_file():
@@ -178,8 +273,9 @@ def _tokenizer_file(name: str, cache_dir: str | None) -> Path:
         return Path(hf_hub_download(name, "tokenizer.json", cache_dir=cache_dir))
     except Exception as error:  # the hub raises connection, authorisation and cache errors of many kinds
         raise FileNotFoundError(
-            f"tokenizer.json of {name} is neither in the cache nor to be fetched ({type(error).__name__}): "
-            f"download it from the hub and give its folder as hf_tokenizer_name"
+            f"tokenizer.json of {name} is neither in the cache nor to be fetched ({type(error).__name__}): download it "
+            "from the hub, or write it with transformers' AutoTokenizer and save_pretrained where the repository has "
+            "only sentencepiece, and give its folder as hf_tokenizer_name"
         ) from error
 
 
@@ -191,3 +287,8 @@ def _default() -> SimpleTokenizer:
 def tokenize(texts: str | list[str], context_length: int = 77) -> Tensor:
     """CLIP token ids int64 ``[N, context_length]`` of texts."""
     return _default()(texts, context_length)
+
+
+def decode(output_ids: list[int] | Tensor) -> str:
+    """Text of a row of CLIP token ids; see :meth:`SimpleTokenizer.decode`."""
+    return _default().decode(output_ids)

@@ -1,4 +1,6 @@
-"""Image preparation: whole images, detection-size inputs, region crops; uint8 tensors until normalisation.
+"""Image preparation: detection-size inputs, region crops; uint8 tensors until normalisation.
+
+Whole images, as OpenCLIP prepares them, are in :mod:`open_clip.whole_images` (and may be imported from here).
 
 Unless said otherwise images are RGB uint8 ``[..., 3, H, W]``. Resizing is bicubic with antialias, the kernel of Pillow.
 Decoders and the resizing kernels leave the colour channel innermost in memory; everything here keeps it there, because
@@ -8,13 +10,16 @@ turning a batch round takes as long as resizing it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
+
+from .whole_images import AugmentationCfg as AugmentationCfg
+from .whole_images import PreprocessCfg as PreprocessCfg
+from .whole_images import image_transform as image_transform
 
 _INTERPOLATIONS = {"bicubic": TF.InterpolationMode.BICUBIC, "bilinear": TF.InterpolationMode.BILINEAR}
 
@@ -98,35 +103,6 @@ def _pixel_constants(mean: tuple[float, ...], std: tuple[float, ...], device: to
         return -mean_ / std_, 1 / (255 * std_)
 
 
-def _whole_image(
-    image: Image.Image | Tensor,
-    *,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    mode: str,
-    interpolation: str,
-    scale: tuple[float, float],
-) -> Tensor:
-    if isinstance(image, Image.Image):
-        image = TF.pil_to_tensor(image.convert("RGB"))
-    height, width = image.shape[-2:]
-    if mode == "squash":
-        image = resize(image, size, size, interpolation)
-    elif mode == "longest":
-        image = pad_centred(resize_longest(image, size), size)
-    elif mode == "random":
-        top, left, h, w = random_crop_box(height, width, scale)
-        image = resize(image[..., top : top + h, left : left + w], size, size, interpolation)
-    else:
-        factor = size / min(height, width)
-        # torchvision's rule for the longer side: truncated.
-        image = resize(image, max(int(height * factor), size), max(int(width * factor), size), interpolation)
-        top, left = (round((s - size) / 2) for s in image.shape[-2:])
-        image = image[..., top : top + size, left : left + size]
-    return normalize(image, mean, std)
-
-
 def random_crop_box(
     height: int, width: int, scale: tuple[float, float], generator: torch.Generator | None = None
 ) -> tuple[int, int, int, int]:
@@ -143,29 +119,3 @@ def random_crop_box(
             return int(y * (height - h + 1)), int(x * (width - w + 1)), h, w
     h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def image_transform(
-    size: int,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-    mode: str = "shortest",
-    interpolation: str = "bicubic",
-    scale: tuple[float, float] = (0.9, 1.0),
-) -> Callable[[Image.Image | Tensor], Tensor]:
-    """Preparation of whole images: PIL image or uint8 ``[3, H, W]`` -> normalised float32 ``[3, size, size]``.
-
-    Args:
-        mode: ``"shortest"`` (shortest side to ``size``, centre crop), ``"longest"`` (longest side, centred on black),
-            ``"squash"`` (aspect ratio not kept), ``"random"`` (random resized crop, for training).
-        scale: share of the area that a random crop covers.
-
-    Raises:
-        ValueError: unknown mode or interpolation.
-    """
-    if mode not in ("shortest", "longest", "squash", "random"):
-        raise ValueError(f'mode is "{mode}": use shortest, longest, squash or random')
-    if interpolation not in _INTERPOLATIONS:
-        raise ValueError(f'interpolation is "{interpolation}": use {" or ".join(_INTERPOLATIONS)}')
-    return partial(_whole_image, size=size, mean=mean, std=std, mode=mode, interpolation=interpolation, scale=scale)

@@ -14,21 +14,22 @@ from __future__ import annotations
 
 import logging
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
 from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from .image_tower import resize_positions
+from .text_tower import QuickGELU
+from .weight_files import load_state_dict_file, without_wrappers
+from .weight_files import load_torch_file as load_torch_file
 
 log = logging.getLogger(__name__)
 
 LAYOUTS = ("eva", "openai", "timm")
-_CONTAINERS = ("state_dict", "model", "module")
 _TEXT_ROOTS = ("transformer.", "token_embedding.", "positional_embedding", "ln_final.", "text_projection")
 # Values that some files carry beside the weights: sizes, the causal mask, and rotary tables of the native grid.
 _NOT_WEIGHTS = re.compile(
@@ -72,7 +73,7 @@ _VIT_OUT = [
     (r"^cls_token$", "class_embedding"),
     (r"^pos_embed$", "positional_embedding"),
     (r"^norm_pre\.", "ln_pre."),
-    (r"^norm\.", "ln_post."),
+    (r"^(fc_)?norm\.", "ln_post."),
     (r"^head\.weight$", "proj"),
     (r"^blocks\.", "transformer.resblocks."),
     (r"\.norm([12])\.", r".ln_\1."),
@@ -90,74 +91,6 @@ def _rename(name: str, rules: list[tuple[str, str]]) -> str:
     return name
 
 
-# -- files ------------------------------------------------------------------------------------------------------------
-
-
-def load_state_dict_file(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint file in whatever layout it has; nothing in the file is executed.
-
-    Takes ``.safetensors``, or a torch file that is a state dict or a dict with one under ``state_dict``, ``model`` or
-    ``module``; a ``module.`` prefix is removed.
-
-    Damage to a torch file is found by the checksums in it. A safetensors file has none: a wrong length or header is
-    refused, a changed weight is not seen.
-
-    Raises:
-        FileNotFoundError: no such file.
-        RuntimeError: not a checkpoint, damaged, or one that needs code to be unpickled.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist: check the path")
-    try:
-        content = load_file(str(path)) if path.suffix == ".safetensors" else load_torch_file(path)
-    except Exception as error:  # torch and safetensors raise a dozen kinds for a damaged file
-        if "weights_only" in str(error).lower() or "TorchScript" in str(error):
-            remedy = "it holds Python objects or TorchScript, which would run code; save only its state dict"
-        else:
-            remedy = "it is damaged or no checkpoint; fetch it again"
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise RuntimeError(
-            f"weights file {path} cannot be loaded: {remedy} ({type(error).__name__}: {reason})"
-        ) from error
-    state = _find_state(content)
-    if not state:
-        raise RuntimeError(
-            f"weights file {path} holds no state dict: expected tensors by name, or one under {_CONTAINERS}"
-        )
-    return state
-
-
-def load_torch_file(path: str | Path) -> Any:
-    """``torch.load`` to the CPU that executes nothing and verifies the checksum of every part, which torch does not.
-
-    Files from before torch 1.6 are no archives and have no checksums.
-
-    Raises:
-        ValueError: a checksum is wrong. Other damage raises one of the many kinds of torch, pickle and zipfile.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _find_state(content: object) -> dict[str, Tensor]:
-    for _ in range(3):  # containers may be nested, e.g. {"model": {"state_dict": ...}}
-        if not isinstance(content, dict):
-            return {}
-        inner = next((content[k] for k in _CONTAINERS if isinstance(content.get(k), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    state = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-    if state and all(k.startswith("module.") for k in state):
-        state = {k[len("module.") :]: v for k, v in state.items()}
-    return state
-
-
 def detect_layout(state: dict[str, Tensor]) -> str:
     """``"timm"``, ``"eva"`` or ``"openai"``; ValueError when the names fit none."""
     if any(k.startswith("visual.trunk.") for k in state):
@@ -166,6 +99,8 @@ def detect_layout(state: dict[str, Tensor]) -> str:
         return "openai"
     if any(k.startswith("visual.blocks.") for k in state):
         return "eva"
+    if any(k.startswith("visual.layer1.") for k in state):
+        raise ValueError("its image tower is a ResNet, which has no patch tokens to read densely")
     some = ", ".join(sorted(state)[:4])
     raise ValueError(f"no image tower among the {len(state)} tensors ({some}, ...): not a CLIP checkpoint")
 
@@ -175,6 +110,7 @@ def detect_layout(state: dict[str, Tensor]) -> str:
 
 def to_internal(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A state dict of any layout in the package's own names and shapes. Sizes, masks and rotary tables are dropped."""
+    state = without_wrappers(state)
     layout = detect_layout(state)
     # EVA-02 has separate projections with biases of their own, EVA-01 a fused one with q_bias and v_bias beside it.
     rules = {"timm": [], "openai": _VIT_IN, "eva": list(_EVA_IN)}[layout]
@@ -184,13 +120,18 @@ def to_internal(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, value in state.items():
         if _NOT_WEIGHTS.match(name):
             continue
-        if name.startswith("visual.") and layout != "timm":
+        if name.startswith("visual.") and not name.startswith("visual.readout") and layout != "timm":
             name = "visual.trunk." + _rename(name[len("visual.") :], rules)
             if layout == "openai":
                 value = _vit_shape_in(name, value)
+        elif name.startswith("visual.head.proj."):  # OpenCLIP's linear projection beside a timm trunk
+            name = "visual.trunk.head." + name[len("visual.head.proj.") :]
         elif name.startswith(_TEXT_ROOTS):
             name = "text." + name
         out[name] = value
+    # Files of text towers that were whole CLIPs once carry the scale of that CLIP too; the model's own counts.
+    if (old_scale := out.pop("text.logit_scale", None)) is not None:
+        out.setdefault("logit_scale", old_scale)
     return out
 
 
@@ -202,6 +143,16 @@ def _vit_shape_in(name: str, value: Tensor) -> Tensor:
     if name == "visual.trunk.head.weight":
         return value.T.contiguous()
     return value
+
+
+def proves_quick_gelu(state: dict[str, Tensor]) -> bool:
+    """Whether tensors are OpenAI's own, which alone state an ``input_resolution`` and need QuickGELU."""
+    return "input_resolution" in state
+
+
+def uses_quick_gelu(model: nn.Module) -> bool:
+    """Whether a model was built with QuickGELU (in its text tower, which has the choice in every schema)."""
+    return any(isinstance(m, QuickGELU) for m in model.text.modules())
 
 
 def load_weights(model: nn.Module, path: str | Path, *, resize: bool = False) -> None:
@@ -216,12 +167,22 @@ def load_weights(model: nn.Module, path: str | Path, *, resize: bool = False) ->
     load_state(model, load_state_dict_file(path), source=str(path), resize=resize)
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "state dict", resize: bool = False) -> None:
-    """As :func:`load_weights`, from a state dict of any layout; ``source`` names it in messages."""
+def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "state dict", resize: bool = False) -> Any:
+    """As :func:`load_weights`, from a state dict of any layout; ``source`` names it in messages.
+
+    Returns what ``load_state_dict`` of torch returns.
+    """
+    if proves_quick_gelu(state) and not uses_quick_gelu(model):
+        raise ValueError(
+            f"{source} is one of OpenAI's own files (it states input_resolution), trained with QuickGELU, but the "
+            "model has GELU: build it with force_quick_gelu=True, or by its name with -quickgelu"
+        )
     try:
         state = to_internal(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    readout = model.visual.readout
+    model.visual.adopt_readout(state, source)
     own = model.state_dict()
     _reconcile(state, own, model, resize)
     missing = sorted(set(own) - set(state))
@@ -232,10 +193,35 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
         if state[k].shape != own[k].shape
     ]
     if missing or unexpected or shapes:
+        model.visual.set_readout(readout)
         parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
         text = "; ".join(f"{len(p)} {what}: {_some(p)}" for p, what in parts if p)
         raise ValueError(f"{source} does not fit the model (another architecture?): {text}")
-    model.load_state_dict(state)
+    return model.load_state_dict(state)
+
+
+def load_tower(model: nn.Module, tower: str, path: str | Path) -> None:
+    """Load one tower (``"visual"`` or ``"text"``) from a file: a whole CLIP's, or the tower's alone.
+
+    A file of an image trunk alone has timm's names and may lack the projection, which then keeps its start values.
+
+    Raises:
+        ValueError: names or shapes differ from the tower's; nothing has been loaded.
+    """
+    state = without_wrappers(load_state_dict_file(path))
+    if any(k.startswith("visual.") for k in state):
+        state = to_internal(state)
+        state = {k[len(tower) + 1 :]: v for k, v in state.items() if k.startswith(f"{tower}.")}
+    elif tower == "visual" and not any(k.startswith("trunk.") for k in state):
+        state = {f"trunk.{k}": v for k, v in state.items()}
+    module = getattr(model, tower)
+    own = module.state_dict()
+    optional = {k for k in own if k.startswith("trunk.head.")}
+    wrong = sorted((set(own) - set(state) - optional) | (set(state) - set(own)))
+    wrong += sorted(k for k in set(own) & set(state) if own[k].shape != state[k].shape)
+    if wrong:
+        raise ValueError(f"{path} does not fit the {tower} tower: {len(wrong)} names or shapes differ: {_some(wrong)}")
+    module.load_state_dict(state, strict=False)
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -243,13 +229,23 @@ def _some(names: list[str], most: int = 4) -> str:
 
 
 def _reconcile(state: dict[str, Tensor], own: dict[str, Tensor], model: nn.Module, resize: bool) -> None:
-    """Mend differences of form: scalar shapes, an all-zero bias, a position grid that was asked to change."""
+    """Mend differences of form: scalar shapes, an all-zero bias, the place of a norm, positions to be resized."""
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in own:
             state[name] = state[name].reshape(own[name].shape)
     bias = "visual.trunk.head.bias"
     if bias in state and bias not in own and not state[bias].any():
         del state[bias]
+    # The openai layout calls the final norm the same, whether it comes before pooling (norm) or after (fc_norm).
+    for part in ("weight", "bias"):
+        norm, after = f"visual.trunk.norm.{part}", f"visual.trunk.fc_norm.{part}"
+        if norm in state and norm not in own and after in own:
+            state[after] = state.pop(norm)
+    name = "text.positional_embedding"
+    if resize and name in state and state[name].shape[0] != model.text.context_length:
+        log.info("resizing text positions from %d to %d tokens", len(state[name]), model.text.context_length)
+        rows = F.interpolate(state[name].float().T[None], size=model.text.context_length, mode="linear")
+        state[name] = rows[0].T.to(state[name].dtype).contiguous()
     name = "visual.trunk.pos_embed"
     if resize and name in state and state[name].shape != own.get(name, state[name]).shape:
         trunk = model.visual.trunk
@@ -266,11 +262,13 @@ def _reconcile(state: dict[str, Tensor], own: dict[str, Tensor], model: nn.Modul
 def reference_layout(model: nn.Module) -> str:
     """Layout in which the published code (and its detector) keeps this model: ``eva``, ``openai``, or else ``timm``."""
     trunk = model.visual.trunk
-    if trunk.cls_token is None or trunk.reg_token is not None:
+    if trunk.cls_token is None or trunk.reg_token is not None or model.visual.pools_by_attention:
         return "timm"
     if isinstance(trunk, Eva):
         return "eva"
-    return "openai" if isinstance(trunk.norm_pre, nn.LayerNorm) else "timm"
+    # The projection of the openai layout is a matrix, and its patch embedding has no bias.
+    bare = isinstance(trunk.head, nn.Linear) and trunk.head.bias is None and trunk.patch_embed.proj.bias is None
+    return "openai" if bare else "timm"
 
 
 def export_state_dict(

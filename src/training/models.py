@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP
+from open_clip.readouts import build_readout
 from open_clip.weights import export_state_dict, reference_layout
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import Dist
@@ -20,52 +19,80 @@ from training.engine.errors import UserError, as_user_error
 from training.engine.optim import adamw, decay_groups
 from training.engine.precision import Precision
 from training.ensemble import ensemble_state
+from training.options import ModelOptions, OptimOptions, Options
+from training.teachers.build import Teacher, build_teacher
 
 
-def load_model(args: argparse.Namespace) -> CLIP:
-    """The start model on the CPU in float32; random weights follow ``--seed``."""
-    if args.model.endswith(".json"):
-        path = Path(args.model)
-        args.model = path.parent.name if path.stem == "config" else path.stem
-        as_user_error(open_clip.add_model_config, path, args.model)
-    torch.manual_seed(args.seed)
+def model_name(name: str) -> str:
+    """The name of ``--model``; a config file is made known under its own."""
+    if not name.endswith(".json"):
+        return name
+    path = Path(name)
+    name = path.parent.name if path.stem == "config" else path.stem
+    as_user_error(open_clip.add_model_config, path, name)
+    return name
+
+
+def load_model(options: Options) -> CLIP:
+    """The start model on the CPU in float32; random weights follow ``--seed``.
+
+    Raises:
+        UserError: unknown model or weights, or flags that do not go with it.
+    """
+    model_options: ModelOptions = options.model
+    torch.manual_seed(options.run.seed)
     model = as_user_error(
-        open_clip.create_model, args.model, pretrained=args.pretrained or None, cache_dir=args.cache_dir
-    )
-    patch = model.visual.patch_size
-    if args.downsample_factor not in (None, patch):
+        open_clip.create_model, model_options.model, pretrained=model_options.pretrained or None,
+        cache_dir=model_options.cache_dir, force_quick_gelu=model_options.force_quick_gelu,
+    )  # fmt: skip
+    if options.readout is not None:
+        as_user_error(build_readout, options.readout, model.visual)
+    name, size, patch = model_options.model, options.data.det_image_size, model.visual.patch_size
+    if model_options.downsample_factor not in (None, patch):
         raise UserError(
-            f"--downsample-factor {args.downsample_factor}: {args.model} has patches of {patch}; leave it out"
+            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; leave it out"
         )
-    if args.dataset_type != "contrastive" and args.det_image_size % patch:
-        near = max(round(args.det_image_size / patch), 1) * patch
-        raise UserError(f"--det-image-size {args.det_image_size} is no multiple of the patch size {patch}: use {near}")
-    if args.extract_type == "v1" and reference_layout(model) != "openai":
-        raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {args.model} is none: use v2")
+    if options.data.dataset_type != "contrastive" and size % patch:
+        near = max(round(size / patch), 1) * patch
+        raise UserError(f"--det-image-size {size} is no multiple of the patch size {patch}: use {near}")
+    if getattr(options.own, "extract_type", "v2") == "v1" and reference_layout(model) != "openai":
+        raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {name} is none: use v2")
     return model
 
 
-def prepare_models(args: argparse.Namespace, model: CLIP, dist: Dist, precision: Precision) -> tuple[CLIP, CLIP | None]:
-    """(student, teacher or None) on the device. Parts that training does not need stay on the CPU."""
-    distils = args.dataset_type in ("grid_distill", "proposals_distill")
-    teacher = None
-    if distils:
-        teacher = copy.deepcopy(model)
-        del teacher.text  # embeds crops only
-        # Frozen: stored in the dtype it computes in, so that no step casts it anew.
-        teacher.visual.to(dist.device, precision.input_dtype)
+def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Precision) -> dict[str, Teacher]:
+    """The method's teachers by name, on the device."""
+    teachers = {}
+    for spec in options.entry.teachers(options.own):
+        teachers[spec.name] = build_teacher(
+            spec, model, image_size=options.data.det_image_size, device=dist.device, dtype=precision.input_dtype
+        )
+        if options.machine.compile:
+            compile_blocks(teachers[spec.name].model)
+    return teachers
+
+
+def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precision) -> CLIP:
+    """The start model as student, on the device and locked. Parts that training does not need stay on the CPU."""
     student = model.to(dtype=precision.param_dtype)
     student.visual.to(dist.device)
     student.logit_scale.data = student.logit_scale.data.to(dist.device)
-    if args.dataset_type == "contrastive":
+    if options.entry.texts:
         student.to(dist.device)
-    if args.grad_checkpointing:
+    if options.optim.grad_checkpointing:
         student.set_grad_checkpointing(True)
-    if args.compile:
-        for trunk in [m.visual.trunk for m in (student, teacher) if m is not None]:
-            for block in trunk.blocks:
-                block.compile()
-    return student, teacher
+    if options.machine.compile:
+        compile_blocks(student)
+    if options.model.lock_image:
+        student.lock_image_tower(options.model.lock_image_unlocked_groups)
+    return student
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the transformer blocks of an image tower, or of a bare trunk."""
+    tower = model.visual if isinstance(model, CLIP) else model
+    for block in getattr(tower, "trunk", tower).blocks:
+        block.compile()
 
 
 def is_undecayed(name: str, parameter: Tensor) -> bool:
@@ -99,20 +126,22 @@ def adam_defaults(model_name: str) -> tuple[float, float, float]:
     return (0.9, 0.98, 1e-6) if "vit" in model_name.lower() else (0.9, 0.999, 1e-8)
 
 
-def build_optimizer(args: argparse.Namespace, model: CLIP) -> torch.optim.AdamW:
+def build_optimizer(options: OptimOptions, name: str, model: CLIP) -> torch.optim.AdamW:
     """AdamW over what trains in a model.
 
-    ``args`` gives ``model``, ``lr``, ``wd`` and ``beta1``, ``beta2``, ``eps`` (None: :func:`adam_defaults`).
+    Args:
+        options: the flags; betas and eps that are None are those of :func:`adam_defaults`.
+        name: of the model.
 
     Raises:
         UserError: nothing trains.
     """
-    groups = parameter_groups(model, args.wd)
+    groups = parameter_groups(model, options.wd)
     if not any(group["params"] for group in groups):
         raise UserError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
-    given = (args.beta1, args.beta2, args.eps)
-    beta1, beta2, eps = (d if g is None else g for g, d in zip(given, adam_defaults(args.model), strict=True))
-    return adamw(groups, lr=args.lr, betas=(beta1, beta2), eps=eps)
+    given = (options.beta1, options.beta2, options.eps)
+    beta1, beta2, eps = (d if g is None else g for g, d in zip(given, adam_defaults(name), strict=True))
+    return adamw(groups, lr=options.lr, betas=(beta1, beta2), eps=eps)
 
 
 class StartWeights:

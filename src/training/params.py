@@ -1,203 +1,219 @@
-"""Command-line flags. Names are those of the published code and of OpenCLIP."""
+"""The command line. Names of flags are those of the published code and of OpenCLIP."""
 
 from __future__ import annotations
 
 import argparse
-import math
+import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
+from training.data.options import SOURCES
 from training.engine.errors import UserError
-from training.engine.precision import PRECISIONS
+from training.engine.flags import Parser, add_flags, flags_of, spelling, take
+from training.methods import Entry, find_method, find_recipe, list_methods
+from training.options import ROOMS, TITLES, Options
 
-DATASET_TYPES = ("grid_distill", "proposals_distill", "region_clip", "contrastive")
+# What a dataset type meant before --method: old command lines mean the same.
+_METHOD_OF = {"region_clip": "regionclip", "contrastive": "contrastive"}
+
+# Flags of the published code and of OpenCLIP that change nothing here, with the number of their values.
+_WITHOUT_EFFECT = {
+    "test_type": 1, "test_data": 1, "train_ceph_root": 1, "val_ceph_root": 1, "train_num_samples": 1,
+    "val_num_samples": 1, "train_data_upsampling_factors": 1, "dataset_resampled": 0, "csv_separator": 1,
+    "csv_img_key": 1, "csv_caption_key": 1, "imagenet_val": 1, "imagenet_v2": 1, "log_local": 0, "val_frequency": 1,
+    "epochs_cooldown": 1, "use_bn_sync": 0, "skip_scheduler": 0, "pretrained_image": 0,
+    "lock_image_freeze_bn_stats": 0, "image_mean": "+", "image_std": "+", "image_ave_pool": 0, "aug_cfg": "*",
+    "local_loss": 0, "gather_with_grad": 0, "force_image_size": "+", "force_patch_dropout": 1, "force_custom_text": 0,
+    "torchscript": 0, "trace": 0, "dist_url": 1, "wandb_notes": 1, "wandb_project_name": 1, "debug": 0,
+    "copy_codebase": 0, "horovod": 0, "ddp_static_graph": 0, "no_set_device_rank": 0, "lock_text": 0,
+    "lock_text_unlocked_layers": 1, "lock_text_freeze_layer_norm": 0, "coca_caption_loss_weight": 1,
+    "coca_contrastive_loss_weight": 1, "remote_sync": 1, "remote_sync_frequency": 1, "remote_sync_protocol": 1,
+    "delete_previous_checkpoint": 0, "distill_model": 1, "distill_pretrained": 1, "max_masks": 1,
+    "input_size": 1,
+}  # fmt: skip
+
+_EXAMPLES = """
+Train a dense CLIP, and evaluate it on COCO panoptic.
+
+examples:
+  CLIPSelf on image patches, as published for B/16:
+    python -m training.main --recipe clipself-b16 --name mine \\
+        --pretrained eva --cache-dir EVA02_CLIP_B_psz16_s8B.pt \\
+        --train-data instances_train2017.json --train-image-root train2017 \\
+        --val-data panoptic_val2017.json --val-image-root val2017
+  after an interruption:       the same command and --resume latest
+  to evaluate a checkpoint:    no --train-data, and --pretrained logs/mine/checkpoints/clipself.pt
+  on 8 GPUs:                   torchrun --nproc_per_node 8 -m -- training.main ...
+  flags of one method:         --method declip --help;  all flags: --help-all
+"""
+
+# Flags that --help lists; --help-all lists all.
+_FIRST = {
+    "model", "pretrained", "lock_image", "lock_image_unlocked_groups", "dataset_type", "train_data",
+    "train_image_root", "det_image_size", "batch_size", "epochs", "lr", "alpha", "val_data", "val_image_root", "name",
+    "resume", "seed", "device",
+}  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse whose complaints are UserErrors: one line, and the same exit for every process."""
+def make_parser(chosen: Entry | None = None, *, everything: bool = False) -> argparse.ArgumentParser:
+    """The parser: flags of all rooms and of all methods. Flags that were not given leave nothing behind.
 
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (--help lists all flags)")
-
-
-def _number(kind: type, low: float, high: float = math.inf, *, open_low: bool = False):
-    """argparse type: a finite number of ``kind`` in [low, high], or (low, high]."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not math.isfinite(value) or value > high or value < low or (open_low and value == low):
-            bounds = f"{'above' if open_low else 'at least'} {low:g}" + (
-                f", at most {high:g}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text} is out of range: give a number {bounds}")
-        return value
-
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
-
-
-_count, _natural = _number(int, 1), _number(int, 0)
-_positive, _not_negative, _share = _number(float, 0, open_low=True), _number(float, 0), _number(float, 0, 1)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser, in groups."""
-    parser = _Parser(
+    Args:
+        chosen: the method whose flags ``--help`` lists; None for no method's.
+        everything: whether it lists all flags of the rooms.
+    """
+    methods = list_methods().values()
+    listed = "".join(f"  {e.name:<16} {e.summary}\n" for e in methods)
+    recipes = _wrapped(sorted(r for e in methods for r in e.recipes))
+    parser = Parser(
         prog="python -m training.main",
-        description="Train a dense CLIP (CLIPSelf, RegionCLIP or plain contrastive) and evaluate it on COCO panoptic.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="python -m training.main --method NAME --train-data FILE --train-image-root DIR [flags]",
+        description=_EXAMPLES,
+        epilog=f"methods:\n{listed}\nrecipes:\n{recipes}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
     )
-    _add_model(parser.add_argument_group("model"))
-    _add_data(parser.add_argument_group("training data"))
-    _add_method(parser.add_argument_group("method"))
-    _add_optimisation(parser.add_argument_group("optimisation"))
-    _add_evaluation(parser.add_argument_group("evaluation"))
-    _add_run(parser.add_argument_group("run, checkpoints, logs"))
-    _add_machine(parser.add_argument_group("machine"))
+    parser.add_argument("--help-all", action="store_true", help="list all flags")
+    method = parser.add_argument_group("method")
+    method.add_argument("--method", metavar="NAME", help="how to train; see below (clipself)")
+    method.add_argument("--recipe", metavar="NAME", help="flags under one name; flags given by hand override")
+    seen: dict = {}
+    if chosen is not None:
+        add_flags(method, chosen.options, seen)
+    for room, cls in ROOMS.items():
+        show = flags_of(cls).keys() if everything else _FIRST
+        add_flags(parser.add_argument_group(TITLES[room]), cls, seen, show=show)
+    for entry in methods:
+        add_flags(method, entry.options, seen, show=())
+    for name, values in _WITHOUT_EFFECT.items():
+        nargs = {"action": "store_true"} if values == 0 else {} if values == 1 else {"nargs": values}
+        parser.add_argument(spelling(name), help=argparse.SUPPRESS, **nargs)
     return parser
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--model", default="EVA02-CLIP-B-16", help="name of the model (open_clip.list_models()), or a config json")
-    add("--pretrained", default="", help='tag, checkpoint file, or "eva" with --cache-dir; "" for random weights')
-    add("--cache-dir", default=None, help="download cache; with --pretrained eva the checkpoint file")
-    add("--lock-image", action="store_true", help="freeze the image tower but for --lock-image-unlocked-groups")
-    add("--lock-image-unlocked-groups", type=_natural, default=0, metavar="N",
-        help="last N groups that train: blocks for EVA; for CLIP ViT also positions and stem before them")  # fmt: skip
+def _wrapped(words: Sequence[str], width: int = 100) -> str:
+    lines = [" "]
+    for word in words:
+        if len(lines[-1]) + len(word) > width:
+            lines.append(" ")
+        lines[-1] += " " + word
+    return "\n".join(lines) + "\n"
 
 
-def _add_data(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--dataset-type", choices=DATASET_TYPES, default="grid_distill",
-        help="CLIPSelf on patches, CLIPSelf on proposals, RegionCLIP, or image-text pairs")  # fmt: skip
-    add("--train-data", default="", help='COCO or LVIS json (captions for contrastive); "" to evaluate only')
-    add("--train-image-root", default="", help="folder or URL that the file names are relative to")
-    add("--train-embed-path", default="", help="noun embeddings [C, D] for region_clip; computed when empty")
-    add("--train-ratio", type=_number(float, 0, 1, open_low=True), default=1.0, help="share of the images to use")
-    add("--det-image-size", type=_count, default=1024, help="side of the dense input in pixels")
-    add(
-        "--downsample-factor",
-        type=_count,
-        default=None,
-        help="must equal the patch size; read from the model if absent",
-    )
-    add("--max-boxes", type=_count, default=20, help="regions an image")
-    add("--max-split", type=_count, default=6, help="rows and columns of a grid at most")
-    add("--crop-scale", type=_number(float, 1), default=1.0, help="grid crops are the cells enlarged by this factor")
-    add(
-        "--min-size",
-        type=_not_negative,
-        default=8,
-        help="smaller regions (square root of the area, pixels) are left out",
-    )
-    add("--max-size", type=_positive, default=1024, help="larger regions are left out")
-    add("--crop-on", choices=("worker", "device"), default="worker",
-        help="where images are resized and cropped: loader workers, or the GPU from the original image")  # fmt: skip
-    add("--max-skipped", type=_share, default=0.1, help="share of unusable images at which the run stops")
-    add("--cache-teacher", default=None, metavar="DIR",
-        help="proposals_distill: compute the teacher's embeddings once, keep them here, train without it")  # fmt: skip
-    add("--annotation-cache", default=None, metavar="DIR",
-        help='keep parsed annotations here; they open in a moment. By default files of 16 MB and more are kept in '
-             '~/.cache/open_clip/annotations; "" for never')  # fmt: skip
+def parse_args(argv: Sequence[str] | None = None, *, check: bool = True) -> Options:
+    """Parse flags and check them against each other.
 
-
-def _add_method(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--extract-type", choices=("v1", "v2"), default="v2", help="RoIAlign (v2) or masked tokens (v1, CLIP ViT only)")
-    add("--multiscale", action="store_true", help="resize each step's images to a random size")
-    add("--cosine-weight", type=_not_negative, default=1.0, help="weight of the CLIPSelf loss")
-    add("--contrast-weight", type=_not_negative, default=1.0, help="weight of the RegionCLIP loss")
-    add("--alpha", type=_share, default=1.0, help="released weights are alpha * student + (1 - alpha) * start model")
-
-
-def _add_optimisation(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--epochs", type=_count, default=6, help="passes over the data")
-    add("--batch-size", type=_count, default=2, help="images per process and micro-batch")
-    add("--accum-freq", type=_count, default=1, help="micro-batches per optimizer step")
-    add("--lr", type=_not_negative, default=1e-5, help="base learning rate")
-    add("--wd", type=_not_negative, default=0.1, help="weight decay")
-    add("--beta1", type=_share, default=None, help="AdamW; by default 0.9")
-    add("--beta2", type=_share, default=None, help='AdamW; by default 0.98 for models named "vit", else 0.999')
-    add("--eps", type=_not_negative, default=None, help='AdamW; by default 1e-6 for models named "vit", else 1e-8')
-    add("--warmup", type=_natural, default=1000, help="steps of linear warm-up")
-    add("--lr-scheduler", choices=("cosine", "const", "const-cooldown"), default="cosine", help="after the warm-up")
-    add("--lr-cooldown-epochs", type=_count, default=1, help="length of the cooldown (const-cooldown)")
-    add("--lr-cooldown-power", type=_positive, default=1.0, help="power of its polynomial")
-    add("--lr-cooldown-end", type=_not_negative, default=0.0, help="rate at its end")
-    add("--grad-clip-norm", type=_positive, default=None, help="clip gradients to this norm")
-    add("--grad-checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
-    add("--max-nan-steps", type=_count, default=10, help="steps in a row with a loss that is not finite, then stop")
-
-
-def _add_evaluation(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--val-data", default="", help='COCO panoptic json; "" to train only')
-    add("--val-image-root", default="", help="folder or URL of its images")
-    add("--val-segm-root", default="", help="folder of its PNGs; by default the json's path without .json")
-    add("--embed-path", default="", help="class embeddings [C, D] (.npy); computed by the text tower when empty")
-    add(
-        "--eval-image-sizes",
-        type=_count,
-        nargs="+",
-        default=None,
-        metavar="S",
-        help="input sizes; --det-image-size if absent",
-    )
-    add("--zeroshot-frequency", type=_natural, default=1, help="evaluate every N epochs; 0 never")
-    add("--skip-first-eval", action="store_true", help="do not evaluate before training")
-    add("--mask-antialias", action="store_true", help="bring masks to the grid with antialias (not as published)")
-
-
-def _add_run(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--name", default=None, help="of the experiment; by default date, model and method")
-    add("--logs", default="logs", help="folder of all experiments")
-    add("--resume", default=None, metavar="latest|FILE", help="go on from a checkpoint")
-    add("--save-frequency", type=_natural, default=1, help="save every N epochs; 0 only at the end")
-    add("--save-every-n-steps", type=_natural, default=0, help="also save inside epochs; 0 never")
-    add("--save-most-recent", action="store_true", help="keep epoch_latest.pt up to date after every epoch")
-    add("--keep-checkpoints", type=_natural, default=0, help="newest checkpoints of whole epochs to keep; 0 all")
-    add("--log-every-n-steps", type=_count, default=50, help="steps between lines of the log and TensorBoard points")
-    add("--seed", type=_natural, default=0, help="of weights, data order and regions")
-    add("--max-steps", type=_natural, default=0, help="end after this many optimizer steps; 0: after --epochs")
-    add("--profile", type=_natural, default=0, metavar="N", help="write a trace of N steps to the experiment's folder")
-
-
-def _add_machine(group: argparse._ArgumentGroup) -> None:
-    add = group.add_argument
-    add("--workers", type=_natural, default=4, help="loader processes for each training process")
-    add("--precision", choices=PRECISIONS, default=None, help="amp_bf16 on GPUs that have it, else fp32, if absent")
-    add("--device", choices=("cuda", "cpu"), default=None, help="a GPU when there is one, if absent")
-    add("--compile", action="store_true", help="compile the transformer blocks")
-    add("--dist-backend", choices=("nccl", "gloo"), default=None, help="nccl on GPUs, gloo on CPUs, if absent")
-    add("--dist-timeout", type=_positive, default=1800, help="seconds until a lost process ends the run")
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse and check flags against each other.
+    Args:
+        argv: the flags; those of the process when None.
+        check: False for a part of the program's options, without data.
 
     Raises:
         UserError: an unknown flag or value, or flags that do not go together.
     """
-    args = make_parser().parse_args(argv)
-    if not args.train_data and not args.val_data:
-        raise UserError("--train-data and --val-data are both empty: nothing to do")
-    if args.train_data and args.train_image_root == "":
-        raise UserError("--train-image-root is empty: give the folder that the images of --train-data are in")
-    if args.val_data and args.val_image_root == "":
-        raise UserError("--val-image-root is empty: give the folder that the images of --val-data are in")
-    if args.min_size >= args.max_size:
-        raise UserError(f"--min-size {args.min_size} is not below --max-size {args.max_size}")
-    if args.lock_image_unlocked_groups and not args.lock_image:
-        raise UserError("--lock-image-unlocked-groups has an effect with --lock-image only: add it")
-    if args.cache_teacher and args.dataset_type != "proposals_distill":
+    argv = list(sys.argv[1:] if argv is None else argv)
+    entry, source, recipe = _chosen(argv)
+    if "--help-all" in argv:
+        argv.append("--help")
+    parser = make_parser(entry if "--method" in argv or recipe else None, everything="--help-all" in argv)
+    given = vars(parser.parse_args([*shlex.split(recipe), *argv]))
+    for name in ("method", "recipe", "help_all"):
+        given.pop(name, None)
+    idle = [name for name in _WITHOUT_EFFECT if given.pop(name, None) is not None]
+    given["dataset_type"] = source
+    rooms = {room: take(cls, given) for room, cls in ROOMS.items()}
+    options = Options(entry=entry, own=take(entry.options, given), given=frozenset(given), **rooms)
+    if check:
+        _check(options)
+    sizes = tuple(dict.fromkeys(options.eval.eval_image_sizes or (options.data.det_image_size,)))
+    warnings = [f"{', '.join(map(spelling, idle))}: without effect here"] if idle else []
+    warnings += _unused(options, given)
+    return replace(options, eval=replace(options.eval, eval_image_sizes=sizes), warnings=tuple(warnings))
+
+
+def _chosen(argv: Sequence[str]) -> tuple[Entry, str, str]:
+    """(method, dataset type, command line of the recipe) of a command line."""
+    first = Parser(add_help=False, allow_abbrev=False)
+    for name in ("--method", "--recipe", "--dataset-type"):
+        first.add_argument(name)
+    asked = first.parse_known_args(argv)[0]
+    recipe, of_recipe = "", None
+    if asked.recipe:
+        of_recipe, recipe = find_recipe(asked.recipe)
+        if asked.method not in (None, of_recipe.name):
+            raise UserError(f"--recipe {asked.recipe} is one of --method {of_recipe.name}, not of {asked.method}")
+    source = asked.dataset_type or first.parse_known_args(shlex.split(recipe))[0].dataset_type
+    entry = of_recipe or find_method(asked.method or _METHOD_OF.get(source, "clipself"))
+    if source is None:
+        return entry, entry.sources[0], recipe
+    if source not in SOURCES:
+        raise UserError(f"--dataset-type {source}: use one of {', '.join(SOURCES)} (--help lists all flags)")
+    if source not in entry.sources:
         raise UserError(
-            f"--cache-teacher needs a teacher and regions that stay the same, which {args.dataset_type} has not: leave "
-            "it out, or use --dataset-type proposals_distill"
+            f"--method {entry.name} cannot learn from --dataset-type {source}: use {' or '.join(entry.sources)}"
         )
-    if args.resume == "latest" and not args.name:
+    return entry, source, recipe
+
+
+def _check(options: Options) -> None:
+    """UserError for flags that do not go together."""
+    model, data, regions, val = options.model, options.data, options.regions, options.eval
+    if not data.train_data and not val.val_data:
+        raise UserError("--train-data and --val-data are both empty: nothing to do")
+    if data.train_data and data.train_image_root == "" and not Path(data.train_data).is_dir():
+        raise UserError("--train-image-root is empty: give the folder that the images of --train-data are in")
+    if val.val_data and val.val_image_root == "":
+        raise UserError("--val-image-root is empty: give the folder that the images of --val-data are in")
+    if regions.min_size >= regions.max_size:
+        raise UserError(f"--min-size {regions.min_size} is not below --max-size {regions.max_size}")
+    if model.lock_image_unlocked_groups and not model.lock_image:
+        raise UserError("--lock-image-unlocked-groups has an effect with --lock-image only: add it")
+    teachers = options.entry.teachers(options.own)
+    if data.cache_teacher and not teachers:
+        raise UserError(f"--cache-teacher: --method {options.entry.name} has no teacher; leave it out")
+    if data.cache_teacher and data.dataset_type == "grid_distill" and not regions.fixed_regions:
+        if any(t.source == "crops" for t in teachers):
+            raise UserError(
+                "--cache-teacher needs regions that recur, which grid_distill draws anew in every epoch: add "
+                "--fixed-regions, or use --dataset-type proposals_distill"
+            )
+    if options.run.dry_run and not data.train_data:
+        raise UserError("--dry-run is about a training: give --train-data")
+    if options.run.resume == "latest" and not options.run.name:
         raise UserError("--resume latest needs --name: which experiment?")
-    args.eval_image_sizes = list(dict.fromkeys(args.eval_image_sizes or [args.det_image_size]))
-    return args
+
+
+# Flags of the regions that a dataset type reads.
+_READ = {
+    "grid_distill": {"max_boxes", "max_split", "grid", "crop_scale", "fixed_regions"},
+    "proposals_distill": {"max_boxes", "min_size", "max_size"},
+    "mixed_distill": {"max_boxes", "max_split", "grid", "crop_scale", "fixed_regions", "min_size", "max_size",
+                      "proposal_share"},
+    "region_clip": {"max_boxes"},
+    "contrastive": set(),
+}  # fmt: skip
+
+
+def _unused(options: Options, given: dict[str, object]) -> list[str]:
+    """Warnings about flags of regions that the data source does not read.
+
+    Raises:
+        UserError: a flag of other methods was given.
+    """
+    if not options.trains:
+        return []
+    own = flags_of(options.entry.options)
+    shared = {name for cls in ROOMS.values() for name in flags_of(cls)}
+    for entry in list_methods().values():
+        foreign = [n for n in flags_of(entry.options) if n in given and n not in own and n not in shared]
+        if foreign:
+            users = [e.name for e in list_methods().values() if foreign[0] in flags_of(e.options)]
+            raise UserError(
+                f"{spelling(foreign[0])} is a flag of --method {' or '.join(users)}, not of {options.entry.name}: "
+                "leave it out"
+            )
+    kind = options.data.dataset_type
+    idle = [n for n in flags_of(ROOMS["regions"]) if n in given and n not in _READ[kind]]
+    return [f"{', '.join(map(spelling, idle))}: without effect with --dataset-type {kind}"] if idle else []

@@ -1,102 +1,152 @@
-"""Distillation, RegionCLIP and contrastive training as a task of the engine's loop."""
+"""Training of a dense CLIP by any method as a task of the engine's loop."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import open_clip
 from open_clip import CLIP
+from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
 from training.class_embeddings import load_or_compute
-from training.data import DevicePrefetcher, build_train_data, prepare_batch
+from training.data import DevicePrefetcher, View, build_train_data, prepare_batch
 from training.engine.distributed import Dist
 from training.engine.errors import UserError, as_user_error
 from training.engine.journal import Journal
 from training.engine.loop import Batch, LoopOptions, Progress, Rate, Task
 from training.engine.precision import Precision
 from training.engine.schedule import make_schedule, step_seed
-from training.methods import build_method
-from training.models import StartWeights, build_optimizer, prepare_models
+from training.methods import Setting
+from training.models import StartWeights, build_optimizer, prepare_student, prepare_teachers
+from training.options import Options
 from training.teachers.cache import fill, open_store
 
 log = logging.getLogger(__name__)
 
 RELEASE = "clipself.pt"
-# Arguments that make a run what it is; a resume with others is refused.
+TEXTS = 256  # embedded at a time
+# Options that make a run what it is; a resume with others is refused.
 _IDENTITY = (
-    "model", "dataset_type", "extract_type", "multiscale", "lock_image", "lock_image_unlocked_groups", "train_ratio",
-    "seed",
+    "method", "model", "dataset_type", "readout", "extract_type", "multiscale", "lock_image",
+    "lock_image_unlocked_groups", "train_ratio", "seed",
 )  # fmt: skip
 Evaluate = Callable[..., dict]
 
 
-def loop_options(args: argparse.Namespace) -> LoopOptions:
-    """What the program's arguments say to the loop."""
+def loop_options(options: Options) -> LoopOptions:
+    """What the program's options say to the loop."""
+    optim, run, data = options.optim, options.run, options.data
     return LoopOptions(
-        epochs=args.epochs, batch_size=args.batch_size, accum_freq=args.accum_freq, max_steps=args.max_steps,
-        clip_norm=args.grad_clip_norm, max_skipped=args.max_skipped, max_bad_steps=args.max_nan_steps,
-        log_every=args.log_every_n_steps, save_every_steps=args.save_every_n_steps,
-        save_every_epochs=args.save_frequency, keep=args.keep_checkpoints, save_latest=args.save_most_recent,
-        evaluate_first=not args.skip_first_eval, evaluate_every=args.zeroshot_frequency, profile=args.profile,
+        epochs=optim.epochs, batch_size=data.batch_size, accum_freq=optim.accum_freq, max_steps=run.max_steps,
+        clip_norm=optim.grad_clip_norm, max_skipped=data.max_skipped, max_bad_steps=optim.max_nan_steps,
+        log_every=run.log_every_n_steps, save_every_steps=run.save_every_n_steps,
+        save_every_epochs=run.save_frequency, keep=run.keep_checkpoints, save_latest=run.save_most_recent,
+        evaluate_first=not options.eval.skip_first_eval, evaluate_every=options.eval.zeroshot_frequency,
+        profile=run.profile, report_to=run.report_to,
     )  # fmt: skip
 
 
 class Distillation(Task):
-    """The training that the program's arguments describe: made (and thereby checked) before anything is written.
+    """The training that the program's options describe: made (and thereby checked) before anything is written.
 
     Args:
-        args: the program's arguments.
+        options: the program's.
         model: the start model on the CPU; becomes the student.
         dist, precision: where and how to compute.
         evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=)``; None for none.
 
     Raises:
-        UserError: wrong data, embeddings or arguments.
+        UserError: wrong data, embeddings or options.
     """
 
     name = "distillation"
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        options: Options,
         model: CLIP,
         dist: Dist,
         precision: Precision,
         evaluation: Evaluate | None = None,
     ) -> None:
-        self.args, self.dist, self.precision, self.evaluation = args, dist, precision, evaluation
-        self.source = f"--train-data {args.train_data}"
-        contrastive = args.dataset_type == "contrastive"
-        tokenizer = as_user_error(open_clip.get_tokenizer, args.model) if contrastive else None
-        self.crop_size = model.visual.image_size
-        self.image_size = self.crop_size if contrastive else args.det_image_size
-        self.data = build_train_data(
-            args, image_size=self.image_size, crop_size=self.crop_size, rank=dist.rank, world_size=dist.world_size,
-            tokenizer=tokenizer,
+        self.choices, self.dist, self.precision, self.evaluation = options, dist, precision, evaluation
+        self.source = f"--train-data {options.data.train_data}"
+        self.teachers = prepare_teachers(options, model, dist, precision)
+        self.fields = options.entry.fields(options.own)
+        self.views = self._views(model)
+        self.data = self._open_data()
+        self.stores = {}
+        if options.data.cache_teacher:
+            for name, teacher in self.teachers.items():
+                self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
+                self.views.pop(name, None)
+            self.data.dataset.stores = self.stores
+            self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
+        self.student = prepare_student(options, model, dist, precision)
+        setting = Setting(
+            student=self.student, teachers=self.teachers, readout=options.readout, class_names=self.data.class_names,
+            embed=self._embed, rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
-        self.store = None
-        if args.cache_teacher:
-            self.store = self.data.dataset.store = open_store(args.cache_teacher, self.data.dataset, model, precision)
-        nouns = self._noun_embeddings(model) if args.dataset_type == "region_clip" else None
-        self.student, teacher = prepare_models(args, model, dist, precision)
-        self.module = self.method = build_method(
-            args, student=self.student, teacher=teacher, noun_embeddings=nouns, rank=dist.rank,
-            world_size=dist.world_size,
-        )  # fmt: skip
+        self.module = self.method = options.entry.build(options.own, setting)
+        for teacher in self.teachers.values():
+            teacher.forget_texts()
         self.start = StartWeights(self.student)
 
-    def _noun_embeddings(self, model: CLIP) -> Any:
-        tokenizer = None if self.args.train_embed_path else as_user_error(open_clip.get_tokenizer, self.args.model)
+    def _views(self, model: CLIP) -> dict[str, View]:
+        """What student and teachers look at, by name."""
+        visual, contrastive = model.visual, self.choices.data.dataset_type == "contrastive"
+        size = visual.image_size if contrastive else self.choices.data.det_image_size
+        pixels = (tuple(visual.image_mean), tuple(visual.image_std), self.precision.input_dtype)
+        views = {"images": View("images", size, *pixels)}
+        views |= {name: teacher.view for name, teacher in self.teachers.items()}
+        if "crops" in self.fields and "crops" not in views:  # for the student itself
+            views["crops"] = View("crops", visual.image_size, *pixels)
+        return views
+
+    def _open_data(self) -> Any:
+        options = self.choices
+        crop_sizes = [view.size for view in self.views.values() if view.source == "crops"]
+        captioned = options.data.dataset_type == "contrastive" or {"captions", "region_captions"} & set(self.fields)
+        tokenize = as_user_error(open_clip.get_tokenizer, options.model.model) if captioned else None
+        return build_train_data(
+            options.data, options.regions, image_size=self.views["images"].size, crop_size=max(crop_sizes, default=1),
+            fields=self.fields, seed=options.run.seed, rank=self.dist.rank, world_size=self.dist.world_size,
+            tokenize=tokenize, pin_memory=self.dist.device.type == "cuda",
+        )  # fmt: skip
+
+    def _embed(self, names: Sequence[str] | None, *, teacher: str | None = None, plain: bool = False) -> Tensor:
+        """Text embeddings ``[C, D]`` of unit length on the device; see :class:`~training.methods.Setting`.
+
+        Args:
+            names: class names; None for those of the annotations, or for the file of ``--train-embed-path``.
+            teacher: whose text tower; None for the student's.
+            plain: texts as they are, instead of an ensemble of prompts about a class.
+        """
+        options = self.choices
+        model = self.student if teacher is None else self.teachers[teacher].model
+        tower = options.model.model if teacher is None else self.teachers[teacher].spec.model
+        if names is None and getattr(options.own, "train_embed_path", ""):
+            tokenizer = None
+        else:
+            tokenizer = as_user_error(open_clip.get_tokenizer, tower)
+        if plain:
+            device = next(model.text.parameters()).device
+            with torch.no_grad():
+                parts = [tokenizer(list(names[i : i + TEXTS])) for i in range(0, len(names), TEXTS)]
+                embeddings = torch.cat([model.encode_text(p.to(device)).float() for p in parts])
+            return F.normalize(embeddings, dim=-1).to(self.dist.device)
         return load_or_compute(
-            self.args, model, tokenizer, self.data.class_names, flag="--train-embed-path",
-            names_file=self.args.train_data, device=self.dist.device, progress=self.dist.is_master,
+            options.own if names is None else object(), model, tokenizer, names or self.data.class_names,
+            flag="--train-embed-path", names_file=options.data.train_data, device=None if teacher else self.dist.device,
+            progress=self.dist.is_master,
         ).to(self.dist.device)  # fmt: skip
 
     # -- data ---------------------------------------------------------------------------------------------------------
@@ -109,31 +159,29 @@ class Distillation(Task):
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """Prepared micro-batches of an epoch, from one on."""
         self.data.set_epoch(epoch, start)
-        visual = self.student.visual
-        prepare = partial(
-            prepare_batch, device=self.dist.device, dtype=self.precision.input_dtype, mean=visual.image_mean,
-            std=visual.image_std, image_size=self.image_size, crop_size=self.crop_size,
-        )  # fmt: skip
+        prepare = partial(prepare_batch, views=self.views, device=self.dist.device)
         return iter(DevicePrefetcher(self.data.loader, prepare, self.dist.device))
 
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW with the published split into decayed and undecayed parameters."""
-        return build_optimizer(self.args, self.student)
+        optimizer = build_optimizer(self.choices.optim, self.choices.model.model, self.student)
+        hold_unread(optimizer, self.method.unread())
+        return optimizer
 
     def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
         """That of ``--lr-scheduler``."""
-        args = self.args
+        optim = self.choices.optim
         return make_schedule(
-            args.lr_scheduler, base=args.lr, warmup=args.warmup, total=total_steps,
-            cooldown=min(args.lr_cooldown_epochs * steps_per_epoch, total_steps),
-            power=args.lr_cooldown_power, end=args.lr_cooldown_end,
+            optim.lr_scheduler, base=optim.lr, warmup=optim.warmup, total=total_steps,
+            cooldown=min(optim.lr_cooldown_epochs * steps_per_epoch, total_steps),
+            power=optim.lr_cooldown_power, end=optim.lr_cooldown_end,
         )  # fmt: skip
 
     def begin_step(self, micro: list[Batch], step: int) -> None:
-        """The method counts regions over processes and draws what it draws."""
-        self.method.begin_step(micro, seed=step_seed(self.args.seed, step))
+        """The method counts its items over processes and draws what it draws."""
+        self.method.begin_step(micro, seed=step_seed(self.choices.run.seed, step))
 
     def end_step(self) -> None:
         """The method bounds its temperature."""
@@ -142,14 +190,11 @@ class Distillation(Task):
     # -- records ------------------------------------------------------------------------------------------------------
 
     def scalars(self, totals: dict[str, float]) -> dict[str, float]:
-        """Means over regions, their number, and the temperature."""
-        regions = totals["regions"]
-        means = {k.removesuffix("_sum"): v / max(regions, 1) for k, v in totals.items() if k.endswith("_sum")}
-        return {
-            **means,
-            "train/regions": regions,
-            "train/logit_scale": self.student.logit_scale.exp().item(),
-        }
+        """Means of the method's quantities over their items, the items' numbers, and the temperature."""
+        logged = self.method.logged()
+        means = {name: totals[f"{name}_sum"] / max(totals[group], 1) for name, group in logged.items()}
+        items = {f"train/{group}": totals[group] for group in dict.fromkeys(logged.values())}
+        return {**means, **items, "train/logit_scale": self.student.logit_scale.exp().item()}
 
     def evaluate(self, progress: Progress, journal: Journal, *, start: bool = False) -> None:
         """Evaluate the start model, or the ensemble of start model and student."""
@@ -158,14 +203,15 @@ class Distillation(Task):
         if start:
             self.evaluation(self.student, journal, epoch=0, step=0, kind="start")
             return
-        with self.start.ensembled(self.student, self.args.alpha):
+        with self.start.ensembled(self.student, self.choices.optim.alpha):
             self.evaluation(self.student, journal, epoch=progress.epoch, step=progress.step)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """The student, and of which start weights and experiment it is."""
-        return {"name": self.args.name, "state_dict": self.student.state_dict(), "start_hash": self.start.hash}
+        name = self.choices.run.name
+        return {"name": name, "state_dict": self.student.state_dict(), "start_hash": self.start.hash}
 
     def load_state(self, content: dict[str, Any]) -> None:
         """The student's weights. UserError when they began from others."""
@@ -177,31 +223,36 @@ class Distillation(Task):
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must have in common with this one."""
-        values = {f"--{name.replace('_', '-')}": getattr(self.args, name) for name in _IDENTITY}
+        flat = self.choices.flat()
+        values = {f"--{name.replace('_', '-')}": flat[name] for name in _IDENTITY if name in flat}
         return {**values, "the number of training images": self.data.num_images}
 
     def options(self) -> dict[str, Any]:
-        """All arguments."""
-        return {k: v for k, v in vars(self.args).items() if k != "resume"}
+        """All options."""
+        return {k: v for k, v in self.choices.flat().items() if k != "resume"}
 
     def versions(self) -> dict[str, str]:
         """The model package's."""
         return {"open_clip": open_clip.__version__}
 
     def prepare(self, progress: Progress) -> None:
-        """Say what the data lacks; fill the store of teacher answers."""
+        """Say what the data lacks; fill the stores of teachers' answers."""
         for reason, number in self.data.skipped.items():
             log.warning("%s: %d x %s (left out)", self.source, number, reason)
         log.info("%d images", self.data.num_images)
-        if self.store is not None:
+        for name, store in self.stores.items():
             fill(
-                self.store, self.data.dataset, self.method.teacher, dist=self.dist, precision=self.precision,
-                workers=self.args.workers,
+                store, self.data.dataset, self.method.teachers[name], dist=self.dist, precision=self.precision,
+                workers=self.choices.data.workers,
             )  # fmt: skip
-            self.method.teacher = None
+            del self.method.teachers[name], self.teachers[name]
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
         """The ensemble of student and start model in the published layout."""
-        weights = export_state_dict(self.student, state=self.start.ensemble(self.student, self.args.alpha))
-        content = {"epoch": progress.epoch, "name": self.args.name, "state_dict": weights}
+        weights = export_state_dict(self.student, state=self.start.ensemble(self.student, self.choices.optim.alpha))
+        content = {"epoch": progress.epoch, "name": self.choices.run.name, "state_dict": weights}
         return {str(Path("checkpoints") / RELEASE): content}
+
+    def finish(self, folder: Path) -> None:
+        """Say where the model is."""
+        log.info("done: the model is %s (for --pretrained)", folder / "checkpoints" / RELEASE)

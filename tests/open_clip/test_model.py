@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 import open_clip
 from open_clip.factory import build_model
-from open_clip.image_tower import has_prefix_reading, prefix_block, resize_positions, value_attention, value_block
+from open_clip.image_tower import resize_positions
+from open_clip.timm_blocks import has_prefix_reading, prefix_block, value_attention, value_block
 from open_clip.weights import load_state
 
 KINDS = ["eva", "vit_gelu", "vit_quickgelu"]
@@ -53,10 +54,10 @@ def compute(model, inputs, name: str):
         "encode_image": lambda: model.encode_image(native, normalize=norm),
         "encode_image_at_dense_size": lambda: model.encode_image(dense),
         "encode_image_nonsquare": lambda: model.encode_image(inputs["images_nonsquare"]),
-        "encode_dense_map": lambda: model.encode_dense(dense, normalize=norm),
-        "encode_dense_tokens": lambda: model.encode_dense(dense, keep_shape=False),
-        "encode_dense_native_map": lambda: model.encode_dense(native),
-        "encode_dense_nonsquare_map": lambda: model.encode_dense(inputs["images_nonsquare"]),
+        "encode_dense_map": lambda: model.encode_dense(dense, normalize=norm, keep_shape=True),
+        "encode_dense_tokens": lambda: model.encode_dense(dense),
+        "encode_dense_native_map": lambda: model.encode_dense(native, keep_shape=True),
+        "encode_dense_nonsquare_map": lambda: model.encode_dense(inputs["images_nonsquare"], keep_shape=True),
         "masks_attn0": lambda: model.encode_masks(dense, masks, normalize=norm, mask_attn=False),
         "masks_attn1": lambda: model.encode_masks(dense, masks, normalize=norm, mask_attn=True),
         "rois_and_image.rois": lambda: model.encode_rois_and_image(dense, boxes)[0],
@@ -112,34 +113,8 @@ def test_hidden_states_match_reference(golden, kind):
                 torch.testing.assert_close(x[0], torch.from_numpy(hidden[name]), rtol=1e-5, atol=3e-5)
 
 
-def tiny(schema: str) -> open_clip.CLIP:
-    text = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
-    eva = {"image_size": 32, "layers": 3, "width": 48, "head_width": 12, "patch_size": 8, "eva_model_name": "t"}
-    vision = {
-        "eva02": {**eva, "rope": True, "naiveswiglu": True, "subln": True, "mlp_ratio": 2.6667},
-        "eva01": {**eva, "mlp_ratio": 4.3637},
-        "eva_postnorm": {**eva, "postnorm": True},
-        "vit": {"image_size": 32, "layers": 3, "width": 48, "head_width": 12, "patch_size": 8},
-        "layerscale": {
-            "image_size": 32,
-            "layers": 3,
-            "width": 48,
-            "head_width": 12,
-            "patch_size": 8,
-            "ls_init_value": 0.5,
-        },
-        "siglip": {"timm_model_name": "test_vit4", "image_size": 32, "timm_pool": "map", "timm_proj": "none"},
-    }[schema]
-    dim = 64 if schema == "siglip" else 24
-    torch.manual_seed(0)
-    model = build_model({"embed_dim": dim, "vision_cfg": vision, "text_cfg": text}).eval()
-    for p in model.parameters():  # nowhere zero, so that nothing hides
-        torch.nn.init.normal_(p, std=0.2) if p.ndim else None
-    return model
-
-
 @pytest.mark.parametrize("schema", ["eva02", "eva01", "eva_postnorm", "vit", "layerscale", "siglip"])
-def test_value_path_is_attention_over_one_token(schema):
+def test_value_path_is_attention_over_one_token(tiny, schema):
     """A softmax over one key is 1: a block on sequences of length one is the block without token mixing."""
     model = tiny(schema).double()
     block = model.visual.trunk.blocks[-1]
@@ -149,19 +124,19 @@ def test_value_path_is_attention_over_one_token(schema):
     torch.testing.assert_close(value_block(block, x).reshape(18, 1, -1), block(alone))
 
 
-def test_attention_pooled_dense_is_pooling_of_one_token():
+def test_attention_pooled_dense_is_pooling_of_one_token(tiny):
     model = tiny("siglip").double()
     image = torch.randn(2, 3, 32, 48, dtype=torch.float64)
     tokens, _ = model.visual.dense_tokens(image)
     trunk = model.visual.trunk
     pooled = trunk.head(trunk.fc_norm(trunk.attn_pool(trunk.norm(tokens.reshape(-1, 1, tokens.shape[-1])))))
     expected = torch.nn.functional.normalize(pooled, dim=-1)
-    actual = model.encode_dense(image, keep_shape=False)
+    actual = model.encode_dense(image)
     torch.testing.assert_close(actual.reshape(expected.shape), expected)
 
 
 @pytest.mark.parametrize("schema", ["eva02", "eva01", "eva_postnorm", "vit", "siglip"])
-def test_global_embedding_equals_timm(schema):
+def test_global_embedding_equals_timm(tiny, schema):
     """At the native size nothing is resized, and the forward pass written here is timm's."""
     model = tiny(schema).double()
     image = torch.randn(2, 3, 32, 32, dtype=torch.float64)
@@ -169,7 +144,7 @@ def test_global_embedding_equals_timm(schema):
 
 
 @pytest.mark.parametrize("schema", ["eva02", "eva01", "vit", "siglip"])
-def test_gradient_checkpointing_changes_nothing_but_memory(schema):
+def test_gradient_checkpointing_changes_nothing_but_memory(tiny, schema):
     model = tiny(schema)
     image = torch.randn(1, 3, 32, 48)
     boxes = [torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.2, 0.1, 0.7, 0.9]])]
@@ -188,15 +163,15 @@ def test_gradient_checkpointing_changes_nothing_but_memory(schema):
 
 
 @pytest.mark.parametrize("schema", ["eva02", "eva01", "vit", "siglip"])
-def test_unreached_parameters_are_exactly_those_without_gradient(schema):
+def test_unreached_parameters_are_exactly_those_without_gradient(tiny, schema):
     model = tiny(schema)
-    model.encode_dense(torch.randn(1, 3, 32, 48)).mul(torch.randn(model.embed_dim, 1, 1)).sum().backward()
+    model.encode_dense(torch.randn(1, 3, 32, 48)).mul(torch.randn(model.embed_dim)).sum().backward()
     without = {n for n, p in model.visual.named_parameters() if p.grad is None}
     unreached = {id(p) for p in model.visual.unreached_by_dense()}
     assert without == {n for n, p in model.visual.named_parameters() if id(p) in unreached}
 
 
-def test_lock_image_tower():
+def test_lock_image_tower(tiny):
     model = tiny("vit")
     count = lambda: sum(p.requires_grad for p in model.visual.parameters())  # noqa: E731
     model.lock_image_tower(0)
@@ -213,7 +188,7 @@ def test_lock_image_tower():
         eva.lock_image_tower(-1)
 
 
-def test_regions_of_one_pass_and_empty_lists():
+def test_regions_of_one_pass_and_empty_lists(tiny):
     model = tiny("eva02")
     image = torch.randn(2, 3, 32, 48)
     boxes = [torch.tensor([[0.0, 0.0, 0.5, 1.0]]), torch.zeros(0, 4)]
@@ -242,7 +217,7 @@ def test_positions_resize_without_antialias():
     torch.testing.assert_close(down.reshape(1, 2, 2, 5).permute(0, 3, 1, 2), expected)
 
 
-def test_intermediate_maps_for_a_detector():
+def test_intermediate_maps_for_a_detector(tiny):
     model = tiny("eva02")
     image = torch.randn(2, 3, 32, 48)
     with torch.no_grad():
@@ -265,7 +240,7 @@ def test_dense_and_region_calls_of_built_in_models(name):
     patch = model.visual.patch_size
     with torch.no_grad():
         image = torch.randn(1, 3, 2 * patch, 3 * patch)
-        dense = model.encode_dense(image)
+        dense = model.encode_dense(image, keep_shape=True)
         boxes = model.encode_pseudo_boxes(image, [torch.tensor([[0.0, 0.0, 1.0, 1.0]])], normalize=True)
     assert dense.shape == (1, model.embed_dim, 2, 3) and boxes.shape == (1, model.embed_dim)
     torch.testing.assert_close(dense.norm(dim=1), torch.ones(1, 2, 3))

@@ -121,8 +121,10 @@ def test_initial_deviations():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"ls_init_value": 0.1}, "unknown keys ls_init_value"),
-        ({"proj_type": "none"}, 'proj_type "none"'),
+        ({"ls_init_value": 0.1}, "sets ls_init_value to 0.1: no published ViT needs it"),
+        ({"layer": 12}, "unknown key layer: did you mean layers"),
+        ({"proj_type": "none"}, "width is 32, embed_dim 24: without a projection they must be the same"),
+        ({"proj_type": "mlp"}, 'proj_type "mlp"'),
         ({"hf_model_name": "xlm-roberta-base"}, "xlm-roberta-base"),
         ({"heads": 5}, "width is 32: it must be a multiple of the 5 heads"),
         ({"pool_type": "mean"}, 'pooling is "mean"'),

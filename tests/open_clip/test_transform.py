@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from open_clip.transform import (
+    AugmentationCfg,
     crop_box,
     crop_region,
     detection_size,
@@ -85,22 +86,67 @@ def test_normalize_in_float64():
     assert normalize(image, MEAN, STD, torch.bfloat16).dtype == torch.bfloat16
 
 
-def test_whole_images():
+def expected_whole_image(image: torch.Tensor, mode: str) -> Image.Image:
+    """An image of 60x97 at 32x32 by Pillow alone."""
+    if mode == "longest":
+        square = Image.new("RGB", (32, 32), (7, 7, 7))
+        square.paste(pillow(image).resize((32, 20), Image.BICUBIC), (0, 6))
+        return square
+    if mode == "squash":
+        return pillow(image).resize((32, 32), Image.BICUBIC)
+    return pillow(image).resize((int(97 * 32 / 60), 32), Image.BICUBIC).crop((10, 0, 42, 32))
+
+
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+def test_whole_images(mode):
     image = picture(60, 97)
-    expected = {
-        "shortest": pillow(image).resize((int(97 * 32 / 60), 32), Image.BICUBIC).crop((10, 0, 42, 32)),
-        "squash": pillow(image).resize((32, 32), Image.BICUBIC),
-        "longest": Image.new("RGB", (32, 32)),
-    }
-    expected["longest"].paste(pillow(image).resize((32, 20), Image.BICUBIC), (0, 6))
-    for mode, pixels in expected.items():
-        transform = image_transform(32, mean=MEAN, std=STD, mode=mode)
-        made = transform(pillow(image))
-        assert torch.equal(made, transform(image))
-        close((made * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]).mul(255).round(), pixels)
-    assert image_transform(32, mean=MEAN, std=STD, mode="random")(pillow(image).convert("L")).shape == (3, 32, 32)
-    with pytest.raises(ValueError, match="shortest, longest, squash or random"):
-        image_transform(32, mean=MEAN, std=STD, mode="fit")
+    transform = image_transform(32, False, mean=MEAN, std=STD, resize_mode=mode, fill_color=7)
+    made, expected = transform(pillow(image)), expected_whole_image(image, mode)
+    pixels = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+    torch.testing.assert_close(made, normalize(pixels, MEAN, STD), rtol=0, atol=1e-6)  # Pillow's own pixels
+    values = transform(image) * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    close(values.mul(255).round(), expected)  # a tensor is resized by torch
+    assert transform.transforms[-1].mean == MEAN and transform(pillow(image).convert("L")).shape == (3, 32, 32)
+
+
+def test_whole_images_that_are_not_square():
+    image = picture(60, 97)
+    transform = image_transform((32, 64), False, mean=MEAN, std=STD)  # 40 x 64 covers it
+    expected = pillow(image).resize((64, 40), Image.BICUBIC).crop((0, 4, 64, 36))
+    pixels = torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+    torch.testing.assert_close(transform(pillow(image)), normalize(pixels, MEAN, STD), rtol=0, atol=1e-6)
+
+
+def test_training_images():
+    image = pillow(picture(60, 97))
+    crop = image_transform(32, True, aug_cfg={"scale": (0.4, 0.5), "ratio": (1, 1)})
+    torch.manual_seed(0)
+    made = [crop(image) for _ in range(5)]
+    assert all(m.shape == (3, 32, 32) for m in made) and not torch.equal(made[0], made[1])
+    assert crop.transforms[0].scale == (0.4, 0.5)
+    grey = image_transform(32, True, mean=(0, 0, 0), std=(1, 1, 1), aug_cfg=AugmentationCfg(gray_scale_prob=1.0))(image)
+    torch.testing.assert_close(grey[0], grey[1])
+    jitter = {"color_jitter": (0.3, 0.3, 0.3, 0.1), "color_jitter_prob": 1.0}
+    assert image_transform(32, True, aug_cfg=jitter)(image).shape == (3, 32, 32)
+    timm = image_transform(32, True, aug_cfg={"use_timm": True, "re_prob": 0.5, "color_jitter": 0.2})
+    assert timm(image).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"resize_mode": "fit"}, "use shortest, longest, squash"),
+        ({"interpolation": "nearest"}, "use bicubic or bilinear"),
+        ({"mean": (0.5, 0.5)}, "image_mean has 2 values: give three"),
+        ({"std": (0.2, 0.0, 0.2)}, "every value must be above 0"),
+        ({"is_train": True, "aug_cfg": {"scales": (0.1, 1)}}, "aug_cfg has unknown keys scales"),
+        ({"is_train": True, "aug_cfg": {"re_prob": 0.1}}, "set use_timm=True"),
+        ({"is_train": True, "aug_cfg": {"color_jitter": 0.1, "color_jitter_prob": 0.5}}, "give brightness, contrast"),
+    ],
+)
+def test_preparations_that_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        image_transform(32, **{"is_train": False, **arguments})
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.integers(0, 10**6))

@@ -45,9 +45,11 @@ def test_demonstration_runs(tmp_path: Path):
     assert result.returncode == 0, result.stderr[-3000:]
     table = (tmp_path / "out" / "result.md").read_text()
     assert table in result.stdout and "| start model |" in table and "| CLIPSelf model |" in table
-    for name in ("start", "clipself"):
+    assert table.count("\n") == 2 + 4
+    for name in ("start_0", "clipself_0", "former_0", "refined_0"):
         metrics = json.loads((tmp_path / "out" / name / "test" / "metrics.json").read_text())["bbox"]
         assert {"AP50", "AP50_base", "AP50_novel"} <= set(metrics)
+    assert not (tmp_path / "out" / "refined_0" / "latest.pt").exists()  # it only tests
     base = json.loads((tmp_path / "out" / "data" / "annotations" / "instances_train2017_base.json").read_text())
     split = json.loads((tmp_path / "out" / "data" / "annotations" / "split.json").read_text())
     assert len(split["novel"]) == 3 and {c["name"] for c in base["categories"]} == set(split["base"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 
 import numpy as np
@@ -13,8 +12,10 @@ from torch import nn
 import open_clip
 from open_clip.factory import build_model
 from open_clip.weights import export_state_dict
-from training.methods import build_method
+from training.engine.errors import UserError
+from training.methods import Setting, make_method
 from training.models import adam_defaults, build_optimizer, is_undecayed, parameter_groups, undecayed_names
+from training.options import OptimOptions
 
 
 def published_names(model, parameters) -> list[str]:
@@ -56,7 +57,7 @@ def test_rule():
 
 @pytest.mark.parametrize("name", open_clip.list_models())
 def test_defaults_follow_the_name(name):
-    assert adam_defaults(name) == ((0.9, 0.98, 1e-6) if "ViT" in name else (0.9, 0.999, 1e-8))
+    assert adam_defaults(name) == ((0.9, 0.98, 1e-6) if "vit" in name.lower() else (0.9, 0.999, 1e-8))
 
 
 class Student(nn.Module):
@@ -74,8 +75,7 @@ def test_updates_are_those_of_adamw(monkeypatch):
     monkeypatch.setattr("training.models.undecayed_names", lambda model: {"bias"})
     method = nn.Module()
     method.student = student = Student()
-    args = argparse.Namespace(model="x", lr=0.1, wd=0.2, beta1=0.8, beta2=None, eps=1e-3)
-    optimizer = build_optimizer(args, method.student)
+    optimizer = build_optimizer(OptimOptions(lr=0.1, wd=0.2, beta1=0.8, eps=1e-3), "x", method.student)
     values = {n: p.detach().numpy().copy() for n, p in student.named_parameters()}
     moments = {n: (np.zeros_like(v), np.zeros_like(v)) for n, v in values.items()}
     rng = np.random.default_rng(0)
@@ -95,10 +95,7 @@ def test_updates_are_those_of_adamw(monkeypatch):
 
 def test_nothing_to_train_is_said(golden):
     model = build_model(json.loads((golden / "eva" / "config.json").read_text()))
-    args = argparse.Namespace(
-        dataset_type="region_clip", lock_image=True, lock_image_unlocked_groups=0, extract_type="v2", multiscale=False,
-        contrast_weight=1.0, model="x", lr=1.0, wd=0.1, beta1=None, beta2=None, eps=None,
-    )  # fmt: skip
-    method = build_method(args, student=model, noun_embeddings=torch.randn(5, 32))
-    with pytest.raises(ValueError, match="--lock-image-unlocked-groups"):
-        build_optimizer(args, method.student)
+    model.lock_image_tower(0)
+    method = make_method("regionclip", Setting(model, embed=lambda names: torch.randn(5, 32)))
+    with pytest.raises(UserError, match="--lock-image-unlocked-groups"):
+        build_optimizer(OptimOptions(), "x", method.student)

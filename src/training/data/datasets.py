@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,61 +11,77 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from open_clip.transform import crop_region, detection_size, random_crop_box, resize, resize_longest
-from training.data.grid import grid_regions
-from training.data.proposals import draw_proposals, proposal_regions
-from training.data.samples import Sample, Skipped
+from training.data.extras import Extra
+from training.data.options import SampleOptions
+from training.data.regions import Drawn, RegionSource
 from training.engine.data.annotations import Annotations, Strings
 from training.engine.data.images import ImageError, read_image, resolve
-from training.teachers.store import TeacherStore
+from training.engine.data.samples import Sample, Skipped
 
 MIN_SIDE = 2  # pixels; smaller images have no regions worth the name
 
 
-@dataclass(frozen=True)
-class RegionOptions:
-    """How samples are made.
+class Answers(Protocol):
+    """Kept answers of a teacher: ``folder`` names them, ``unit`` is ``"region"`` or ``"image"``."""
 
-    Attributes:
-        image_size: side of the square input, pixels; the longest side of an image is brought to it.
-        crop_size: side of a region crop (the teacher's native size), pixels.
-        crop_on: ``"worker"`` (crops and resized image are made here) or ``"device"`` (the original image travels).
-        max_boxes, max_split, crop_scale: see :func:`~training.data.grid.grid_regions`.
-        min_size, max_size: see :func:`~training.data.proposals.draw_proposals`.
-        seed: of all random choices.
-    """
+    folder: object
+    unit: str
 
-    image_size: int
-    crop_size: int
-    crop_on: str = "worker"
-    max_boxes: int = 20
-    max_split: int = 6
-    crop_scale: float = 1.0
-    min_size: float = 8
-    max_size: float = 1024
-    seed: int = 0
+    def answers(self, image: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float16 ``[K, D]`` of an image's rows; NaN where the image could not be read."""
+
+    def of_image(self, image: int) -> np.ndarray:
+        """float16 ``[N, D]``, all rows of an image."""
 
 
 class RegionDataset(Dataset):
-    """Base of the datasets whose samples are an image and its regions; a key is ``(epoch, index)``.
+    """An image and its regions; a key is ``(epoch, index)``.
 
     A sample has ``image`` (uint8 ``[3, h, w]``: resized, or the original for crops on the device), ``boxes`` (float32
-    ``[K, 4]`` xyxy over the side of the padded input), ``image_id`` and ``index``; distillation adds ``crops`` (a list
-    of K uint8 ``[3, n, n]``) or ``crop_boxes`` (float32 ``[K, 4]``, pixels of the original).
+    ``[K, 4]`` xyxy over the side of the padded input), ``image_id`` and ``index``; with the field ``crops`` also
+    ``crops`` (a list of K uint8 ``[3, n, n]``) or ``crop_boxes`` (float32 ``[K, 4]``, pixels of the original); with
+    ``labels`` int64 ``[K]``; then the extras, each (values, what they belong to).
+
+    Args:
+        annotations: the images.
+        root: folder or URL of the images.
+        indices: int64, rows of the images to use.
+        source: draws their regions.
+        options: how samples are made.
+        fields: ``"crops"``, ``"labels"``.
+        extras: further entries.
+
+    Attributes:
+        stores: kept answers by teacher; a sample then has ``answers`` (float16 ``[K, D]``, or ``[1, N, D]`` of a map).
+        crops: whether crops are made; to be switched off when every teacher of crops has a store.
     """
 
-    def __init__(self, annotations: Annotations, root: str, indices: np.ndarray, options: RegionOptions) -> None:
-        self.annotations, self.root, self.indices, self.options = annotations, root, indices, options
+    def __init__(
+        self,
+        annotations: Annotations,
+        root: str,
+        indices: np.ndarray,
+        source: RegionSource,
+        options: SampleOptions,
+        *,
+        fields: Sequence[str] = ("crops",),
+        extras: Sequence[Extra] = (),
+    ) -> None:
+        self.annotations, self.root, self.indices, self.source = annotations, root, indices, source
+        self.options, self.fields, self.extras = options, tuple(fields), tuple(extras)
+        self.stores: dict[str, Answers] = {}
+        self.crops = "crops" in fields
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Boxes and, for distillation, crop boxes of an image: ``{"boxes": ..., "crop_boxes": ..., ...}`` in pixels."""
-        raise NotImplementedError
+    def rng(self, epoch: int, row: int) -> np.random.Generator:
+        """Source of an image's regions in an epoch; of all epochs when the regions are fixed."""
+        fixed = self.source.options.fixed_regions
+        return np.random.default_rng([self.options.seed, row] if fixed else [self.options.seed, epoch, row])
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | Skipped:
-        epoch, index = key
-        row = int(self.indices[index])
+    def read(self, row: int) -> Tensor | Skipped:
+        """The image of a row, uint8 ``[3, H, W]``, if it can be used."""
         name = self.annotations.file_name(row)
         try:
             image = read_image(resolve(self.root, name))
@@ -74,80 +90,51 @@ class RegionDataset(Dataset):
         height, width = image.shape[-2:]
         if min(height, width) < MIN_SIDE:
             return Skipped(name, f"the image has {width} x {height} pixels")
-        rng = np.random.default_rng([self.options.seed, epoch, row])
-        regions = self.regions(row, width, height, rng)
-        if len(regions["boxes"]) == 0:
-            return Skipped(name, "the image has no region")
-        return self._sample(image, row, index, regions)
+        return image
 
-    def _sample(self, image: Tensor, row: int, index: int, regions: dict[str, np.ndarray]) -> Sample | Skipped:
+    def __getitem__(self, key: tuple[int, int]) -> Sample | Skipped:
+        epoch, index = key
+        row = int(self.indices[index])
+        image = self.read(row)
+        if isinstance(image, Skipped):
+            return image
+        height, width = image.shape[-2:]
+        drawn = self.source.draw(row, width, height, self.rng(epoch, row))
+        if len(drawn.boxes) == 0:
+            return Skipped(self.annotations.file_name(row), "the image has no region")
+        sample = self._sample(image, row, index, drawn)
+        if isinstance(sample, Skipped):
+            return sample
+        rng = np.random.default_rng([self.options.seed, epoch, row, 1])  # apart: extras leave the regions as they are
+        return sample | {extra.name: extra(row, drawn, rng) for extra in self.extras}
+
+    def _sample(self, image: Tensor, row: int, index: int, drawn: Drawn) -> Sample | Skipped:
         options = self.options
         _, _, scale = detection_size(*image.shape[-2:], options.image_size)
         sample: Sample = {
             "image": image if options.crop_on == "device" else resize_longest(image, options.image_size),
-            "boxes": torch.from_numpy(regions["boxes"] * np.float32(scale / options.image_size)),
+            "boxes": torch.from_numpy(drawn.boxes * np.float32(scale / options.image_size)),
             "image_id": int(self.annotations.image_ids[row]),
             "index": index,
         }
-        if "crop_boxes" in regions:
-            if options.crop_on == "device":
-                sample["crop_boxes"] = torch.from_numpy(regions["crop_boxes"])
-            else:
-                sample["crops"] = [crop_region(image, box, options.crop_size) for box in regions["crop_boxes"]]
-        for name in ("labels", "teacher_features"):
-            if name in regions:
-                sample[name] = torch.from_numpy(regions[name])
+        if self.crops and options.crop_on == "device":
+            sample["crop_boxes"] = torch.from_numpy(drawn.crop_boxes)
+        elif self.crops:
+            sample["crops"] = [crop_region(image, box, options.crop_size) for box in drawn.crop_boxes]
+        if "labels" in self.fields:
+            own = self.annotations.of(row)
+            sample["labels"] = torch.from_numpy(self.annotations.labels[own][drawn.annotation].astype(np.int64))
+        if self.stores:
+            sample["answers"] = {}
+        for name, store in self.stores.items():
+            kept = store.answers(row, drawn.answers) if store.unit == "region" else store.of_image(row)[None]
+            if not np.isfinite(kept).all():
+                return Skipped(
+                    self.annotations.file_name(row),
+                    f"it could not be read when the teacher cache {store.folder} was made; make that anew",
+                )
+            sample["answers"][name] = torch.from_numpy(kept)
         return sample
-
-
-class GridDistill(RegionDataset):
-    """Cells of a random grid (``--dataset-type grid_distill``); needs images only."""
-
-    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        options = self.options
-        boxes, crops = grid_regions(
-            width, height, rng,
-            max_split=options.max_split, max_boxes=options.max_boxes, crop_scale=options.crop_scale,
-        )  # fmt: skip
-        return {"boxes": boxes, "crop_boxes": crops}
-
-
-class ProposalsDistill(RegionDataset):
-    """Random annotations with enlarged crops (``--dataset-type proposals_distill``).
-
-    With a :class:`TeacherStore` as ``store``, samples have the teacher's embeddings of the crops, ``teacher_features``
-    (float16 ``[K, D]``), and no crops.
-    """
-
-    store: TeacherStore | None = None
-
-    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        options, annotated = self.options, self.annotations.boxes[self.annotations.of(row)]
-        drawn = draw_proposals(
-            annotated, rng, max_boxes=options.max_boxes, min_size=options.min_size, max_size=options.max_size
-        )
-        boxes, crops = proposal_regions(annotated, drawn, width, height)
-        if self.store is None:
-            return {"boxes": boxes, "crop_boxes": crops}
-        return {"boxes": boxes, "teacher_features": self.store.embeddings(row, drawn)}
-
-    def _sample(self, image: Tensor, row: int, index: int, regions: dict[str, np.ndarray]) -> Sample | Skipped:
-        if "teacher_features" in regions and not np.isfinite(regions["teacher_features"]).all():
-            return Skipped(
-                self.annotations.file_name(row),
-                f"it could not be read when the teacher cache {self.store.folder} was made; make that anew",
-            )
-        return super()._sample(image, row, index, regions)
-
-
-class RegionText(RegionDataset):
-    """The first annotations of an image with their labels (``--dataset-type region_clip``); no crops."""
-
-    def regions(self, row: int, width: int, height: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        own = self.annotations.of(row)
-        boxes, labels = self.annotations.boxes[own], self.annotations.labels[own]
-        known = np.flatnonzero(labels >= 0)[: self.options.max_boxes]
-        return {"boxes": boxes[known].astype(np.float32), "labels": labels[known].astype(np.int64)}
 
 
 class ImageText(Dataset):

@@ -9,12 +9,16 @@ import numpy as np
 
 
 @lru_cache
-def grid_choices(max_split: int) -> tuple[tuple[int, int], ...]:
-    """All (rows M, columns N) with 1 <= M <= max_split and ceil(M / 2) <= N <= min(2 M, max_split)."""
+def grid_choices(max_split: int, kind: str = "all") -> tuple[tuple[int, int], ...]:
+    """All (rows M, columns N) with 1 <= M <= max_split and ceil(M / 2) <= N <= min(2 M, max_split).
+
+    Of kind ``"dense"`` (DenseVLM, ICCV 2025): from 2 rows on, and N above ceil(M / 2).
+    """
+    first, above = (2, 1) if kind == "dense" else (1, 0)
     return tuple(
         (rows, columns)
-        for rows in range(1, max_split + 1)
-        for columns in range(math.ceil(rows / 2), min(2 * rows, max_split) + 1)
+        for rows in range(first, max_split + 1)
+        for columns in range(math.ceil(rows / 2) + above, min(2 * rows, max_split) + 1)
     )
 
 
@@ -41,6 +45,7 @@ def grid_regions(
     max_split: int = 6,
     max_boxes: int = 20,
     crop_scale: float = 1.0,
+    kind: str = "all",
     choice: tuple[int, int] | None = None,
     order: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -49,13 +54,14 @@ def grid_regions(
     Args:
         width, height: the unpadded image, pixels.
         rng: source of the grid and the order.
+        max_split, kind: grids to draw from, see :func:`grid_choices`.
         crop_scale: crops are the cells enlarged by this factor about their centres, clipped.
         choice, order: impose the grid (rows, columns) and the order of its cells.
 
     Returns:
         (boxes, crop boxes): float32 ``[K, 4]`` each, xyxy in pixels.
     """
-    choices = grid_choices(max_split)
+    choices = grid_choices(max_split, kind)
     rows, columns = choice or choices[int(rng.integers(len(choices)))]
     order = rng.permutation(rows * columns) if order is None else np.asarray(order)
     cells = grid_template(rows, columns)[order[:max_boxes]]

@@ -1,40 +1,35 @@
-"""From command-line arguments to the training data: dataset, order and worker processes."""
+"""From options to the training data: dataset, order and worker processes."""
 
 from __future__ import annotations
 
-import argparse
 import logging
-import os
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from training.data.collate import Collate
-from training.data.datasets import GridDistill, ImageText, ProposalsDistill, RegionOptions, RegionText
+from training.data.datasets import ImageText, RegionDataset
+from training.data.extras import make_extras
+from training.data.options import DataOptions, RegionOptions, SampleOptions
+from training.data.regions import GridCells, Labelled, Mixed, Proposals, RegionSource
 from training.engine.data.annotations import Annotations, Strings, load_annotations, parse, read_captions, read_json
-from training.engine.data.images import ImageError, is_url, resolve
+from training.engine.data.folder import folder_annotations
 from training.engine.data.sampler import EpochBatchSampler
+from training.engine.data.samples import check_image_root
+from training.engine.data.workers import Loader
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 
-_DATASETS = {"grid_distill": GridDistill, "proposals_distill": ProposalsDistill, "region_clip": RegionText}
+REGION_SOURCES: dict[str, type[RegionSource]] = {
+    "grid_distill": GridCells, "proposals_distill": Proposals, "mixed_distill": Mixed, "region_clip": Labelled,
+}  # fmt: skip
 _PROBES = 16  # files looked for before training starts
-_GRACE = 120  # seconds that a worker lives on after SIGTERM
-
-
-def start_worker(_: int) -> None:
-    """Set up a loader process: one thread, and signals left to the training process."""
-    torch.set_num_threads(1)  # workers share the cores with each other and with the model
-    # A signal to the whole process group must not take the data from a training process that is about to save.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
 class TrainData:
@@ -44,17 +39,16 @@ class TrainData:
         dataset: map-style, keys ``(epoch, index)``.
         sampler: order of the data.
         loader: collated batches of the chosen epoch, from its chosen batch on.
-        class_names: of a labelled dataset, by label; None otherwise. ``num_classes`` is their number, or 0.
+        class_names: of annotations with categories, by label; None otherwise.
         num_images, num_regions: images, and annotations of them.
         skipped: bad annotation entries that were left out, by reason.
     """
 
     def __init__(
-        self, dataset: Dataset, sampler: EpochBatchSampler, loader: DataLoader, annotations: Annotations, labelled: bool
+        self, dataset: Dataset, sampler: EpochBatchSampler, loader: Loader, annotations: Annotations
     ) -> None:
         self.dataset, self.sampler, self.loader = dataset, sampler, loader
-        self.class_names = annotations.names if labelled else None
-        self.num_classes = len(annotations.names) if labelled else 0
+        self.class_names = annotations.names or None
         self.num_images = len(dataset)
         self.num_regions = int(np.diff(annotations.offsets)[dataset.indices].sum())
         self.skipped = annotations.skipped
@@ -73,53 +67,78 @@ class TrainData:
 
 
 def build_train_data(
-    args: argparse.Namespace,
+    options: DataOptions,
+    regions: RegionOptions,
     *,
     image_size: int,
     crop_size: int,
+    fields: Sequence[str] = ("crops",),
+    seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    tokenize: Callable[[list[str]], Tensor] | None = None,
+    pin_memory: bool = False,
 ) -> TrainData:
-    """Training data of ``args.dataset_type`` for one process.
+    """Training data of ``options.dataset_type`` for one process.
 
     Args:
-        args: the program's arguments.
+        options, regions: the flags.
         image_size: side of the input (the native size for contrastive training).
         crop_size: side of a region crop.
-        tokenizer: texts -> ids ``[N, L]``; contrastive training only.
+        fields: what samples have besides image and boxes: ``"crops"``, ``"labels"``, ``"captions"``,
+            ``"region_captions"``, ``"classes"``.
+        seed: of order and regions.
+        rank, world_size: this process.
+        tokenize: texts -> ids ``[N, L]``, for captions.
+        pin_memory: for a training process that copies to a GPU.
 
     Raises:
         UserError: annotation file or images missing, or nothing to train on.
     """
-    kind = args.dataset_type
-    if kind == "contrastive":
-        annotations, dataset = _image_text(args, image_size, tokenizer)
+    sample = SampleOptions(image_size=image_size, crop_size=crop_size, crop_on=options.crop_on, seed=seed)
+    empty: dict[str, Tensor] = {}
+    if options.dataset_type == "contrastive":
+        annotations, dataset = _image_text(options, sample, tokenize)
+        empty["texts"] = torch.zeros(0, tokenize(["a"]).shape[1], dtype=torch.int64)
+        units = {}
     else:
-        annotations = load_annotations(args.train_data, cache_dir=args.annotation_cache)
-        dataset = _region_dataset(args, annotations, image_size, crop_size)
-    check_image_root(args.train_image_root, _some_names(dataset), args.train_data, "--train-image-root")
+        annotations = _annotations(options)
+        dataset = _region_dataset(options, regions, sample, annotations, tuple(fields), tokenize)
+        units = {extra.name: extra.unit for extra in dataset.extras}
+        empty |= {extra.name: extra.none() for extra in dataset.extras}
+        if "labels" in fields:
+            empty["labels"] = torch.zeros(0, dtype=torch.int64)
+        if "crops" in fields and options.crop_on == "device":
+            empty["crop_boxes"] = torch.zeros(0, 4)
+        elif "crops" in fields:
+            empty["crops"] = torch.zeros(0, 3, crop_size, crop_size, dtype=torch.uint8)
+    check_image_root(_image_root(options), _some_names(dataset), options.train_data, "--train-image-root")
     sampler = EpochBatchSampler(
-        size=len(dataset), batch_size=args.batch_size, rank=rank, world_size=world_size, seed=args.seed
+        size=len(dataset), batch_size=options.batch_size, rank=rank, world_size=world_size, seed=seed
     )
-    context_length = tokenizer(["a"]).shape[1] if kind == "contrastive" else 0
     collate = Collate(
-        image_size=image_size, crop_size=crop_size, crop_on=args.crop_on, kind=kind, context_length=context_length
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=args.workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available() and not str(args.device or "").startswith("cpu"),
-        persistent_workers=args.workers > 0,
-        prefetch_factor=4 if args.workers > 0 else None,
-        worker_init_fn=start_worker,
-        # Its own: each pass draws a seed, and a resumed run makes a pass more than the one it continues.
-        generator=torch.Generator().manual_seed(args.seed + rank),
-    )
-    log.info("%s: %d images for %s", args.train_data, len(dataset), kind)
-    return TrainData(dataset, sampler, loader, annotations, labelled=kind == "region_clip")
+        image_size=image_size, crop_size=crop_size, crop_on=options.crop_on, empty=empty, units=units,
+        regions=options.dataset_type != "contrastive",
+    )  # fmt: skip
+    loader = Loader(
+        dataset, workers=options.workers, seed=seed + rank, batch_sampler=sampler, collate_fn=collate,
+        pin_memory=pin_memory,
+    )  # fmt: skip
+    log.info("%s: %d images for %s", options.train_data, len(dataset), options.dataset_type)
+    return TrainData(dataset, sampler, loader, annotations)
+
+
+def _annotations(options: DataOptions) -> Annotations:
+    """Those of the json, or of a folder of images (none)."""
+    if Path(options.train_data).is_dir():
+        return folder_annotations(options.train_data, "--train-data")
+    needed = REGION_SOURCES[options.dataset_type].needs_annotations
+    return load_annotations(options.train_data, cache_dir=options.annotation_cache, images_only=not needed)
+
+
+def _image_root(options: DataOptions) -> str:
+    """``--train-image-root``, or the folder of images that the training data is."""
+    return options.train_image_root or options.train_data
 
 
 def _share(count: int, ratio: float, seed: int) -> np.ndarray:
@@ -130,40 +149,62 @@ def _share(count: int, ratio: float, seed: int) -> np.ndarray:
     return np.sort(chosen)
 
 
-def _region_dataset(args: argparse.Namespace, annotations: Annotations, image_size: int, crop_size: int) -> Dataset:
+def _region_dataset(
+    options: DataOptions, regions: RegionOptions, sample: SampleOptions, annotations: Annotations,
+    fields: tuple[str, ...], tokenize: Callable[[list[str]], Tensor] | None,
+) -> RegionDataset:  # fmt: skip
+    source = REGION_SOURCES[options.dataset_type](annotations, regions)
     rows = np.arange(len(annotations))
-    if args.dataset_type == "region_clip":
-        rows = np.flatnonzero(np.diff(annotations.offsets) > 0)  # images with annotations
-        if len(rows) == 0 or not annotations.names:
-            raise UserError(f"--train-data {args.train_data}: no annotation with a category; region_clip needs labels")
-    rows = rows[_share(len(rows), args.train_ratio, args.seed)]
-    options = RegionOptions(
-        image_size=image_size, crop_size=crop_size, crop_on=args.crop_on, max_boxes=args.max_boxes,
-        max_split=args.max_split, crop_scale=args.crop_scale, min_size=args.min_size, max_size=args.max_size,
-        seed=args.seed,
+    if source.needs_annotations:
+        rows = _with_annotations(options, regions, source, annotations)
+    rows = rows[_share(len(rows), options.train_ratio, sample.seed)]
+    extras = make_extras(fields, annotations, captions_file=options.captions, tokenize=tokenize)
+    return RegionDataset(
+        annotations, _image_root(options), rows, source, sample, fields=fields, extras=extras
     )  # fmt: skip
-    return _DATASETS[args.dataset_type](annotations, args.train_image_root, rows, options)
+
+
+def _with_annotations(
+    options: DataOptions, regions: RegionOptions, source: RegionSource, annotations: Annotations
+) -> np.ndarray:
+    """Rows of the images to train on, for a source that draws annotations; says what is missing."""
+    where, usable = f"--train-data {options.train_data}", source.usable()
+    if isinstance(source, Labelled):
+        if not usable.any() or not annotations.names:
+            raise UserError(f"{where}: no annotation with a category; region_clip needs labels")
+        return np.flatnonzero(usable)
+    if not usable.any():
+        raise UserError(
+            f"{where}: not one of its {len(annotations)} images has a box of --min-size {regions.min_size:g} to "
+            f"--max-size {regions.max_size:g} pixels: give a file with annotations, or use --dataset-type grid_distill"
+        )
+    if missing := int((~usable).sum()):
+        log.warning(
+            "%s: %d of %d images have no usable box; the top-left quarter of each stands in", options.train_data,
+            missing, len(annotations),
+        )  # fmt: skip
+    return np.arange(len(annotations))
 
 
 def _image_text(
-    args: argparse.Namespace, image_size: int, tokenizer: Callable[[list[str]], Tensor] | None
+    options: DataOptions, sample: SampleOptions, tokenize: Callable[[list[str]], Tensor] | None
 ) -> tuple[Annotations, ImageText]:
-    content = read_json(args.train_data, "--train-data")
-    annotations = parse({**content, "annotations": []}, args.train_data)
+    content = read_json(options.train_data, "--train-data")
+    annotations = parse({**content, "annotations": []}, options.train_data)
     captions = read_captions(content.get("annotations"), annotations)
     with_caption = np.flatnonzero([len(c) for c in captions])
     if len(with_caption) == 0:
-        raise UserError(f"--train-data {args.train_data}: no image with a caption; contrastive training needs them")
-    rows = with_caption[_share(len(with_caption), args.train_ratio, args.seed)]
+        raise UserError(f"--train-data {options.train_data}: no image with a caption; contrastive training needs them")
+    rows = with_caption[_share(len(with_caption), options.train_ratio, sample.seed)]
     dataset = ImageText(
         annotations=annotations,
-        root=args.train_image_root,
+        root=options.train_image_root,
         rows=rows,
         captions=Strings.of([text for r in rows for text in captions[r]]),
         offsets=np.cumsum([0, *(len(captions[r]) for r in rows)]),
-        tokenize=tokenizer,
-        size=image_size,
-        seed=args.seed,
+        tokenize=tokenize,
+        size=sample.image_size,
+        seed=sample.seed,
     )
     return annotations, dataset
 
@@ -172,22 +213,3 @@ def _some_names(dataset: Dataset) -> list[str]:
     """Names of a few files, evenly spread over the dataset."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, _PROBES).astype(int))
     return [dataset.annotations.file_name(int(dataset.indices[i])) for i in chosen]
-
-
-def check_image_root(root: str, names: list[str], annotation_file: str, flag: str) -> None:
-    """UserError when none of the named files is under the root (URLs are not probed)."""
-    if is_url(root):
-        return
-    if not Path(root).is_dir():
-        raise UserError(f"{flag} {root}: no such folder")
-    missing = None
-    for name in names:
-        try:
-            path = resolve(root, name)
-        except ImageError:
-            continue  # refused again, and counted, when it is read
-        if os.path.isfile(path):
-            return
-        missing = missing or path
-    if missing:
-        raise UserError(f"{flag} {root}: the images of {annotation_file} are not there, e.g. {missing}")

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from training.engine.errors import UserError
+
 log = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s %(levelname).1s %(message)s"
@@ -74,28 +76,62 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+REPORTS = ("tensorboard", "wandb", "none")
+
+
+class _Wandb:
+    """Scalars to Weights & Biases, with the calls of a SummaryWriter. The run is named after the folder.
+
+    Raises:
+        UserError: wandb is not installed.
+    """
+
+    def __init__(self, folder: Path, resumed: bool) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--report-to wandb: wandb is not installed; pip install wandb") from None
+        # The same id for every start of a run, so that a resumed one goes on in its own curves.
+        self.run = wandb.init(
+            dir=str(folder), name=folder.name, id=folder.name, resume="allow" if resumed else None,
+            project=os.environ.get("WANDB_PROJECT", "clipself"),
+        )  # fmt: skip
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """One value of one step; W&B gathers those of a step."""
+        self.run.log({name: value}, step=step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self.run.finish()
+
+
 class Journal:
-    """TensorBoard scalars and ``results.json`` of one experiment; does nothing on processes other than 0.
+    """Scalars and ``results.json`` of one experiment; does nothing on processes other than 0.
 
     Args:
         folder: the experiment's; None for a journal that keeps nothing.
         keep_until: records of later optimizer steps (of a run that was resumed from before them) are dropped.
+        report_to: where scalars go: one of :data:`REPORTS`.
     """
 
-    def __init__(self, folder: Path | None, keep_until: int | None = None) -> None:
+    def __init__(self, folder: Path | None, keep_until: int | None = None, report_to: str = "tensorboard") -> None:
         self.folder, self.writer, self.records = folder, None, []
         if folder is None:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        if report_to == "wandb":
+            self.writer = _Wandb(folder, resumed=keep_until is not None)
+        elif report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until)
+            self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until)
         if (folder / "results.json").is_file():
             self.records = json.loads((folder / "results.json").read_text())
         if keep_until is not None:
             self.records = [r for r in self.records if r["step"] <= keep_until]
 
     def scalars(self, values: dict[str, float], step: int) -> None:
-        """Scalars by TensorBoard tag."""
+        """Scalars by tag."""
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)

@@ -125,7 +125,9 @@ class Loop:
         if resume:
             with together():
                 self._resume(resume)
-        self.journal = Journal(folder if self.dist.is_master else None, progress.step if resume else None)
+        self.journal = Journal(
+            folder if self.dist.is_master else None, progress.step if resume else None, report_to=options.report_to
+        )
         self._announce()
         task.prepare(progress)
         if options.evaluate_first and progress.step == 0:

@@ -24,6 +24,7 @@ from open_clip.transform import normalize
 from training.engine.distributed import all_reduce_sum
 from training.engine.errors import UserError
 from training.evaluation.metrics import KINDS, TOP_K, MeanAccuracy, topk_correct
+from training.evaluation.panoptic import MAX_SIZE, MIN_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ def evaluate(
     segments = counters["crops"].num_segments()
     _report_skipped(eval_data, skipped, totals)
     if not sum(segments.values()):
-        raise UserError(f"{eval_data.annotation_file}: no segment could be evaluated; check --min-size and --max-size")
+        raise UserError(f"{eval_data.annotation_file}: no segment of {MIN_SIZE} to {MAX_SIZE} pixels in it")
     results = {f"{name}.{key}": value for name, counter in counters.items() for key, value in counter.compute().items()}
     if per_class_file is not None and rank == 0:
         records = {name: counter.per_class(eval_data.class_names) for name, counter in counters.items()}

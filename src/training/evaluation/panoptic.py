@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,20 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from open_clip.transform import crop_region, resize_longest
-from training.data.loader import check_image_root
-from training.data.samples import Skipped
 from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
 from training.engine.data.masks import read_segment_ids, tight_box
+from training.engine.data.samples import Skipped, black, check_image_root, stack_padded
+from training.engine.data.workers import Loader
 from training.engine.errors import UserError
 from training.evaluation.grid_masks import grid_masks
+from training.evaluation.options import EvalOptions
 
 MAX_SEGMENTS = 100  # per image, counted before the area limits, as in the published evaluation
 PROBES = 16  # files looked for before the start
 CROP_ENLARGEMENT = 1.5  # of a thing's box, about its centre
+MIN_SIZE, MAX_SIZE = 8, 1024  # square root of a box's area; part of the protocol, whatever is trained on
 
 
 @dataclass(frozen=True)
@@ -153,8 +153,8 @@ class PanopticDataset(Dataset):
         image_sizes: Sequence[int],
         patch_size: int,
         crop_size: int,
-        min_size: float = 8,
-        max_size: float = 1024,
+        min_size: float = MIN_SIZE,
+        max_size: float = MAX_SIZE,
         mask_antialias: bool = False,
     ) -> None:
         self.annotations = annotations
@@ -265,34 +265,14 @@ def collate_panoptic(samples: Sequence[dict[str, Any] | Skipped]) -> dict[str, A
     }
     if usable:
         sizes = list(usable[0]["images"])
-        batch["images"] = {size: _stack_padded([sample["images"][size] for sample in usable], size) for size in sizes}
+        batch["images"] = {size: stack_padded([sample["images"][size] for sample in usable], size) for size in sizes}
         for key in ("boxes", "masks"):
             batch[key] = {size: torch.cat([sample[key][size] for sample in usable]) for size in sizes}
         for key in ("labels", "is_thing", "areas"):
             batch[key] = torch.cat([sample[key] for sample in usable])
         crops = [sample["crops"] for sample in usable]
-        batch["crops"] = torch.cat(crops, out=_new_batch(sum(map(len, crops)), *crops[0].shape[1:]))
+        batch["crops"] = torch.cat(crops, out=black(sum(map(len, crops)), *crops[0].shape[1:]))
         batch["image_ids"] = torch.tensor([sample["image_id"] for sample in usable])
-    return batch
-
-
-def _new_batch(*shape: int) -> Tensor:
-    """A black uint8 tensor. In a loader's worker it lies in shared memory from the start, which saves a copy."""
-    if get_worker_info() is None:
-        return torch.zeros(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate does; zero when new
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
-
-
-def _stack_padded(images: Sequence[Tensor], size: int) -> Tensor:
-    """Images uint8 ``[3, h_i, w_i]`` padded right and bottom with black: ``[B, 3, size, size]``.
-
-    The colour channel is innermost in memory, as decoders and resizing leave it; turning that round would cost as much
-    time as the resizing itself.
-    """
-    batch = _new_batch(len(images), size, size, 3).permute(0, 3, 1, 2)
-    for canvas, image in zip(batch, images, strict=True):
-        canvas[:, : image.shape[1], : image.shape[2]] = image
     return batch
 
 
@@ -311,11 +291,14 @@ class EvalData:
 
 
 def build_eval_data(
-    args: Namespace,
+    options: EvalOptions,
     *,
     image_sizes: Sequence[int],
     patch_size: int,
     crop_size: int,
+    batch_size: int = 2,
+    workers: int = 0,
+    max_skipped: float = 0.1,
     rank: int = 0,
     world_size: int = 1,
 ) -> EvalData:
@@ -324,11 +307,12 @@ def build_eval_data(
     Process r takes the images r, r + world_size, ...: each image once, so shares differ by one image and may be empty.
 
     Args:
-        args: ``val_data``, ``val_image_root``, ``val_segm_root`` (empty: the annotation file's path without ".json"),
-            ``batch_size``, ``workers``; optional ``min_size``, ``max_size``, ``mask_antialias``, ``max_skipped``.
+        options: the flags.
         image_sizes: sides of the padded inputs.
         patch_size: the model's.
         crop_size: the model's native size.
+        batch_size, workers: of the loader.
+        max_skipped: share of unusable images at which the evaluation stops.
         rank, world_size: this process and how many there are.
 
     Raises:
@@ -340,33 +324,31 @@ def build_eval_data(
                 f"--eval-image-sizes / --det-image-size {size}: not a multiple of the model's patch size {patch_size}; "
                 f"take {max(1, round(size / patch_size)) * patch_size}"
             )
-    annotations = load_panoptic(args.val_data)
-    segm_root = args.val_segm_root or os.path.splitext(args.val_data)[0]
+    annotations = load_panoptic(options.val_data)
+    segm_root = options.val_segm_root or os.path.splitext(options.val_data)[0]
     dataset = PanopticDataset(
         annotations,
-        image_root=args.val_image_root,
+        image_root=options.val_image_root,
         segm_root=segm_root,
         image_sizes=list(dict.fromkeys(image_sizes)),
         patch_size=patch_size,
         crop_size=crop_size,
-        min_size=getattr(args, "min_size", 8),
-        max_size=getattr(args, "max_size", 1024),
-        mask_antialias=getattr(args, "mask_antialias", False),
+        mask_antialias=options.mask_antialias,
     )
     probes = [dataset.files(index) for index in range(0, len(dataset), max(1, len(dataset) // PROBES))]
     for root, names, flag in zip(
-        (args.val_image_root or "", segm_root),
+        (options.val_image_root or "", segm_root),
         zip(*probes, strict=True),
         ("--val-image-root", "--val-segm-root"),
         strict=True,
     ):
         check_image_root(root, names, annotations.file, flag)
     share = range(rank, len(dataset), world_size)
-    loader = DataLoader(
+    loader = Loader(
         dataset,
-        batch_size=args.batch_size,
+        workers=min(workers, len(share)),
+        batch_size=batch_size,
         sampler=share,
-        num_workers=min(args.workers, len(share)),
         collate_fn=collate_panoptic,
         pin_memory=torch.cuda.is_available(),
         # Workers end with the pass: they would idle through the epochs between two evaluations.
@@ -380,5 +362,5 @@ def build_eval_data(
         num_local_images=len(share),
         annotation_file=annotations.file,
         image_sizes=list(dataset.image_sizes),
-        max_skipped=getattr(args, "max_skipped", 0.1),
+        max_skipped=max_skipped,
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -11,6 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip import CLIP
+from open_clip.readouts import Unread, build_readout, freeze_unread
+from open_clip.regions import roi_features
+from training.engine.flags import flag
+from training.teachers.build import Teacher
 
 # Input sizes that --multiscale draws from, by the size of the loader. The published ones; other sizes use the ratios
 # of the first row.
@@ -27,37 +33,72 @@ def multiscale_sizes(size: int, patch_size: int) -> tuple[int, ...]:
 
 
 class Method(nn.Module):
-    """Student, frozen teacher and loss in one module, so that gradients are exchanged by construction.
+    """Student, frozen teachers and losses in one module, so that gradients are exchanged by construction.
 
     The training loop knows three calls: :meth:`begin_step` once per optimizer step, ``forward(batch)`` per micro-batch,
-    :meth:`end_step` after the optimizer. ``forward`` returns a dict whose ``loss`` is this process's *sum* over items
-    times ``world_size / global count``: data parallelism averages over processes, micro-batches add up, and the result
-    is the mean over all items of the step, however unevenly they are spread. Every parameter that requires a gradient
-    gets one in every backward pass (a zero one from a micro-batch without items), so no process waits for another.
+    :meth:`end_step` after the optimizer. A method gives :meth:`counts` (items of each group in a batch) and
+    :meth:`losses` (sums over them). :meth:`begin_step` adds up the counts of the step over all processes and
+    micro-batches; ``forward`` divides each sum by its group's count and multiplies by ``world_size``, as data
+    parallelism averages over processes. So the result is the mean over all items of the step, however unevenly they
+    are spread. Every parameter that requires a gradient gets one in every backward pass (a zero one from a micro-batch
+    without items), so no process waits for another.
+
+    A method says by ``groups`` what a loss is averaged over (``"regions"`` where it does not), and by ``logs`` what is
+    logged instead of the losses.
 
     Args:
         student: the model that trains.
-        teacher: frozen model, or None for a method without one.
+        teachers: by name; frozen.
+        weights: of the losses, by name.
         world_size: number of processes that average their gradients.
     """
 
-    def __init__(self, *, student: CLIP, teacher: CLIP | None = None, world_size: int = 1) -> None:
+    groups: Mapping[str, str] = {}
+    logs: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *,
+        student: CLIP,
+        teachers: Mapping[str, Teacher] | None = None,
+        weights: Mapping[str, float] | None = None,
+        world_size: int = 1,
+    ) -> None:
         super().__init__()
         self.student = student
-        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)
+        self.teachers = nn.ModuleDict(dict(teachers or {}))
+        for teacher in self.teachers.values():
+            teacher.eval().requires_grad_(False)
+        self.weights = dict(weights or {})
         self.world_size = world_size
-        self.scale = 1.0  # world_size / number of items of the step, over all processes and micro-batches
+        self.scale: dict[str, float] = {}  # group -> world_size / its items of the step, everywhere
 
     def train(self, mode: bool = True) -> Method:
-        """Training mode for the student only: the teacher stays in eval mode."""
+        """Training mode for the student only: teachers stay in eval mode."""
         super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
+        for teacher in self.teachers.values():
+            teacher.eval()
         return self
 
-    def count(self, batch: dict) -> int:
-        """Number of items of a prepared batch that the loss is averaged over."""
-        return sum(len(b) for b in batch["boxes"])
+    # -- what a method defines ----------------------------------------------------------------------------------------
+
+    def counts(self, batch: dict) -> dict[str, float]:
+        """Items of a prepared batch by group; the same groups for every batch."""
+        raise NotImplementedError
+
+    def losses(self, batch: dict) -> dict[str, Tensor]:
+        """The losses of a prepared batch, summed over its items, by the names of ``weights``, and all of ``logs``."""
+        raise NotImplementedError
+
+    def unread(self) -> list[Unread]:
+        """Parameters of the student's image tower, or parts of them, that no loss reaches; they do not decay either."""
+        return []
+
+    def prepare(self, batches: list[dict], *, seed: int) -> None:
+        """Ahead of the counts of a step: what all its micro-batches have in common, or teachers' answers that the
+        counts hinge on (kept as entries of the batches)."""
+
+    # -- what the loop calls ------------------------------------------------------------------------------------------
 
     def begin_step(self, batches: list[dict], *, seed: int) -> None:
         """Collective preparation of one optimizer step.
@@ -66,11 +107,46 @@ class Method(nn.Module):
             batches: this process's prepared micro-batches.
             seed: the same on every process, another one each step; source of the step's random choices.
         """
-        total = sum(self.count(b) for b in batches)
+        self.prepare(batches, seed=seed)
+        counts = [self.counts(b) for b in batches]
+        totals = {group: sum(c[group] for c in counts) for group in counts[0]}
         if self.world_size > 1:
             device = batches[0]["images"].device
-            total = self._sum_over_processes(torch.tensor([total], dtype=torch.float64, device=device)).item()
-        self.scale = self.world_size / max(total, 1)
+            packed = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
+            totals = dict(zip(totals, self.sum_over_processes(packed).tolist(), strict=True))
+        self.scale = {group: self.world_size / max(total, 1) for group, total in totals.items()}
+
+    def forward(self, batch: dict) -> dict[str, Tensor]:
+        """``loss`` (what the backward pass starts from) and, detached, this process's sums to log.
+
+        ``NAME_sum`` for each loss and logged quantity, and ``GROUP`` for each group's items.
+        """
+        counts = self.counts(batch)
+        losses = self.losses(batch) if self.has_items(counts) else {}
+        terms = [self.weights[n] * v * self.scale[self.group(n)] for n, v in losses.items() if n in self.weights]
+        loss = sum(terms[1:], terms[0]) if terms else self.zero_loss()
+        zero = loss.detach().new_zeros(())
+        logged = {name: losses[name].detach() if name in losses else zero for name in self.logged()}
+        return {
+            "loss": loss,
+            **{f"{name}_sum": value for name, value in logged.items()},
+            **{group: zero + float(number) for group, number in counts.items()},
+        }
+
+    def has_items(self, counts: dict[str, float]) -> bool:
+        """Whether a batch with these counts is worth a forward pass; otherwise its loss is :meth:`zero_loss`.
+
+        A method whose losses gather over processes always says yes: the others wait for this one.
+        """
+        return any(counts.values())
+
+    def group(self, name: str) -> str:
+        """What a loss or logged sum is averaged over."""
+        return self.groups.get(name, "regions")
+
+    def logged(self) -> dict[str, str]:
+        """The sums that every forward pass gives, and what each is averaged over."""
+        return {name: self.group(name) for name in self.logs or self.weights}
 
     def end_step(self) -> None:
         """Keep a temperature that trains in CLIP's range: ``logit_scale`` in [0, ln 100]."""
@@ -78,7 +154,23 @@ class Method(nn.Module):
             with torch.no_grad():
                 self.student.logit_scale.clamp_(0, math.log(100))
 
-    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+    # -- what methods share -------------------------------------------------------------------------------------------
+
+    def ask(self, name: str, batch: dict) -> Tensor:
+        """A teacher's answer for a batch, without gradient: embeddings ``[K, D]`` or a map ``[B, D, h, w]``.
+
+        From ``batch["answers"]`` where it is kept there, else from the teacher, which looks at ``batch[name]``.
+        """
+        kept = batch.get("answers", {}).get(name)
+        if kept is None:
+            return self.teachers[name](batch[name])
+        if kept.ndim == 3:  # a map's cells, [B, N, D]
+            side = math.isqrt(kept.shape[1])
+            kept = kept.transpose(1, 2).unflatten(2, (side, -1))
+        return kept
+
+    def sum_over_processes(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, in place."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -94,6 +186,20 @@ class Method(nn.Module):
             self.student.logit_bias.requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class DenseFlags:
+    """Flags of methods that read a dense map."""
+
+    multiscale: bool = flag(False, "resize each step's images to a random size")
+
+
+@dataclass(frozen=True)
+class RegionFlags(DenseFlags):
+    """Flags of methods that read nothing but regions."""
+
+    extract_type: str = flag("v2", "RoIAlign (v2) or masked tokens (v1, CLIP ViT only)", choices=("v1", "v2"))
+
+
 class RegionMethod(Method):
     """A method whose loss is on the student's region embeddings.
 
@@ -103,44 +209,74 @@ class RegionMethod(Method):
     Args:
         extract_type: ``"v2"`` (RoIAlign) or ``"v1"`` (masked tokens, CLIP ViT only).
         multiscale: resize each step's images to a random size of :func:`multiscale_sizes`, bilinearly.
+        readout: dense reading, which becomes the student's own and is released with its weights; None for the one
+            that it has.
     """
 
     def __init__(
         self,
         *,
         student: CLIP,
-        teacher: CLIP | None = None,
+        teachers: Mapping[str, Teacher] | None = None,
+        weights: Mapping[str, float] | None = None,
         extract_type: str = "v2",
         multiscale: bool = False,
+        readout: str | None = None,
         world_size: int = 1,
     ) -> None:
-        super().__init__(student=student, teacher=teacher, world_size=world_size)
+        super().__init__(student=student, teachers=teachers, weights=weights, world_size=world_size)
         self.extract_type, self.multiscale = extract_type, multiscale
         self.size: int | None = None
+        visual = student.visual
+        if readout is not None and build_readout(readout, visual).name != visual.readout.name:
+            visual.set_readout(readout)
         self.freeze_unreached()
 
     def freeze_unreached(self) -> None:
         """Freeze what a loss on region embeddings never reaches."""
         self.student.lock_text_tower()
         self.freeze_scale()
-        # Of the reading "v1" all blocks are ordinary ones, and every parameter takes part.
-        if self.extract_type == "v2":
-            for parameter in self.student.visual.unreached_by_dense():
-                parameter.requires_grad_(False)
+        freeze_unread(self.unread())
 
-    def begin_step(self, batches: list[dict], *, seed: int) -> None:
-        """Count regions over all processes and draw the step's input size (the same everywhere)."""
-        super().begin_step(batches, seed=seed)
+    def unread(self) -> list[Unread]:
+        """What the dense reading leaves out; of extraction "v1" every parameter takes part."""
+        visual = self.student.visual
+        return visual.readout.unread(visual) if self.extract_type == "v2" else []
+
+    def counts(self, batch: dict) -> dict[str, float]:
+        """Regions of a batch."""
+        return {"regions": sum(len(b) for b in batch["boxes"])}
+
+    def images_in(self, batch: dict) -> float:
+        """Images of a batch; a batch with nothing usable left has none, but a black one."""
+        return float(batch.get("samples", len(batch["boxes"])))
+
+    def prepare(self, batches: list[dict], *, seed: int) -> None:
+        """Draw the step's input size, the same everywhere."""
         if self.multiscale:
             side = batches[0]["images"].shape[-1]
             self.size = random.Random(seed).choice(multiscale_sizes(side, self.student.visual.patch_size))
 
-    def embed_regions(self, batch: dict) -> Tensor:
-        """The student's embeddings ``[K, D]`` of a batch's boxes, float32, unit length."""
+    def images(self, batch: dict) -> Tensor:
+        """The student's images ``[B, 3, S, S]``, at the step's size."""
         images = batch["images"]
         if self.multiscale and images.shape[-1] != self.size:
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        return images
+
+    def embed_regions(self, batch: dict) -> Tensor:
+        """The student's embeddings ``[K, D]`` of a batch's boxes, float32, unit length."""
         regions = self.student.encode_pseudo_boxes(
-            images, batch["boxes"], normalize=True, extract_type=self.extract_type
+            self.images(batch), batch["boxes"], normalize=True, extract_type=self.extract_type
         )
         return regions.float()
+
+    def read(self, images: Tensor, projections: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """(dense map ``[B, D, h, w]``, by name the asked ``q``, ``k``, ``v`` ``[B, N, W]`` of the last block)."""
+        visual = self.student.visual
+        inputs = visual.block_inputs(images, {*visual.readout.blocks(visual), *([-1] if projections else [])})
+        return visual.readout.map(inputs), {which: inputs.projection(which) for which in projections}
+
+    def pool_regions(self, dense: Tensor, batch: dict) -> Tensor:
+        """Embeddings ``[K, D]`` of a batch's boxes from a map ``[B, D, h, w]``, float32, unit length."""
+        return F.normalize(roi_features(dense, batch["boxes"]), dim=-1).float()

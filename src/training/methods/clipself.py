@@ -2,67 +2,77 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
 from open_clip import CLIP
+from training.engine.flags import NOT_NEGATIVE, flag
+from training.methods.base import RegionFlags, RegionMethod
+from training.methods.registry import Entry, Setting
+from training.teachers.build import Teacher
+from training.teachers.describe import CropTeacherFlags, crop_teacher
 
-from .base import RegionMethod
+
+@dataclass(frozen=True)
+class CLIPSelfFlags(RegionFlags, CropTeacherFlags):
+    """Flags of CLIPSelf."""
+
+    cosine_weight: float = flag(1.0, "weight of the cosine of region and crop", type=NOT_NEGATIVE)
 
 
 class CLIPSelf(RegionMethod):
     """Loss ``1 - mean cos(student RoI embedding, teacher embedding of the crop)`` (CLIPSelf, ICLR 2024, equation 2).
 
     Args:
-        student, teacher: models of one architecture; the teacher is the frozen start model. It may be None when every
-            batch carries ``teacher_features``.
+        student: the model that trains.
+        teachers: ``crops``, the frozen start model; not needed when every batch carries its answers.
         cosine_weight: factor of the loss.
-        extract_type, multiscale: see :class:`~training.methods.base.RegionMethod`.
-        world_size: number of processes.
-        teacher_chunk: crops that the teacher embeds at a time; bounds memory, changes nothing else.
+        more: see :class:`~training.methods.base.RegionMethod`.
     """
 
+    logs = ("cosine",)
+
     def __init__(
-        self,
-        *,
-        student: CLIP,
-        teacher: CLIP | None,
-        cosine_weight: float = 1.0,
-        extract_type: str = "v2",
-        multiscale: bool = False,
-        world_size: int = 1,
-        teacher_chunk: int = 256,
+        self, *, student: CLIP, teachers: Mapping[str, Teacher] | None, cosine_weight: float = 1.0, **more: Any
     ) -> None:
-        super().__init__(
-            student=student, teacher=teacher, extract_type=extract_type, multiscale=multiscale, world_size=world_size
-        )
-        self.cosine_weight, self.teacher_chunk = cosine_weight, teacher_chunk
+        super().__init__(student=student, teachers=teachers, weights={"distance": cosine_weight}, **more)
 
-    def teach(self, batch: dict) -> Tensor:
-        """Teacher embeddings ``[K, D]`` of the crops, unit length; those of the batch when it carries them."""
-        if batch.get("teacher_features") is not None:
-            return batch["teacher_features"]
-        crops = batch["crops"]
-        if len(crops) == 0:
-            return crops.new_zeros(0, self.student.embed_dim)
-        with torch.inference_mode():
-            parts = [self.teacher.encode_image(c, normalize=True) for c in crops.split(self.teacher_chunk)]
-        return torch.cat(parts)  # outside: the student's backward pass keeps it
-
-    def forward(self, batch: dict) -> dict[str, Tensor]:
-        """``loss`` (see :class:`Method`) and, detached, ``cosine_sum`` and ``regions`` of this process.
-
-        Args:
-            batch: ``images [B, 3, S, S]``, ``boxes`` list of ``[K_i, 4]``, ``crops [K, 3, n, n]`` (or
-                ``teacher_features [K, D]``).
-        """
-        if not self.count(batch):
-            loss = self.zero_loss()
-            return {"loss": loss, "cosine_sum": torch.zeros_like(loss), "regions": torch.zeros_like(loss)}
-        target = self.teach(batch)
+    def losses(self, batch: dict) -> dict[str, Tensor]:
+        """Distance and cosine, summed over regions."""
+        target = self.ask("crops", batch)
         cosine = (self.embed_regions(batch) * target.float()).sum(-1)
-        return {
-            "loss": self.cosine_weight * (1 - cosine).sum() * self.scale,
-            "cosine_sum": cosine.detach().sum(),
-            "regions": cosine.new_tensor(float(len(cosine))),
-        }
+        return {"distance": (1 - cosine).sum(), "cosine": cosine.sum()}
+
+
+def build(options: CLIPSelfFlags, setting: Setting) -> CLIPSelf:
+    """CLIPSelf as the flags say."""
+    return CLIPSelf(
+        **setting.common(), cosine_weight=options.cosine_weight, extract_type=options.extract_type,
+        multiscale=options.multiscale,
+    )  # fmt: skip
+
+
+_B16 = "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7"
+_L14 = "--model EVA02-CLIP-L-14-336 --det-image-size 896 --lock-image --lock-image-unlocked-groups 24 --alpha 0.95"
+
+METHOD = Entry(
+    name="clipself",
+    summary="region embeddings match those of the regions' crops by the frozen start model (CLIPSelf, ICLR 2024)",
+    options=CLIPSelfFlags,
+    build=build,
+    sources=("grid_distill", "proposals_distill", "mixed_distill"),
+    losses=("distance",),
+    fields=lambda options: ("crops",),
+    teachers=lambda options: (crop_teacher(options),),
+    recipes={
+        "clipself-b16": _B16,
+        "clipself-l14": _L14,
+        "clipself-b16-proposals": f"{_B16} --dataset-type proposals_distill",
+        "clipself-l14-proposals": f"{_L14} --dataset-type proposals_distill",
+        "clipself-b16-window": f"{_B16} --readout window",
+        "clipself-l14-window": f"{_L14} --readout window",
+    },
+)

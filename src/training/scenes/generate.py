@@ -28,9 +28,12 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from training.engine.errors import UserError
 from training.scenes.compose import Category, SceneOptions, categories, describe, draw_pairs, draw_scene
 
+DESCRIPTION = "generated scenes"
 SPLITS = ("train2017", "val2017", "pairs")
+MARK = "scenes.json"  # in every folder that the generator made
 
 
 def _rng(seed: int, split: str, index: int) -> Generator:
@@ -118,6 +121,28 @@ def _write_annotations(out: Path, split: str, results: list[dict], classes: list
     _dump(folder / f"captions_{split}.json", {**base, "annotations": captions})
 
 
+def check_folder(out: Path) -> None:
+    """UserError for a folder that holds something which this generator did not make.
+
+    Its own are known by :data:`MARK`; older ones by what their annotation files say of themselves.
+    """
+    if not out.exists() or out.is_dir() and (out / MARK).is_file():
+        return
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    found = sorted(f.name for f in out.iterdir() if not f.name.startswith("."))
+    try:
+        info = json.loads((out / "annotations" / "instances_train2017.json").read_text(encoding="utf-8")).get("info")
+    except (OSError, ValueError, AttributeError):
+        info = None
+    ours = isinstance(info, dict) and info.get("description") == DESCRIPTION
+    if found and not ours:
+        raise UserError(
+            f"--out {out} holds {', '.join(found[:3])}{', ...' if len(found) > 3 else ''}, which the generator did not "
+            "make: give a new or empty folder, so that nothing is overwritten"
+        )
+
+
 def write_dataset(
     out: str | Path,
     *,
@@ -137,11 +162,21 @@ def write_dataset(
         pairs: number of further scenes that the pictures of ``pairs/`` are cut from (about 6 pictures each).
         novel: number of thing classes that ``split.json`` lists as novel, spread over the list.
         suffix: ``".jpg"`` or ``".png"`` (lossless) for the images.
+
+    Raises:
+        UserError: the folder holds something that the generator did not make.
+        ValueError: nothing to draw, or impossible options.
     """
     out, options = Path(out), options or SceneOptions()
+    if min(train, val, pairs) < 0 or not train + val + pairs:
+        raise ValueError(f"{train} training, {val} validation and {pairs} pair scenes: nothing to draw")
     classes = categories(options)
     things = [c.name for c in classes if c.is_thing]
-    info = {"description": "generated scenes", "seed": seed, "options": asdict(options)}
+    info = {"description": DESCRIPTION, "seed": seed, "options": asdict(options)}
+    check_folder(out)
+    out.mkdir(parents=True, exist_ok=True)
+    # Before the first image: a folder that is left half-made may be written again.
+    _dump(out / MARK, {**info, "train": train, "val": val, "pairs": pairs, "novel": novel, "format": suffix})
     for split, count in (("train2017", train), ("val2017", val)):
         (out / split).mkdir(parents=True, exist_ok=True)
         (out / "annotations" / f"panoptic_{split}").mkdir(parents=True, exist_ok=True)
@@ -161,8 +196,9 @@ def write_dataset(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see ``--help``. Exit status 2 for arguments or a folder that will not do."""
     parser = argparse.ArgumentParser(
-        prog="python -m training.scenes.generate",
+        prog="python -m training.scenes",
         description="Generate a panoptic dataset of drawn scenes in COCO's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -190,9 +226,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = vars(parser.parse_args(argv))
     options = SceneOptions(**{k: args[k] for k in asdict(d)})
     try:
-        write_dataset(
+        classes = write_dataset(
             args["out"], train=args["train"], val=args["val"], pairs=args["pairs"], seed=args["seed"], options=options,
             novel=args["novel"], workers=args["workers"], suffix="." + args["format"],
         )  # fmt: skip
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
+    print(
+        f"{args['out']}: {args['train']} training, {args['val']} validation and {args['pairs']} pair scenes of "
+        f"{sum(c.is_thing for c in classes)} thing and {sum(not c.is_thing for c in classes)} stuff classes"
+    )

@@ -1,7 +1,7 @@
-"""Teacher embeddings of fixed regions on disk: float16 arrays that open as memory maps, in shards of images.
+"""Answers of a teacher on disk: float16 arrays that open as memory maps, in shards of images.
 
-A teacher's embedding of a proposal's crop is the same in every epoch. The store has one row for each annotation of each
-image, and one for the region that stands in when none of an image's annotations can be used.
+What a teacher says of a crop or of an image is the same in every epoch. Each image has rows of its own: one for each
+region that training may meet (an embedding of its crop), or one for each cell of a map.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from training.engine.data.annotations import Annotations
 from training.engine.data.images import first_line
 from training.engine.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 SHARD_IMAGES = 1000
 
 
 class TeacherStore:
-    """A folder of ``shard-NNNNN-CHECKSUM.npy`` and ``key.json``, which says what the embeddings belong to.
+    """A folder of ``shard-NNNNN-CHECKSUM.npy`` and ``key.json``, which says what the answers belong to.
 
     A shard is written whole or not at all, and its name holds the checksum of its content; so an interrupted filling
     goes on where it was, and a damaged shard is found out. Rows are NaN where an image could not be read.
 
     Args:
         folder: of the store; made by :meth:`create`.
-        annotations: what the rows belong to.
-        dim: width D of an embedding.
-        key: everything that the embeddings depend on, as plain values (see :func:`annotations_key`).
+        offsets: int64 ``[N + 1]``, image i has the rows ``offsets[i]:offsets[i + 1]``.
+        width: D, numbers of an answer.
+        key: everything that the answers depend on, as plain values (see :func:`annotations_key`).
+        unit: ``"region"`` (a row answers for a region) or ``"image"`` (all rows of an image are one answer, a map).
         shard_images: images of a shard.
 
     Raises:
@@ -41,13 +42,13 @@ class TeacherStore:
     """
 
     def __init__(
-        self, folder: str | Path, annotations: Annotations, dim: int, key: dict[str, Any],
+        self, folder: str | Path, offsets: np.ndarray, width: int, key: dict[str, Any], *, unit: str = "region",
         shard_images: int = SHARD_IMAGES,
     ) -> None:  # fmt: skip
-        self.folder, self.offsets, self.dim = Path(folder), annotations.offsets, dim
-        self.key = {"format": FORMAT, "shard_images": shard_images, **key}
+        self.folder, self.offsets, self.width, self.unit = Path(folder), np.asarray(offsets), int(width), unit
+        self.key = {"format": FORMAT, "shard_images": shard_images, "width": self.width, "unit": unit, **key}
         self.shard_images = shard_images
-        self.num_images = len(annotations)
+        self.num_images = len(self.offsets) - 1
         self.num_shards = -(-self.num_images // shard_images)
         self._maps: dict[int, np.ndarray] = {}
         self._check()
@@ -58,36 +59,32 @@ class TeacherStore:
     # -- layout -------------------------------------------------------------------------------------------------------
 
     def images_of(self, shard: int) -> range:
-        """Rows of the annotations' images that a shard holds."""
+        """Images that a shard holds."""
         return range(shard * self.shard_images, min((shard + 1) * self.shard_images, self.num_images))
 
     def shape(self, shard: int) -> tuple[int, int]:
-        """(rows, D) of a shard: its annotations, then one row an image."""
+        """(rows, D) of a shard."""
         images = self.images_of(shard)
-        return int(self.offsets[images.stop] - self.offsets[images.start]) + len(images), self.dim
+        return int(self.offsets[images.stop] - self.offsets[images.start]), self.width
 
-    def rows(self, image: int, drawn: Sequence[int] | np.ndarray) -> tuple[int, np.ndarray]:
-        """(shard, rows in it) of an image's annotations; no annotation means the row of the region that stands in.
-
-        Args:
-            image: row of the image among the annotations' images.
-            drawn: annotations of the image, counted from 0.
-        """
+    def rows(self, image: int, answers: Sequence[int] | np.ndarray) -> tuple[int, np.ndarray]:
+        """(shard, rows in it) of an image's answers, which are counted from 0."""
         shard = image // self.shard_images
-        images = self.images_of(shard)
-        first = self.offsets[images.start]
-        if len(drawn) == 0:
-            return shard, np.array([self.offsets[images.stop] - first + image - images.start])
-        return shard, self.offsets[image] - first + np.asarray(drawn, np.int64)
+        first = self.offsets[image] - self.offsets[self.images_of(shard).start]
+        return shard, first + np.asarray(answers, np.int64)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
-    def embeddings(self, image: int, drawn: Sequence[int] | np.ndarray) -> np.ndarray:
-        """Teacher embeddings, float16 ``[max(K, 1), D]``; NaN where the image could not be read. See :meth:`rows`."""
-        shard, rows = self.rows(image, drawn)
+    def answers(self, image: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
+        """float16 ``[K, D]``, answers of an image by their numbers; NaN where the image could not be read."""
+        shard, places = self.rows(image, rows)
         if shard not in self._maps:
             self._maps[shard] = np.load(self._file(shard), mmap_mode="r")
-        return self._maps[shard][rows]  # a copy
+        return self._maps[shard][places]  # a copy
+
+    def of_image(self, image: int) -> np.ndarray:
+        """float16 ``[N, D]``, all answers of an image."""
+        return self.answers(image, np.arange(self.offsets[image + 1] - self.offsets[image]))
 
     def _file(self, shard: int) -> Path | None:
         """Newest file of a shard, None when there is none."""

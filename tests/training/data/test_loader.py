@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -13,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from training.data import build_train_data, prepare_batch
+from training.data import DataOptions, RegionOptions, View, build_train_data, prepare_batch
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.errors import UserError
+from training.engine.flags import take
 
+PLAIN = ((0.0,) * 3, (1.0,) * 3)
+VIEWS = {"images": View("images", 64, *PLAIN), "crops": View("crops", 16, *PLAIN)}
 COUNT = 14  # images, of which image 0 has no annotation
 
 
@@ -47,18 +49,17 @@ def root(tmp_path):
     return tmp_path
 
 
+FIELDS = {"region_clip": ("labels",), "contrastive": ()}
+
+
 def build(root, kind="grid_distill", rank=0, world_size=1, **changes):
     file = "captions.json" if kind == "contrastive" else "instances.json"
-    args = argparse.Namespace(
-        dataset_type=kind, train_data=str(root / file), train_image_root=str(root / "images"), annotation_cache=None,
-        train_ratio=1.0, crop_on="worker", max_boxes=5, max_split=3, crop_scale=1.0, min_size=8, max_size=1024,
-        batch_size=2, workers=0, seed=0, device="cpu",
-    )  # fmt: skip
-    for name, value in changes.items():
-        setattr(args, name, value)
+    flags = {"batch_size": 2, "workers": 0, "max_boxes": 5, "max_split": 3, "train_data": str(root / file),
+             "train_image_root": str(root / "images"), "dataset_type": kind, **changes}  # fmt: skip
+    fields = flags.pop("fields", FIELDS.get(kind, ("crops",)))
     return build_train_data(
-        args, image_size=64, crop_size=16, rank=rank, world_size=world_size,
-        tokenizer=tokenize if kind == "contrastive" else None,
+        take(DataOptions, flags), take(RegionOptions, flags), image_size=64, crop_size=16, fields=fields,
+        seed=flags.get("seed", 0), rank=rank, world_size=world_size, tokenize=tokenize,
     )  # fmt: skip
 
 
@@ -97,7 +98,7 @@ def test_processes_together_see_what_one_would(size, batch, world):
     assert list(whole) != steps  # another order in each epoch
 
 
-@pytest.mark.parametrize("kind", ["grid_distill", "proposals_distill", "region_clip", "contrastive"])
+@pytest.mark.parametrize("kind", ["grid_distill", "proposals_distill", "mixed_distill", "region_clip", "contrastive"])
 @pytest.mark.parametrize("crop_on", ["worker", "device"])
 def test_batches_do_not_depend_on_workers_or_resuming(root, kind, crop_on):
     alone, helped = (build(root, kind, crop_on=crop_on, workers=w) for w in (0, 2))
@@ -110,10 +111,9 @@ def test_batches_do_not_depend_on_workers_or_resuming(root, kind, crop_on):
     assert not same(epoch(build(root, kind, crop_on=crop_on, seed=1), 0), first)
 
 
-@pytest.mark.parametrize("kind", ["grid_distill", "proposals_distill", "region_clip"])
+@pytest.mark.parametrize("kind", ["grid_distill", "proposals_distill", "mixed_distill", "region_clip"])
 def test_packed_regions(root, kind):
     in_worker, on_device = (epoch(build(root, kind, crop_on=where), 0) for where in ("worker", "device"))
-    settings = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "image_size": 64, "crop_size": 16}
     for batch, other in zip(in_worker, on_device, strict=True):
         count, regions = len(batch["image_ids"]), int(batch["counts"].sum())
         assert batch["images"].shape == (count, 3, 64, 64) and batch["images"].dtype == torch.uint8
@@ -124,16 +124,14 @@ def test_packed_regions(root, kind):
             assert batch["labels"].shape == (regions,) and "crops" not in batch and "crop_boxes" not in other
         else:
             assert batch["crops"].shape == (regions, 3, 16, 16) and other["crop_boxes"].shape == (regions, 4)
-        a, b = (
-            prepare_batch(x, device=torch.device("cpu"), dtype=torch.float32, **settings) for x in (batch, other)
-        )  # fmt: skip
+        a, b = (prepare_batch(x, VIEWS, torch.device("cpu")) for x in (batch, other))
         for name in {"images", "crops"} & a.keys():
             assert (a[name] - b[name]).abs().max() * 255 <= 3.01
 
 
 def test_labels_and_captions(root):
     data = build(root, "region_clip")
-    assert data.class_names == ["class 1", "class 2", "class 3"] and data.num_classes == 3
+    assert data.class_names == ["class 1", "class 2", "class 3"]
     assert data.num_images == sum(1 for i in range(COUNT) if i % 4) and data.num_regions == sum(
         i % 4 for i in range(COUNT)
     )
@@ -172,10 +170,7 @@ def test_unusable_images_are_skipped_and_named(root):
             names = {os.path.basename(file) for b in batches for file, _ in b["skipped"]}
             assert names == {"1.png", "2.png", "3.png"} | ({"instances.json"} if kind != "region_clip" else set())
             for batch in batches:
-                ready = prepare_batch(
-                    batch, device=torch.device("cpu"), dtype=torch.float32, mean=(0.0,) * 3, std=(1.0,) * 3,
-                    image_size=64, crop_size=16,
-                )  # fmt: skip
+                ready = prepare_batch(batch, VIEWS, torch.device("cpu"))
                 assert ready["images"].shape == (1, 3, 64, 64)  # black when nothing is left
                 assert len(batch["skipped"]) + batch["samples"] == 1
                 assert not batch["skipped"] or (not ready["images"].any() and len(ready["boxes"][0]) == 0)

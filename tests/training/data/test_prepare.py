@@ -12,12 +12,16 @@ from PIL import Image
 
 import open_clip
 from open_clip.transform import crop_region, normalize, pad_to, resize_longest
-from training.data.prepare import DevicePrefetcher, prepare_batch
+from training.data.prepare import DevicePrefetcher, View, prepare_batch
 from training.data.resample import device_crops, device_image, resample
 from training.scenes.compose import SceneOptions, draw_scene
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-SETTINGS = {"mean": (0.48, 0.45, 0.40), "std": (0.26, 0.27, 0.28), "image_size": 64, "crop_size": 24}
+SETTINGS = {"mean": (0.48, 0.45, 0.40), "std": (0.26, 0.27, 0.28)}
+
+
+def views(dtype: torch.dtype = torch.float32) -> dict[str, View]:
+    return {"images": View("images", 64, **SETTINGS, dtype=dtype), "crops": View("crops", 24, **SETTINGS, dtype=dtype)}
 
 
 def picture(height: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -71,7 +75,7 @@ def test_prepared_batches(device, dtype):
     target = torch.device(device)
 
     def prepare(batch: dict) -> dict:
-        return prepare_batch(batch, device=target, dtype=dtype, **SETTINGS)
+        return prepare_batch(batch, views(dtype), target)
 
     first, second = DevicePrefetcher([in_worker, on_device], prepare, target)
     mean, std = (torch.tensor(SETTINGS[k], dtype=torch.float64)[:, None, None] for k in ("mean", "std"))
@@ -94,9 +98,7 @@ def test_a_batch_without_regions():
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), {"crops": torch.zeros(0, 3, 24, 24, dtype=torch.uint8)}),
         ([torch.zeros(3, 64, 64, dtype=torch.uint8)], {"crop_boxes": torch.zeros(0, 4)}),
     ):
-        out = prepare_batch(
-            batch | {"images": images} | crops, device=torch.device("cpu"), dtype=torch.float32, **SETTINGS
-        )
+        out = prepare_batch(batch | {"images": images} | crops, views(), torch.device("cpu"))
         assert out["crops"].shape == (0, 3, 24, 24) and [len(b) for b in out["boxes"]] == [0]
 
 

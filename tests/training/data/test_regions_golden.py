@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from open_clip.transform import crop_region, pad_to, resize_longest
-from training.data.datasets import RegionOptions, RegionText
+from training.data.datasets import RegionDataset
 from training.data.grid import grid_choices, grid_regions, grid_template
+from training.data.options import RegionOptions, SampleOptions
 from training.data.proposals import draw_proposals, proposal_regions
+from training.data.regions import Labelled
 from training.data.resample import device_crops, device_image
 from training.engine.data.annotations import load_annotations
 from training.engine.data.images import read_image
@@ -94,8 +96,10 @@ def test_region_text_samples(golden):
     assert labels == {int(k): v for k, v in meta["region_clip_cat_id2label"].items()}
     rows = np.flatnonzero(np.diff(annotations.offsets) > 0)
     assert annotations.image_ids[rows].tolist() == meta["region_clip_image_ids"]
-    options = RegionOptions(image_size=SIZE, crop_size=CROP)
-    dataset = RegionText(annotations, str(golden / "data" / "images"), rows, options)
+    source = Labelled(annotations, RegionOptions())
+    assert np.flatnonzero(source.usable()).tolist() == rows.tolist()
+    options = SampleOptions(image_size=SIZE, crop_size=CROP)
+    dataset = RegionDataset(annotations, str(golden / "data" / "images"), rows, source, options, fields=("labels",))
     recorded = sorted({int(k.split(".")[0]) for k in data.files})
     assert len(recorded) == len(dataset)
     for index, i in enumerate(recorded):

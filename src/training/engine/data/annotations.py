@@ -14,7 +14,6 @@ import shutil
 import tempfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,13 @@ MOST_LEFT_OUT = 0.5  # share of a file's annotations; a file of which more canno
 
 
 def load_annotations(
-    path: str, *, flag: str = "--train-data", cache_dir: str | None = None, masks: bool = False, labelled: bool = False
+    path: str,
+    *,
+    flag: str = "--train-data",
+    cache_dir: str | None = None,
+    masks: bool = False,
+    labelled: bool = False,
+    images_only: bool = False,
 ) -> Annotations:
     """Annotations of a COCO or LVIS file, from the cache when there is a valid one.
 
@@ -60,13 +65,17 @@ def load_annotations(
             for no cache: the json is read each time. A damaged cache is built anew, with a warning.
         masks: keep segmentations.
         labelled: annotations without a listed category are left out as well.
+        images_only: whatever the annotations are like, they are not needed.
 
     Raises:
         UserError: no such file, not json, not one usable image, or more than half of the annotations are unusable.
     """
 
     def load() -> tuple[Annotations, bool]:
-        return _load(path, flag, cache_dir, masks, labelled)
+        annotations, cached = _load(path, flag, cache_dir, masks, labelled)
+        if not images_only:
+            _check_share(annotations, path, flag)
+        return annotations, cached
 
     if not many():
         return load()[0]
@@ -87,10 +96,7 @@ def _load(path: str, flag: str, cache_dir: str | None, masks: bool, labelled: bo
     """(annotations; whether they come from a cache, which other processes can open)."""
 
     def read() -> Annotations:
-        content = read_json(path, flag)
-        annotations = parse(content, path, flag, masks=masks, labelled=labelled)
-        _check_share(annotations, content, path, flag)
-        return annotations
+        return parse(read_json(path, flag), path, flag, masks=masks, labelled=labelled)
 
     if cache_dir == "" or is_url(path):
         return read(), False
@@ -119,14 +125,13 @@ def _load(path: str, flag: str, cache_dir: str | None, masks: bool, labelled: bo
     return _read_cache(folder, path), True
 
 
-def _check_share(annotations: Annotations, content: dict[str, Any], path: str, flag: str) -> None:
-    entries = content.get("annotations") or []
-    left_out = len(entries) - len(annotations.boxes)
-    if left_out > MOST_LEFT_OUT * len(entries):
-        reasons = {k: v for k, v in annotations.skipped.items() if k.startswith(("annotation", "box"))}
+def _check_share(annotations: Annotations, path: str, flag: str) -> None:
+    reasons = {k: v for k, v in annotations.skipped.items() if k.startswith(("annotation", "box"))}
+    left_out, number = sum(reasons.values()), sum(reasons.values()) + len(annotations.boxes)
+    if left_out > MOST_LEFT_OUT * number:
         most = max(reasons, key=reasons.get)
         raise UserError(
-            f"{flag} {path}: {left_out} of its {len(entries)} annotations cannot be used, most often: {most} "
+            f"{flag} {path}: {left_out} of its {number} annotations cannot be used, most often: {most} "
             f"({reasons[most]} times); mend the file"
         )
 

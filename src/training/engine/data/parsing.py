@@ -189,6 +189,8 @@ def usable(entry: Any, rows: dict[int, int], labels: dict[int, int]) -> tuple[st
     """
     if not isinstance(entry, dict):
         return "annotation that is no object", ()
+    if "caption" in entry and "bbox" not in entry:  # of the image as a whole: nothing is wrong with it
+        return "caption without a box", ()
     image = _integer(entry.get("image_id"))
     if image is None or image not in rows:
         return "annotation of an image that is not listed", ()

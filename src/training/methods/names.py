@@ -1,0 +1,81 @@
+"""Lists of class names, and richer texts about them, that methods learn from. Read from disk or from URLs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from training.engine.data.images import ImageError, first_line, read_bytes
+from training.engine.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def _read(path: str, flag: str) -> Any:
+    try:
+        return json.loads(read_bytes(path).decode("utf-8-sig"))
+    except ImageError as error:
+        raise UserError(f"{flag} {path}: {error.reason}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{flag} {path}: not a json file ({first_line(error)})") from None
+
+
+def read_names(path: str, flag: str = "--names") -> tuple[list[str], int]:
+    """(class names, how many of them are things, which come first), in the file's order otherwise.
+
+    The file is a json list of names, or of ``{"name": ..., "isthing": 0 or 1}`` (things where it does not say), or has
+    such a list under ``categories``. Entries without a name, and names that were there before, are left out, counted
+    in the log.
+
+    Raises:
+        UserError: an unreadable file, or no name in it.
+    """
+    content = _read(path, flag)
+    entries = content.get("categories") if isinstance(content, dict) else content
+    found: dict[str, bool] = {}
+    bad: list[str] = []
+    for entry in entries if isinstance(entries, list) else []:
+        name = entry.get("name") if isinstance(entry, dict) else entry
+        is_thing = entry.get("isthing", 1) if isinstance(entry, dict) else 1
+        if not isinstance(name, str) or not name.strip() or name in found or is_thing not in (0, 1):
+            bad.append(repr(entry)[:60])
+        else:
+            found[name] = bool(is_thing)
+    if bad:
+        log.warning("%s %s: %d entries are no new class (left out), e.g. %s", flag, path, len(bad), bad[0])
+    if not found:
+        raise UserError(f'{flag} {path}: no class name in it; give a json list of names or of {{"name", "isthing"}}')
+    things = [name for name, is_thing in found.items() if is_thing]
+    return things + [name for name, is_thing in found.items() if not is_thing], len(things)
+
+
+def read_texts(path: str, names: Sequence[str], flag: str = "--rich-texts") -> list[str]:
+    """A text about each class: its own name where the file has none.
+
+    The file is a json dictionary from a name to a text or a list of texts (joined by commas). Values that are neither
+    are left out, counted in the log.
+
+    Raises:
+        UserError: an unreadable file, no dictionary, or one that knows none of the names.
+    """
+    content = _read(path, flag)
+    if not isinstance(content, dict):
+        raise UserError(f"{flag} {path}: no json dictionary from names to texts")
+    texts, bad = {}, []
+    for name, value in content.items():
+        parts = value if isinstance(value, list) else [value]
+        if parts and all(isinstance(p, str) and p.strip() for p in parts):
+            texts[name] = ", ".join(parts)
+        else:
+            bad.append(name)
+    if bad:
+        log.warning("%s %s: the texts of %d names are no texts (left out), e.g. %s", flag, path, len(bad), bad[0])
+    missing = [n for n in names if n not in texts]
+    if len(missing) == len(names):
+        raise UserError(f"{flag} {path}: no text about any of the {len(names)} classes, e.g. {names[0]!r}")
+    if missing:
+        log.warning("%s %s: nothing about %d of %d classes, e.g. %r: their names stand in", flag, path, len(missing),
+                    len(names), missing[0])  # fmt: skip
+    return [texts.get(n, n) for n in names]

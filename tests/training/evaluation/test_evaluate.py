@@ -1,0 +1,242 @@
+"""Evaluation against closed-form accuracies, a naive loop in float64, and one process against two."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torchvision.ops import roi_align
+
+from open_clip.factory import build_model
+from open_clip.regions import mask_features, roi_features
+from open_clip.weights import load_state
+from training.engine.errors import UserError
+from training.evaluation.evaluate import evaluate, format_table
+from training.evaluation.options import EvalOptions
+from training.evaluation.panoptic import build_eval_data, collate_panoptic
+
+CLASSES = ["red", "green", "blue", "yellow", "violet", "turquoise", "white"]
+COLOURS = torch.tensor([[1, 0.2, 0], [0.2, 1, 0.4], [0.4, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]])
+EMBEDDINGS = F.normalize(COLOURS, dim=1)
+STUFF = (5, 6)
+# By cosine, the order of the classes is, for a blue region, blue, violet, white, turquoise, green, red, yellow; red is
+# second for a yellow region and yellow second for a red one.
+
+
+class ColourModel(nn.Module):
+    """A dense map of mean colours per patch: the embedding of a one-coloured region is its colour."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual = SimpleNamespace(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
+        self.dense_passes, self.crop_batches, self.was_training = 0, [], []
+
+    def encode_regions(self, image, normed_boxes=None, masks=None, normalize=False):
+        self.dense_passes += 1
+        self.was_training.append(self.training)
+        dense = F.normalize(F.avg_pool2d(image.float(), 8), dim=1)
+        features = roi_features(dense, normed_boxes), mask_features(dense, masks)
+        return tuple(F.normalize(f, dim=-1) if normalize else f for f in features)
+
+    def encode_image(self, image, normalize=False):
+        self.crop_batches.append(len(image))
+        middle = image.float()[..., 12:20, 12:20].mean((2, 3))
+        return F.normalize(middle, dim=-1) if normalize else middle
+
+
+def write_coloured(folder, scenes) -> EvalOptions:
+    """Images of 64 x 64 whose quarters have given colours; ``scenes`` lists four (colour, label) per image."""
+    content = {"images": [], "annotations": [], "categories": []}
+    for i, name in enumerate(CLASSES):
+        content["categories"].append({"id": i + 1, "name": name, "isthing": int(i not in STUFF)})
+    for index, quarters in enumerate(scenes):
+        ids, pixels, infos = np.zeros((64, 64), np.int32), np.zeros((64, 64, 3), np.uint8), []
+        for q, (colour, label) in enumerate(quarters):
+            y, x = 32 * (q // 2), 32 * (q % 2)
+            ids[y : y + 32, x : x + 32] = q + 1
+            pixels[y : y + 32, x : x + 32] = (255 * COLOURS[colour]).byte().numpy()
+            infos.append({"id": q + 1, "category_id": label + 1, "bbox": [x, y, 32, 32]})
+        Image.fromarray(pixels).save(folder / f"{index}_rgb.png")
+        Image.fromarray(np.stack([ids, 0 * ids, 0 * ids], -1).astype(np.uint8)).save(folder / f"{index}_ids.png")
+        content["images"].append({"id": index, "file_name": f"{index}_rgb.png"})
+        annotation = {"image_id": index, "file_name": f"{index}_ids.png", "segments_info": infos}
+        content["annotations"].append(annotation)
+    (folder / "panoptic.json").write_text(json.dumps(content))
+    root = str(folder)
+    return EvalOptions(val_data=f"{root}/panoptic.json", val_image_root=root, val_segm_root=root)
+
+
+SCENES = [
+    [(0, 0), (1, 1), (2, 2), (5, 5)],
+    [(0, 0), (3, 0), (6, 6), (2, 5)],  # yellow called red: among the first five; blue called turquoise: likewise
+    [(0, 3), (2, 3), (1, 1), (5, 5)],  # red called yellow: among the first five; blue called yellow: the last of seven
+]
+# things: red 2/3 and 1; green 1; blue 1; yellow 0 and 1/2. stuff: turquoise 2/3 and 1; white 1.
+EXPECTED = {
+    "thing.macc1": float((Fraction(2, 3) + 1 + 1 + 0) / 4),
+    "thing.macc5": float((1 + 1 + 1 + Fraction(1, 2)) / 4),
+    "stuff.macc1": float((Fraction(2, 3) + 1) / 2),
+    "stuff.macc5": 1.0,
+}
+
+
+def data_of(args, sizes=(64,), **kwargs):
+    return build_eval_data(args, image_sizes=list(sizes), patch_size=8, crop_size=32, **kwargs)
+
+
+def test_known_accuracies(tmp_path):
+    model, args = ColourModel().train(), write_coloured(tmp_path, SCENES)
+    results = evaluate(
+        model, data_of(args), 3 * EMBEDDINGS, device="cpu", progress=False, per_class_file=tmp_path / "classes.json"
+    )
+    for kind in ("rois", "maskpool", "crops"):
+        for key, value in EXPECTED.items():
+            assert results.pop(f"{kind}.{key}") == pytest.approx(value, abs=1e-12), (kind, key)
+    assert results == {"count.images": 3, "count.skipped": 0, "count.thing": 8, "count.stuff": 4}
+    assert model.dense_passes == 2 and model.crop_batches == [12]  # 2 + 1 images; all crops in one pass
+    assert model.training and not any(model.was_training)
+    records = json.loads((tmp_path / "classes.json").read_text())["rois"]
+    assert {"class": "yellow", "kind": "thing", "segments": 2, "top1": 0.0, "top5": 0.5} in records
+
+
+def test_several_sizes_and_the_table(tmp_path):
+    model, args = ColourModel(), write_coloured(tmp_path, SCENES)
+    results = evaluate(model, data_of(args, (64, 128)), EMBEDDINGS, device="cpu", progress=False)
+    names = ["64.rois", "64.maskpool", "128.rois", "128.maskpool", "crops"]
+    assert {key for key in results if not key.startswith("count.")} == {f"{n}.{key}" for n in names for key in EXPECTED}
+    assert results["128.rois.thing.macc1"] == results["64.rois.thing.macc1"] == EXPECTED["thing.macc1"]
+    assert model.dense_passes == 4 and model.crop_batches == [12]  # crops once, not once per size
+    lines = format_table(results).splitlines()
+    assert [line.split()[:-4] for line in lines[1:-1]] == [
+        ["rois", "at", "64"], ["maskpool", "at", "64"], ["rois", "at", "128"], ["maskpool", "at", "128"], ["crops"]
+    ]  # fmt: skip
+    assert lines[1].split()[-4:] == ["66.67", "87.50", "83.33", "100.00"]
+    assert lines[-1] == "3 images, 8 thing and 4 stuff segments"
+
+
+def test_without_stuff(tmp_path):
+    args = write_coloured(tmp_path, [[(0, 0), (1, 1), (2, 2), (3, 3)]])
+    results = evaluate(ColourModel(), data_of(args), EMBEDDINGS, device="cpu", progress=False)
+    assert results["rois.thing.macc1"] == 1 and not any("stuff" in key for key in results if "count" not in key)
+    assert format_table(results).splitlines()[1].split()[-4:] == ["100.00", "100.00", "-", "-"]
+
+
+def test_crops_are_packed_over_batches(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.evaluation.evaluate.CROP_CHUNK_DEFAULT", 5)
+    model, args = ColourModel(), write_coloured(tmp_path, SCENES)
+    results = evaluate(model, data_of(args), EMBEDDINGS, device="cpu", progress=False)
+    assert model.crop_batches == [5, 5, 2]
+    assert results["crops.thing.macc1"] == pytest.approx(EXPECTED["thing.macc1"], abs=1e-12)
+
+
+def test_skipped_images_are_counted_and_bounded(tmp_path, caplog):
+    args = write_coloured(tmp_path, SCENES)
+    (tmp_path / "1_rgb.png").write_bytes(b"nothing")
+    results = evaluate(ColourModel(), data_of(args, max_skipped=0.5), EMBEDDINGS, device="cpu", progress=False)
+    assert results["count.skipped"] == 1 and results["count.images"] == 2
+    assert "1_rgb.png" in caplog.text and format_table(results).endswith("1 images skipped")
+    with pytest.raises(UserError, match=r"1 of 3 images .*1_rgb.png"):
+        evaluate(ColourModel(), data_of(args), EMBEDDINGS, device="cpu", progress=False)
+
+
+def golden_eva(folder):
+    if not (folder / "eva" / "weights.safetensors").is_file():
+        pytest.skip("no golden EVA model")
+    model = build_model(json.loads((folder / "eva" / "config.json").read_text())).eval()
+    load_state(model, load_file(folder / "eva" / "weights.safetensors"))
+    return model
+
+
+def golden_args(folder) -> EvalOptions:
+    data = folder / "data"
+    return EvalOptions(
+        val_data=f"{data}/panoptic.json", val_image_root=f"{data}/images", val_segm_root=f"{data}/panoptic"
+    )
+
+
+def golden_embeddings(classes: int = 6) -> torch.Tensor:
+    return F.normalize(torch.randn(classes, 32, generator=torch.Generator().manual_seed(1)), dim=1)
+
+
+def naive_accuracy(model, dataset, embeddings, size: int) -> dict[str, float]:
+    """One segment at a time, in double precision, with lists and fractions."""
+    model, embeddings = model.double(), embeddings.double()
+    mean, std = (
+        torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (model.visual.image_mean, model.visual.image_std)
+    )
+    hits: dict[tuple, list[int]] = {}
+    for sample in (collate_panoptic([dataset[i]]) for i in range(len(dataset))):
+        image = (sample["images"][size].double() / 255 - mean) / std
+        dense = model.encode_dense(image, keep_shape=True)
+        for k, label in enumerate(sample["labels"].tolist()):
+            box = sample["boxes"][size][k].double() * dense.shape[-1]
+            crop = ((sample["crops"][k].double() / 255 - mean) / std)[None]
+            features = {
+                "rois": roi_align(dense, [box[None]], (1, 1), 1.0, -1, True).flatten(),
+                "maskpool": torch.stack([dense[0, :, y, x] for y, x in sample["masks"][size][k].nonzero()]).mean(0),
+                "crops": model.encode_image(crop)[0],
+            }
+            for name, feature in features.items():
+                order = F.cosine_similarity(feature[None], embeddings).argsort(descending=True).tolist()
+                for top in (1, 5):
+                    key = (f"{name}.{'thing' if sample['is_thing'][k] else 'stuff'}.macc{top}", label)
+                    hits.setdefault(key, []).append(int(label in order[:top]))
+    means: dict[str, list[float]] = {}
+    for (name, _), found in hits.items():
+        means.setdefault(name, []).append(sum(found) / len(found))
+    return {name: sum(values) / len(values) for name, values in means.items()}
+
+
+def test_a_real_model_against_a_naive_loop(golden):
+    model, embeddings = golden_eva(golden), golden_embeddings()
+    data = build_eval_data(golden_args(golden), image_sizes=[128], patch_size=16, crop_size=64)
+    results = evaluate(model, data, embeddings, device="cpu", progress=False)
+    with torch.no_grad():
+        expected = naive_accuracy(model, data.loader.dataset, embeddings, 128)
+    assert set(expected) == {key for key in results if "count" not in key}
+    for key, value in expected.items():
+        assert results[key] == pytest.approx(value, abs=1e-12), key
+    assert 0 < results["rois.stuff.macc1"] < 1 or 0 < results["crops.thing.macc5"] < 1  # neither trivially
+
+
+def _evaluate_in_process(rank: int, world: int, golden, folder) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world
+    )
+    try:
+        data = build_eval_data(
+            golden_args(golden),
+            batch_size=1,
+            image_sizes=[128],
+            patch_size=16,
+            crop_size=64,
+            rank=rank,
+            world_size=world,
+        )
+        results = evaluate(
+            golden_eva(golden), data, golden_embeddings(), device="cpu", rank=rank, world_size=world, progress=False
+        )
+        (folder / f"{world}_{rank}.json").write_text(json.dumps(results))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("world", [2, 6])
+def test_processes_agree_with_one(golden, tmp_path, world):
+    """Two processes share five images unevenly; of six, one has none. All have the result of a single one."""
+    data = build_eval_data(golden_args(golden), image_sizes=[128], patch_size=16, crop_size=64)
+    alone = evaluate(golden_eva(golden), data, golden_embeddings(), device="cpu", progress=False)
+    mp.start_processes(_evaluate_in_process, (world, golden, tmp_path), nprocs=world, join=True, start_method="fork")
+    for rank in range(world):
+        results = json.loads((tmp_path / f"{world}_{rank}.json").read_text())
+        assert results == pytest.approx(alone, abs=1e-12)
