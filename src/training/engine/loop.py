@@ -76,11 +76,16 @@ class Loop:
         dist, precision: where, and in which numbers.
 
     Raises:
-        UserError: nothing trains, or an epoch is shorter than a step.
+        UserError: nothing trains, an epoch is shorter than a step, or weights would be kept in half precision.
     """
 
     def __init__(self, task: Task, options: LoopOptions, *, dist: Dist, precision: Precision) -> None:
         self.task, self.options, self.dist, self.precision = task, options, dist, precision
+        if precision.param_dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{options.flags.precision} {precision.name} keeps the weights in half precision, where most steps of "
+                "training round to nothing: it is for evaluation; train with amp_bf16 or fp32"
+            )
         self.steps_per_epoch = task.batches_per_epoch // options.accum_freq
         if self.steps_per_epoch == 0:
             raise UserError(
