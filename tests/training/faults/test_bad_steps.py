@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import training.engine.loop as train_module
 from training.engine.checkpoint import find_latest, read_checkpoint
 from training.engine.loop import Progress
 
@@ -17,21 +16,21 @@ SHORT = {"epochs": 1, "warmup": 1, "log_every_n_steps": 1}
 
 def spoil(monkeypatch, steps: set[int], what: str) -> None:
     """Make the loss, or one number of the gradient, infinite or NaN in some steps (counted from 1)."""
-    original, count = train_module._forward_backward, 0
+    original, count = Stepper._forward_backward, 0
 
-    def forward_backward(loop, micro):
+    def forward_backward(stepper, batch, *, last):
         nonlocal count
         count += 1
-        outputs = original(loop, micro)
+        output = original(stepper, batch, last=last)
         if count in steps:
             if what == "loss":
-                outputs[0]["loss"] = outputs[0]["loss"] * float("nan")
+                output["loss"] = output["loss"] * float("nan")
             else:
-                last = [p for group in loop.optimizer.param_groups for p in group["params"] if p.grad is not None][-1]
-                last.grad.view(-1)[0] = float("inf")
-        return outputs
+                spoilt = [p for p in stepper.parameters if p.grad is not None][-1]
+                spoilt.grad.view(-1)[0] = float("inf")
+        return output
 
-    monkeypatch.setattr(train_module, "_forward_backward", forward_backward)
+    monkeypatch.setattr(Stepper, "_forward_backward", forward_backward)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])

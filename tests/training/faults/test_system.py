@@ -249,14 +249,14 @@ def test_a_signal_to_torchrun_saves(launcher):
 def test_an_image_root_that_vanishes_stops_the_run(program, scenes, tmp_path, monkeypatch, capsys):
     images = tmp_path / "images"
     shutil.copytree(scenes / "train2017", images)
-    original = train_module._judge
+    original = Loop._judge
 
-    def judge(loop, progress, *args):
-        if progress.step == 14:  # in the second epoch
+    def judge(loop, *args):
+        if loop.progress.step == 14:  # in the second epoch
             images.rename(tmp_path / "elsewhere")
-        original(loop, progress, *args)
+        original(loop, *args)
 
-    monkeypatch.setattr(train_module, "_judge", judge)
+    monkeypatch.setattr(Loop, "_judge", judge)
     status = program(name="run", train_image_root=images, save_every_n_steps=2, epochs=20, batch_size=2)
     assert status == 2
     error = one_error(capsys.readouterr().err)
