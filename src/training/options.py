@@ -64,7 +64,9 @@ class RunOptions:
 
     name: str | None = flag(None, "of the experiment; by default date, model and method")
     logs: str = flag("logs", "folder of all experiments", metavar="DIR")
-    resume: str | None = flag(None, "go on from a checkpoint", metavar="latest|FILE")
+    resume: str | None = flag(
+        None, "go on: with an experiment, with it or a new one, from a file", metavar="latest|auto|FILE"
+    )
     save_frequency: int = flag(1, "save every N epochs; 0 only at the end", type=NATURAL, metavar="N")
     save_every_n_steps: int = flag(0, "also save inside epochs; 0 never", type=NATURAL, metavar="N")
     save_most_recent: bool = flag(False, "keep epoch_latest.pt up to date after every epoch")
