@@ -1,4 +1,4 @@
-"""The frozen ViT as a detection backbone: three block outputs, the last block's dense reading and the VLM's embedding."""
+"""The frozen ViT as a detection backbone: three block outputs, the dense reading and the VLM's embedding."""
 
 from __future__ import annotations
 
