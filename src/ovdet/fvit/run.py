@@ -15,7 +15,7 @@ from ovdet.precision import choose_precision
 from ovdet.task import FLAGS, DetectionTask, loop_options
 from ovdet.testing import test
 from ovdet.vocabulary import Vocabulary, make_vocabulary, training_labels
-from training.engine.checkpoint import read_file
+from training.engine.checkpoint import read_file, remove_unfinished
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
@@ -58,13 +58,11 @@ def make_task(config: FViTConfig, dist: Dist, folder: Path) -> DetectionTask:
         dataset = make_dataset(config, training, vocabulary)
         vit = load_vit(config)
     detector = make_detector(config, vit, vocabulary, device=dist.device, progress=dist.is_master)
-    names = {is_novel: [n for n, own in zip(vocabulary.names, vocabulary.novel, strict=True) if own == is_novel]
-             for is_novel in (False, True)}  # fmt: skip
     values = config_to_dict(config)
 
     def content() -> dict:
         return files.detector_content(
-            task.detector, vit=vit.identity, config=values, base=names[False], novel=names[True]
+            task.detector, vit=vit.identity, config=values, names=vocabulary.names, novel=vocabulary.novel
         )
 
     def validate(place: Path) -> dict[str, dict[str, float]]:
@@ -114,6 +112,8 @@ def train(
     )  # fmt: skip
     # A folder without a run in it is as good as none.
     with open_folder(folder, "auto", dist, FLAGS, {"config.toml": format_config(config)}):
+        if dist.is_master:
+            remove_unfinished(folder)  # detector files that a killed run was writing
         setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
         log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
         return loop.train(folder, start)
