@@ -76,11 +76,16 @@ class Loop:
         dist, precision: where, and in which numbers.
 
     Raises:
-        UserError: nothing trains, or an epoch is shorter than a step.
+        UserError: nothing trains, an epoch is shorter than a step, or weights would be kept in half precision.
     """
 
     def __init__(self, task: Task, options: LoopOptions, *, dist: Dist, precision: Precision) -> None:
         self.task, self.options, self.dist, self.precision = task, options, dist, precision
+        if precision.param_dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{options.flags.precision} {precision.name} keeps the weights in half precision, where most steps of "
+                "training round to nothing: it is for evaluation; train with amp_bf16 or fp32"
+            )
         self.steps_per_epoch = task.batches_per_epoch // options.accum_freq
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -100,7 +105,7 @@ class Loop:
         self.schedule: Rate = task.schedule(self.total_steps, self.steps_per_epoch)
         self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped)
         dtype = precision.autocast_dtype or precision.param_dtype
-        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size)
+        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size, compiled=options.compiled)
         self.progress, self.pace = Progress(), Pace()
         self.pending: deque[Outcome] = deque()
         self.journal = Journal(None)
@@ -137,7 +142,7 @@ class Loop:
             self.batches = profile_steps(task.batches, folder / "profile", options.profile * options.accum_freq)
         self.stop = StopSignal()
         try:
-            while progress.epoch < options.epochs and progress.step < self.total_steps:
+            while progress.epoch < options.epochs and progress.step < self.total_steps and not task.ended(progress):
                 self._epoch()
                 self._after_epoch()
             task.finish(folder)

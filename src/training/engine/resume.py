@@ -66,7 +66,7 @@ def restore(
     _name_changes(content.get("args", {}), task.options())
     try:
         task.load_state(content)
-        optimizer.load_state_dict(content["optimizer"])
+        _load_optimizer(optimizer, content["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -81,6 +81,14 @@ def restore(
         restore_random_state(states[dist.rank], dist.device)
     else:
         log.warning("resuming on %d processes a run of %d: the data order is kept", dist.world_size, len(states))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The moments of a checkpoint; weight decay and the like are what this run says."""
+    chosen = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(own)
 
 
 def _check_identity(content: dict[str, Any], path: Path, task: Task) -> None:

@@ -55,6 +55,7 @@ class LoopOptions:
         evaluate_first: evaluate before the first step.
         evaluate_every: evaluate after every so many epochs; 0: never.
         evaluate_last: evaluate after the last step, whatever ``evaluate_every`` says.
+        compiled: whether the module is compiled; see :class:`~training.engine.flops.FlopMeter`.
         report_to: where scalars go besides the log: "tensorboard", "wandb" or "none".
         profile: optimizer steps to trace with torch's profiler; 0: none.
         batch_size: samples of a micro-batch of one process; with it a resumed run knows that it goes through the same
@@ -77,6 +78,7 @@ class LoopOptions:
     evaluate_first: bool = True
     evaluate_every: int = 1
     evaluate_last: bool = True
+    compiled: bool = False
     profile: int = 0
     report_to: str = "tensorboard"
     flags: Flags = field(default_factory=Flags)
@@ -153,6 +155,10 @@ class Task(ABC):
     def blocks(self) -> list[nn.Module]:
         """Parts of the module that full sharding gathers one at a time: the transformer's blocks. Default: none."""
         return []
+
+    def ended(self, progress: Progress) -> bool:
+        """Before each epoch: whether the run is to end here, as when nothing has been gained for long. Default: no."""
+        return False
 
     # -- records ------------------------------------------------------------------------------------------------------
 
