@@ -28,7 +28,7 @@ def fuse(detector: Tensor, vlm: Tensor, base_mask: Tensor, *, weight_base: float
     Returns:
         ``[K, C]`` in 0..1 (F-VLM, Kuo et al. 2023, eq. 4).
     """
-    weight = torch.where(base_mask, weight_base, weight_novel).to(detector.dtype)
+    weight = torch.where(base_mask, detector.new_full((), weight_base), detector.new_full((), weight_novel))
     return detector.pow(1 - weight) * vlm.to(detector.dtype).pow(weight)
 
 
