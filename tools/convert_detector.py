@@ -22,9 +22,10 @@ from torch import Tensor
 
 from open_clip.weights import export_state_dict, load_state
 from ovdet import files
+from ovdet.clip import Clip
 from ovdet.config import config_to_dict
 from ovdet.data.annotations import load
-from ovdet.fvit.assemble import Vit, load_vit, read_config
+from ovdet.fvit.assemble import load_vit, read_config
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import build_detector
 from ovdet.fvit.published import EMBEDDINGS, UNUSED, VIT, from_published, to_published
@@ -34,13 +35,13 @@ from training.engine.checkpoint import read_file, save_atomically
 from training.engine.errors import UserError, as_user_error, run_program
 
 
-def vit_state(vit: Vit) -> dict[str, Tensor]:
+def vit_state(vit: Clip) -> dict[str, Tensor]:
     """The ViT under EVA-CLIP's names, rotary tables included, without a prefix."""
     state = export_state_dict(vit.model)
     return {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
 
 
-def empty_detector(config: FViTConfig, vit: Vit) -> torch.nn.Module:
+def empty_detector(config: FViTConfig, vit: Clip) -> torch.nn.Module:
     """A detector without classes."""
     with as_user_error():
         width = vit.model.visual.embed_dim
@@ -90,7 +91,7 @@ def _plain(name: object) -> str:
     return str(name).lower().replace("_", " ")
 
 
-def compare_vit(state: dict[str, Tensor], vit: Vit, source: Path) -> None:
+def compare_vit(state: dict[str, Tensor], vit: Clip, source: Path) -> None:
     """See that a published file was trained on the ViT at hand.
 
     Raises:
@@ -113,7 +114,7 @@ def compare_vit(state: dict[str, Tensor], vit: Vit, source: Path) -> None:
         )
 
 
-def write_vit(state: dict[str, Tensor], vit: Vit, path: Path) -> None:
+def write_vit(state: dict[str, Tensor], vit: Clip, path: Path) -> None:
     """Put the published file's ViT into the model at hand, whose text tower stays, and write that as weights."""
     theirs = {f"visual.{name.removeprefix(VIT)}": value for name, value in state.items() if name.startswith(VIT)}
     whole = {name: value for name, value in export_state_dict(vit.model).items() if not name.startswith("visual.")}

@@ -25,7 +25,8 @@ from training.scenes.generate import SceneOptions, write_dataset
 
 
 def program(name: str) -> ModuleType:
-    return importlib.import_module(f"ovdet.fvit.commands.{name}")
+    own = name in ("train", "test", "make_proposals")
+    return importlib.import_module(f"ovdet.fvit.commands.{name}" if own else f"ovdet.commands.{name}")
 
 
 @pytest.fixture(scope="module")
