@@ -43,6 +43,7 @@ from ovseg.refine import KEY_FORMS
 from training.engine.checkpoint import remove_unfinished
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
+from training.engine.flags import Parser
 from training.engine.journal import Journal, setup_logging, write_atomically
 from training.engine.loop import Loop, LoopOptions, Progress
 from training.engine.precision import make_precision
@@ -78,7 +79,7 @@ def published(setting: str, dataset: str) -> tuple[Recipe, Augmentation]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m ovseg.maskclip_plus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_options(parser)
