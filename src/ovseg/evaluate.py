@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ovseg.data.sets import DATASETS, SegmentationSet, Unusable, open_dataset
@@ -37,6 +37,7 @@ from ovseg.options import (
 from ovseg.progress import Counts
 from ovseg.segment import Segmenter
 from training.engine.checkpoint import weights_hash
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
 from training.engine.flags import Parser
@@ -84,13 +85,11 @@ def evaluate(
     before, done = gather_objects(counts.restore() if counts is not None and dist.is_master else ({}, set()))[0]
     left = [i for i in range(total) if i not in done][dist.rank :: dist.world_size]
     data.prepare = segmenter.prepare
-    loader = DataLoader(
-        Subset(data, left),
-        batch_size=batch_size,
-        num_workers=min(workers, len(left)),
-        collate_fn=list,
-        pin_memory=False,
-    )
+    # Workers end with the pass.
+    loader = Loader(
+        Subset(data, left), workers=min(workers, len(left)), batch_size=batch_size, collate_fn=list,
+        **({"persistent_workers": False} if workers and left else {}),
+    )  # fmt: skip
     skipped: list[Unusable] = []
     saved = time.monotonic()
     bar = tqdm(total=len(left), desc="evaluate", unit="img", disable=not (progress and dist.is_master))

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ovseg.classes import IGNORE, ClassList
@@ -41,6 +41,7 @@ from ovseg.pictures import class_colours, list_images, write_label_png
 from ovseg.segment import Segmenter
 from training.engine.checkpoint import weights_hash
 from training.engine.data.images import ImageError, read_image
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
 from training.engine.flags import Parser
@@ -114,9 +115,7 @@ def write_pseudo_labels(
     (name, protocol), *_ = segmenter.variants.items()
     colours = class_colours(segmenter.classes)
     written, skipped = 0, []
-    loader = DataLoader(
-        photographs, batch_size=batch_size, num_workers=min(workers, len(photographs)), collate_fn=list
-    )  # fmt: skip
+    loader = Loader(photographs, workers=min(workers, len(photographs)), batch_size=batch_size, collate_fn=list)
     with tqdm(total=len(photographs), desc="pseudo labels", unit="img", disable=not progress) as bar:
         for batch in loader:
             items = [item for item in batch if not isinstance(item, Unusable)]

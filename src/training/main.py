@@ -58,15 +58,21 @@ class Evaluation:
     def __call__(self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student") -> dict:
         """Evaluate, show the table, and keep the numbers."""
         embeddings = self._embed(model) if self.embeddings is None else self.embeddings
+        options, reading = self.options, model.visual.readout
+        per_class = None
+        if options.eval.per_class and journal.folder is not None:
+            per_class = journal.folder / f"per_class_{kind}_{step}.json"
         results = evaluate(
             model, self.data, embeddings, device=self.dist.device, dtype=self.precision.input_dtype,
-            rank=self.dist.rank, world_size=self.dist.world_size,
+            rank=self.dist.rank, world_size=self.dist.world_size, per_class_file=per_class,
         )  # fmt: skip
         if self.dist.is_master:
             print(f"\nmean accuracy after {epoch} epochs ({step} steps), {self.data.num_images} images")
             print(format_table(results), flush=True)
             journal.scalars({f"val/{k}": v for k, v in results.items() if "macc" in k}, step)
-            journal.result({"epoch": epoch, "step": step, "kind": kind, **results})
+            read = {"readout": reading.name, "cells_normalized": reading.normalized, "sizes": self.data.image_sizes}
+            trained = {"method": options.entry.name, "learned_from": options.learned_from} if options.trains else {}
+            journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **trained, **results})
         return results
 
 

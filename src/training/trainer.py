@@ -27,7 +27,7 @@ from training.engine.schedule import make_schedule, step_seed
 from training.methods import Setting
 from training.models import StartWeights, build_optimizer, prepare_student, prepare_teachers
 from training.options import Options
-from training.teachers.cache import fill, open_store
+from training.teachers.cache import fill, open_store, recurs
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,11 @@ class Distillation(Task):
         self.stores = {}
         if options.data.cache_teacher:
             for name, teacher in self.teachers.items():
-                self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
-                self.views.pop(name, None)
+                if recurs(self.data.dataset, teacher):
+                    self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
+                    self.views.pop(name, None)
+                else:
+                    log.info("--cache-teacher: regions are drawn anew in every epoch; the teacher %s stays", name)
             self.data.dataset.stores = self.stores
             self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
         self.student = prepare_student(options, model, dist, precision)

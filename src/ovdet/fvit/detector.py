@@ -46,7 +46,7 @@ class Detector(nn.Module):
         self.config, self.test_config = model, config.test
         self.strides = level_strides(visual.patch_size)
         pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest or 14 * self.strides[0]}
-        self.backbone = FrozenViT(visual, model.blocks)
+        self.backbone = FrozenViT(visual, model.blocks, model.readout or None)
         self.neck = Neck(self.backbone.width, model.channels)
         self.rpn = RPN(
             model.channels, self.strides, convs=model.rpn_convs, norm=nn.BatchNorm2d if model.rpn_norm else None,
@@ -71,6 +71,9 @@ class Detector(nn.Module):
         imagenet, zero = config.data.pixels == "imagenet", config.data.padding == "zero"
         self.pixels = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (visual.image_mean, visual.image_std)
         self.zero_padding = zero
+        for part in (self.neck, self.rpn, self.box_head, self.mask_head):
+            if part is not None:  # convolutions are faster so, those of many small RoIs above all
+                part.to(memory_format=torch.channels_last)
         # Not part of any state: the vocabulary is the user's.
         self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
         self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)

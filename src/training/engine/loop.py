@@ -142,7 +142,7 @@ class Loop:
             self.batches = profile_steps(task.batches, folder / "profile", options.profile * options.accum_freq)
         self.stop = StopSignal()
         try:
-            while progress.epoch < options.epochs and progress.step < self.total_steps:
+            while progress.epoch < options.epochs and progress.step < self.total_steps and not task.ended(progress):
                 self._epoch()
                 self._after_epoch()
             task.finish(folder)

@@ -158,6 +158,10 @@ class Task(ABC):
         """Parts of the module that full sharding gathers one at a time: the transformer's blocks. Default: none."""
         return []
 
+    def ended(self, progress: Progress) -> bool:
+        """Before each epoch: whether the run is to end here, as when nothing has been gained for long. Default: no."""
+        return False
+
     # -- records ------------------------------------------------------------------------------------------------------
 
     def scalars(self, totals: dict[str, float]) -> dict[str, float]:

@@ -133,7 +133,7 @@ METHOD = Entry(
     fields=synclip_fields,
     teachers=synclip_teachers,
     readout="csa",
-    learns_from=("boxes", "class names"),
+    learns_from=lambda options: ("class names",) if options.classes_from == "annotations" else (),
     recipes={
         "synclip-b16": f"{_B16} --lr 2e-5 --batch-size 4",
         "synclip-b16-script": f"{_B16} {_SCRIPT}",

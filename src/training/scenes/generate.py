@@ -224,6 +224,11 @@ def _main(argv: Sequence[str] | None) -> None:
         "--colors", type=int, default=d.colors, help="colours among the things; 0: about the square root"
     )
     parser.add_argument("--pattern-names", action="store_true", help="the pattern is part of the class")
+    parser.add_argument(
+        "--exchange-colors",
+        action="store_true",
+        help="all segments of a scene wear the same two colours; classes are patterns and shapes",
+    )
     parser.add_argument("--min-object", type=float, default=d.min_object, help="share of the longer side")
     parser.add_argument("--max-object", type=float, default=d.max_object)
     parser.add_argument("--max-objects", type=int, default=d.max_objects, help="objects per scene")

@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.engine.failures import EXIT_FAILED, explain
 
-import training.engine.loop as train_module
 from training.engine.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
-from training.engine.errors import UserError
-from training.engine.loop import EXIT_INTERRUPTED
+from training.engine.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, explain
+from training.engine.loop import Loop
 from training.main import continue_after_restart
 from training.params import parse_args
 
@@ -195,9 +193,8 @@ def test_torchrun_restarts_continue_by_themselves(launcher):
 
 def test_what_a_restart_resumes(program, monkeypatch, tmp_path):
     def resume(*extra: str) -> str | None:
-        args = parse_args(program.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
-        continue_after_restart(args)
-        return args.resume
+        options = parse_args(program.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
+        return continue_after_restart(options).run.resume
 
     folder = program.logs / "run/checkpoints"
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
