@@ -87,6 +87,7 @@ class Distillation(Task):
         evaluation: Evaluate | None = None,
     ) -> None:
         self.choices, self.dist, self.precision, self.evaluation = options, dist, precision, evaluation
+        self.warmup = options.optim.warmup
         self.source = f"--train-data {options.data.train_data}"
         self.teachers = prepare_teachers(options, model, dist, precision)
         self.fields = options.entry.fields(options.own)
