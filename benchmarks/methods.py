@@ -39,6 +39,8 @@ TUNING, TEACHING = 99, 98  # seeds: of the choice of rates, and of the model tha
 
 # Flags of each row; {data}, {trunk} and {teacher} are filled in. All train on grids unless they say otherwise.
 VFM = ["--vfm", TRUNK, "--vfm-weights", "{trunk}", "--cache-teacher", "{out}/answers"]
+DENSE = ["--names", "{data}/names.json", "--dense-teacher", MODEL, "--dense-teacher-weights", "{teacher}",
+         "--logit-temperature", "0.02"]  # fmt: skip
 BOXES = ["--dataset-type", "proposals_distill"]
 METHODS: dict[str, list[str]] = {
     BASE: [],
@@ -50,10 +52,11 @@ METHODS: dict[str, list[str]] = {
     "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
                       "--context-weight", "0.1", "--dataset-type", "grid_distill"],
     "denserc": ["--method", "denserc", *VFM],
-    "densevlm": ["--method", "densevlm", "--names", "{data}/names.json", "--dense-teacher", MODEL,
-                 "--dense-teacher-weights", "{teacher}", "--logit-temperature", "0.02"],
+    "densevlm": ["--method", "densevlm", *DENSE],
     "clipself, boxes": BOXES,
-    "denserc, mixed": ["--method", "denserc", *VFM, "--dataset-type", "mixed_distill"],
+    "mixrc": ["--method", "mixrc", *VFM],
+    "mixrc, teacher": ["--method", "mixrc", *VFM, *DENSE, "--alignment-weight", "0.2"],
+    "mixrc, names": ["--method", "mixrc", *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
     "fineclip": ["--method", "fineclip", *BOXES, "--train-data", "{data}/captioned.json"],
     "regionclip": ["--method", "regionclip"],
     "clim": ["--method", "clim", "--train-data", "{data}/pairs.json", "--train-image-root", "{data}/scenes/pairs",

@@ -34,7 +34,7 @@ class SynCLIPFlags(DeCLIPFlags):
 
 
 class SynCLIP(DeCLIP):
-    """DeCLIP's losses and :func:`~training.methods.correlation.semantic_loss`, a mean over all names of the step's images.
+    """DeCLIP's losses and :func:`~training.methods.correlation.semantic_loss`, a mean over all names of a step.
 
     Args:
         teachers: also ``start``, the frozen start model's dense map; ``vfm`` even without context.
