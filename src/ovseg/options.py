@@ -18,7 +18,7 @@ from ovseg.protocols import PROTOCOLS, Protocol, preset
 from ovseg.refine import KEY_FORMS
 from ovseg.segment import Segmenter
 from training.engine.distributed import together
-from training.engine.errors import UserError
+from training.engine.errors import UserError, as_user_error
 from training.engine.precision import make_precision
 
 #: Published thresholds of MaskCLIP's refinements, by the names that the programs give them.
@@ -138,14 +138,12 @@ def load_model(args: argparse.Namespace, pretrained: str, device: torch.device) 
     """
     name = args.model
     torch.manual_seed(0)
-    try:
+    with as_user_error():
         if name.endswith(".json"):
             path = Path(name)
             name = path.parent.name if path.stem == "config" else path.stem
             open_clip.add_model_config(args.model, name)
         model = open_clip.create_model(name, pretrained or None, device=device, cache_dir=args.cache_dir)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise UserError(str(error)) from None
     return model.eval().requires_grad_(False), name
 
 

@@ -36,11 +36,11 @@ class Counts:
                 write_atomically(settings, json.dumps(fingerprint, indent=1) + "\n")
             before = json.loads(settings.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"--output {folder}: {error}") from None
+            raise UserError(f"--out {folder}: {error}") from None
         other = sorted(key for key in {*before, *fingerprint} if before.get(key) != fingerprint.get(key))
         if other:
             raise UserError(
-                f"--output {folder}: holds counts of a run with other {', '.join(other)}; choose another folder, or "
+                f"--out {folder}: holds counts of a run with other {', '.join(other)}; choose another folder, or "
                 "delete it"
             )
 

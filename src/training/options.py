@@ -66,7 +66,9 @@ class RunOptions:
 
     name: str | None = flag(None, "of the experiment; by default date, model and method")
     logs: str = flag("logs", "folder of all experiments", metavar="DIR")
-    resume: str | None = flag(None, "go on from a checkpoint", metavar="latest|FILE")
+    resume: str | None = flag(
+        None, "go on: with an experiment, with it or a new one, from a file", metavar="latest|auto|FILE"
+    )
     save_frequency: int = flag(1, "save every N epochs; 0 only at the end", type=NATURAL, metavar="N")
     save_every_n_steps: int = flag(0, "also save inside epochs; 0 never", type=NATURAL, metavar="N")
     save_most_recent: bool = flag(False, "keep epoch_latest.pt up to date after every epoch")
@@ -86,6 +88,7 @@ class MachineOptions:
     precision: str | None = flag(None, "amp_bf16 on GPUs that have it, else fp32, if absent", choices=PRECISIONS)
     device: str | None = flag(None, "a GPU when there is one, if absent", choices=("cuda", "cpu"))
     compile: bool = flag(False, "compile the transformer blocks")
+    fsdp: bool = flag(False, "divide the model over the processes (FSDP2), for trunks that do not fit on one GPU")
     dist_backend: str | None = flag(None, "nccl on GPUs, gloo on CPUs, if absent", choices=("nccl", "gloo"))
     dist_timeout: float = flag(1800.0, "seconds until a lost process ends the run", type=POSITIVE)
 

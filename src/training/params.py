@@ -12,6 +12,7 @@ from pathlib import Path
 from training.data.options import SOURCES
 from training.engine.errors import UserError
 from training.engine.flags import Parser, add_flags, flags_of, spelling, take
+from training.engine.folder import RESUME
 from training.methods import Entry, find_method, find_recipe, list_methods
 from training.options import ROOMS, TITLES, Options
 
@@ -181,8 +182,8 @@ def _check(options: Options) -> None:
         )
     if options.run.dry_run and not data.train_data:
         raise UserError("--dry-run is about a training: give --train-data")
-    if options.run.resume == "latest" and not options.run.name:
-        raise UserError("--resume latest needs --name: which experiment?")
+    if options.run.resume in RESUME and not options.run.name:
+        raise UserError(f"--resume {options.run.resume} needs --name: which experiment?")
 
 
 # Flags of the regions that a dataset type reads.

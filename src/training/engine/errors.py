@@ -42,6 +42,7 @@ class Flags:
     workers: str = "--workers"
     checkpointing: str = "--grad-checkpointing"
     lr: str = "--lr"
+    warmup: str = "--warmup"
     max_skipped: str = "--max-skipped"
     precision: str = "--precision"
 
@@ -58,11 +59,19 @@ def as_user_error(function: Callable | None = None, *args: Any, **kwargs: Any) -
         return function(*args, **kwargs)
 
 
+# What a wrong path raises; failures of the disk itself are told by explain().
+_PATHS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
+
+
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
+    except _PATHS as error:
+        known = error.filename and error.strerror
+        text = f"{error.filename}: {error.strerror}; check the path" if known else str(error)
+        raise UserError(" ".join(text.split())) from error
+    except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 

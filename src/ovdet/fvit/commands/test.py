@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,12 +13,13 @@ from ovdet.testing import test
 from ovdet.vocabulary import make_vocabulary
 from training.engine.distributed import init_distributed, together
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, detect and print AP. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description="Detect on the validation set and compute AP.")
+    parser = Parser(description="Detect on the validation set and compute AP.")
     parser.add_argument("config", help="one of configs/*.toml, or your own")
     parser.add_argument("checkpoint", help="a detector file: epoch_N.pt or latest.pt")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")

@@ -1,0 +1,101 @@
+"""From a config and a checkpoint to a model that is ready, the same for training, testing and the tools."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ovdet.config import config_from_dict, load_config
+from ovdet.glip import files
+from ovdet.glip.build import build_glip, load_clip, load_start_weights, make_tokenizer
+from ovdet.glip.config import GlipConfig
+from ovdet.glip.model import GLIP
+from training.engine.errors import UserError, as_user_error
+
+log = logging.getLogger(__name__)
+
+
+def read_config(path: str | Path, overrides: Sequence[str] = ()) -> GlipConfig:
+    """The config of a file and ``section.key=value`` overrides. UserError where it is faulty."""
+    with as_user_error():
+        return load_config(GlipConfig, path, overrides)
+
+
+def config_of_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> GlipConfig:
+    """The config that a file of this program was trained with.
+
+    Raises:
+        UserError: the file holds none (released files do not), or an override is faulty.
+    """
+    content = files.read_file(path, "checkpoint")
+    if content.get("format") != files.FORMAT:
+        raise UserError(
+            f"checkpoint {path} holds no config: name it (--config; GLIP/configs has the published variants)"
+        )
+    with as_user_error():
+        config = config_from_dict(GlipConfig, content["config"], source=str(path), overrides=overrides)
+    config.path = str(path)
+    return config
+
+
+def start_model(config: GlipConfig) -> GLIP:
+    """The model that a training starts from, on the CPU: ``model.weights``, or encoders with weights of their own.
+
+    Raises:
+        UserError: no weights are named, or they are missing or do not fit.
+    """
+    model = _build(config)
+    if config.model.weights:
+        files.load_whole(model, config.locate(config.model.weights))
+    else:
+        load_start_weights(model, config)
+    return model
+
+
+def load_model(config: GlipConfig, checkpoint: str | Path, *, ema: bool = False) -> GLIP:
+    """A trained model in eval mode, on the CPU.
+
+    Args:
+        config: the variant; for a file that holds only what was trained, also the weights that it was trained on.
+        checkpoint: a file in any layout.
+        ema: the averaged weights that training kept beside the others.
+
+    Raises:
+        UserError: missing, damaged, or of another variant or other weights.
+    """
+    content = files.read_file(checkpoint, "checkpoint")
+    if content.get("format") == files.FORMAT and content.get("base"):
+        model = start_model(config)
+        if ema:
+            content = {**content, "model": files.state_of(content, checkpoint, ema=True)}
+        files.load_part(model, content, checkpoint)
+    else:
+        model = _build(config)
+        files.load_whole(model, checkpoint, ema=ema, key="checkpoint")
+    return model.eval()
+
+
+def _build(config: GlipConfig) -> GLIP:
+    torch.manual_seed(config.train.seed)
+    clip = load_clip(config)
+    tokenizer = make_tokenizer(config, clip)
+    torch.manual_seed(config.train.seed)
+    return build_glip(config, tokenizer, clip=clip)
+
+
+def load_detector(checkpoint: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> GLIP:
+    """A trained GLIP for use in other programs: :mod:`ovdet.glip.inference` finds classes and phrases with it.
+
+    Args:
+        checkpoint: a file in any layout.
+        config: of the variant; None for files of this program, which hold theirs.
+        overrides: ``section.key=value``.
+
+    Raises:
+        UserError: see :func:`load_model`.
+    """
+    made = config_of_checkpoint(checkpoint, overrides) if config is None else read_config(config, overrides)
+    return load_model(made, checkpoint)

@@ -1,0 +1,68 @@
+"""Write a GLIP checkpoint in another layout: the published one, MMDetection's, or this program's own.
+
+Every parameter must be there in its shape, and none may be left over; nothing is written otherwise.
+
+Examples:
+    python tools/convert_glip.py glip_tiny_model_o365_goldg_cc_sbu.pth glip_t.pt --config GLIP/configs/glip_t.toml
+    python tools/convert_glip.py runs/glip/last.pt for_mmdet.pth --config GLIP/configs/glip_t.toml --layout mmdet
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ovdet.config import load_config
+from ovdet.glip import files, names
+from ovdet.glip.build import build_glip, load_clip, make_tokenizer
+from ovdet.glip.config import GlipConfig
+from training.engine.checkpoint import save_atomically
+from training.engine.errors import UserError, as_user_error, run_program
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="checkpoint in any layout (.pth, .pt, .safetensors)")
+    parser.add_argument("target", type=Path, help="file to write (.pth or .pt)")
+    parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
+    parser.add_argument("--config", required=True, help="the variant: one of GLIP/configs/*.toml, or your own")
+    parser.add_argument(
+        "--layout", choices=names.LAYOUTS, default="own",
+        help="glip: as published; mmdet: MMDetection's; own (default): this program's",
+    )  # fmt: skip
+    parser.add_argument("--ema", action="store_true", help="take the averaged weights of the source (model_ema)")
+    parser.add_argument("--force", action="store_true", help="replace an existing target")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert. UserError for faulty input."""
+    args = parse_args(argv)
+    if args.target.exists() and not args.force:
+        raise UserError(f"{args.target} exists: choose another name or add --force")
+    if not args.target.parent.is_dir():
+        raise UserError(f"{args.target}: the folder {args.target.parent} does not exist: make it first")
+    with as_user_error():
+        config = load_config(GlipConfig, args.config, args.overrides)
+    clip = load_clip(config)
+    model = build_glip(config, make_tokenizer(config, clip), clip=clip)
+    found = files.load_whole(model, args.source, ema=args.ema, key="source")
+    if args.layout == "own":
+        content = files.content_of(model, config)
+    else:
+        state = names.write_state(model.state_dict(), args.layout, fusion=config.head.fusion)
+        content = {"state_dict": state} if args.layout == "mmdet" else {"model": _as_published(state)}
+    save_atomically(content, args.target)
+    print(f"{args.target}: {len(model.state_dict())} tensors, {found} to {args.layout} layout")
+    return 0
+
+
+def _as_published(state: dict) -> dict:
+    """The names that the reference's loader looks for."""
+    return {f"module.{name}": value for name, value in state.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main))
