@@ -43,7 +43,7 @@ def load(path: str | Path, kinds: tuple[str, ...] = (FORMAT,)) -> dict[str, Any]
             hint = f"a published .pth is converted by tools/convert_detector.py CONFIG {path} OUT.pt, and {hint}"
         raise UserError(f"checkpoint {path} is no detector file: {hint}")
     missing = [key for key in ("detector", "vit", "config", "base", "novel") if key not in content]
-    if missing:
+    if missing and content["format"] == FORMAT:
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is damaged, use another one")
     if version_of(content) > VERSION:
         raise UserError(f"checkpoint {path} was written by a newer version of this program: update it")
