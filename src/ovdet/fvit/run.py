@@ -50,13 +50,11 @@ def make_task(config: FViTConfig, dist: Dist, folder: Path) -> DetectionTask:
         dataset = make_dataset(config, training, vocabulary)
         vit = load_vit(config)
     detector = make_detector(config, vit, vocabulary, device=dist.device, progress=dist.is_master)
-    names = {is_novel: [n for n, own in zip(vocabulary.names, vocabulary.novel, strict=True) if own == is_novel]
-             for is_novel in (False, True)}  # fmt: skip
     values = config_to_dict(config)
 
     def content() -> dict:
         return files.detector_content(
-            task.detector, vit=vit.identity, config=values, base=names[False], novel=names[True]
+            task.detector, vit=vit.identity, config=values, names=vocabulary.names, novel=vocabulary.novel
         )
 
     def validate(place: Path) -> dict[str, dict[str, float]]:
