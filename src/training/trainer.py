@@ -61,7 +61,7 @@ class Distillation(Task):
         options: the program's.
         model: the start model on the CPU; becomes the student.
         dist, precision: where and how to compute.
-        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=)``; None for none.
+        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=, alpha=)``; None for none.
 
     Raises:
         UserError: wrong data, embeddings or options.
@@ -207,8 +207,9 @@ class Distillation(Task):
         if start:
             self.evaluation(self.student, journal, epoch=0, step=0, kind="start")
             return
-        with self.start.ensembled(self.student, self.choices.optim.alpha):
-            self.evaluation(self.student, journal, epoch=progress.epoch, step=progress.step)
+        alpha = self.choices.optim.alpha
+        with self.start.ensembled(self.student, alpha):
+            self.evaluation(self.student, journal, epoch=progress.epoch, step=progress.step, alpha=alpha)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
