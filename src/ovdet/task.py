@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from ovdet.data.dataset import TrainDataset
 from ovdet.data.loader import OrientedSampler, nothing_batch, targets_to, train_loader
 from ovdet.sections import DataConfig, TrainConfig
 from training.engine.data.sampler import EpochBatchSampler
+from training.engine.data.workers import check_shared_memory
 from training.engine.distributed import Dist, average_batch_norm, many
 from training.engine.errors import Flags
 from training.engine.journal import Journal
@@ -35,6 +37,11 @@ FLAGS = Flags(
     max_skipped="data.max_skipped",
     precision="train.precision",
 )
+
+
+def _on_this_machine() -> int:
+    """Training processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class Trainable(Protocol):
@@ -110,6 +117,10 @@ class DetectionTask(Task):
             self.sampler: EpochBatchSampler = OrientedSampler(dataset.higher_than_wide(), **where)
         else:
             self.sampler = EpochBatchSampler(size=len(dataset), **where)
+        check_shared_memory(
+            train.batch_size * 3 * data.image_size**2, workers=data.workers * min(dist.world_size, _on_this_machine()),
+            flags="data.workers or train.batch_size",
+        )  # fmt: skip
         self.loader = train_loader(
             dataset, self.sampler, workers=data.workers, pin=dist.device.type == "cuda", seed=train.seed + dist.rank
         )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import open_clip
-from open_clip import CLIP
+from open_clip import CLIP, ImageTower
 from open_clip.readouts import build_readout
 from open_clip.weights import export_state_dict, reference_layout
 from training.engine.checkpoint import mapped_checkpoint, weights_hash
@@ -19,6 +19,7 @@ from training.engine.distributed import Dist
 from training.engine.errors import UserError, as_user_error
 from training.engine.optim import adamw, decay_groups
 from training.engine.precision import Precision
+from training.engine.sharding import is_sharded
 from training.ensemble import ensemble_state
 from training.options import ModelOptions, OptimOptions, Options
 from training.teachers.build import Teacher, build_teacher
@@ -162,9 +163,9 @@ def undecayed_names(model: CLIP) -> set[str]:
     return {ours for ours, (name, value) in zip(own, published, strict=False) if is_undecayed(name, value)}
 
 
-def parameter_groups(model: CLIP, weight_decay: float) -> list[dict]:
-    """Optimizer groups of what trains: [undecayed, decayed]."""
-    undecayed = undecayed_names(model)
+def parameter_groups(model: CLIP, weight_decay: float, undecayed: set[str] | None = None) -> list[dict]:
+    """Optimizer groups of what trains: [undecayed, decayed]; by default as :func:`undecayed_names` says."""
+    undecayed = undecayed_names(model) if undecayed is None else undecayed
     return decay_groups(model.named_parameters(), weight_decay, lambda name, _: name in undecayed)
 
 
@@ -173,17 +174,20 @@ def adam_defaults(model_name: str) -> tuple[float, float, float]:
     return (0.9, 0.98, 1e-6) if "vit" in model_name.lower() else (0.9, 0.999, 1e-8)
 
 
-def build_optimizer(options: OptimOptions, name: str, model: CLIP) -> torch.optim.AdamW:
+def build_optimizer(
+    options: OptimOptions, name: str, model: CLIP, undecayed: set[str] | None = None
+) -> torch.optim.AdamW:
     """AdamW over what trains in a model.
 
     Args:
         options: the flags; betas and eps that are None are those of :func:`adam_defaults`.
         name: of the model.
+        undecayed: names of parameters without weight decay; must be given where parameters are sharded.
 
     Raises:
         UserError: nothing trains.
     """
-    groups = parameter_groups(model, options.wd)
+    groups = parameter_groups(model, options.wd, undecayed)
     if not any(group["params"] for group in groups):
         raise UserError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
     given = (options.beta1, options.beta2, options.eps)
@@ -195,13 +199,21 @@ class StartWeights:
     """Weights that a run began with: the other part of its ensemble, and what a resumed run must share.
 
     Frozen weights are never copied: the student still has them.
+
+    Args:
+        student: whole.
     """
 
     def __init__(self, student: CLIP) -> None:
-        self.changed = {n: p.detach().clone().cpu() for n, p in student.named_parameters() if p.requires_grad}
         self.hash = weights_hash(student.state_dict())
+        self.changed: dict[str, Tensor] = {}
 
-    def ensemble(self, student: CLIP, alpha: float) -> dict[str, torch.Tensor]:
+    def keep(self, student: CLIP) -> None:
+        """Remember what will change, when the student has been placed: on the CPU, or divided as the student is."""
+        trained = {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
+        self.changed = {n: p if is_sharded(p) else p.cpu() for n, p in trained.items()}
+
+    def ensemble(self, student: CLIP, alpha: float) -> dict[str, Tensor]:
         """State dict ``alpha * student + (1 - alpha) * start``."""
         state = student.state_dict()
         return ensemble_state(state, {**state, **self.changed}, alpha)
@@ -224,3 +236,15 @@ class StartWeights:
             with torch.no_grad():
                 for n, p in parameters.items():
                     p.copy_(before[n])
+
+
+def separable_blocks(model: nn.Module) -> list[nn.Module]:
+    """Blocks of a CLIP, an image tower or a trunk that are only ever called as modules.
+
+    The last one, and those that the dense reading enters, are read from inside.
+    """
+    tower = model.visual if isinstance(model, CLIP) else model
+    blocks = list(getattr(tower, "trunk", tower).blocks)
+    inside = tower.readout.blocks(tower) if isinstance(tower, ImageTower) else ()
+    entered = {len(blocks) - 1, *(i % len(blocks) for i in inside)}
+    return [block for i, block in enumerate(blocks) if i not in entered]

@@ -11,13 +11,13 @@ from tqdm import tqdm
 
 from training.data.datasets import RegionDataset
 from training.data.proposals import CROP_ENLARGEMENT
+from training.engine.data.store import TeacherStore, annotations_key
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
 from training.engine.precision import Precision
 from training.teachers.build import Teacher
 from training.teachers.pictures import PackPictures, TeacherPictures, pictures_of
-from training.teachers.store import TeacherStore, annotations_key
 
 log = logging.getLogger(__name__)
 

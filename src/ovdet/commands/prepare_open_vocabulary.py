@@ -29,7 +29,7 @@ from training.engine.flags import Parser
 
 log = logging.getLogger(__name__)
 
-OV_COCO = Path(__file__).resolve().parents[1] / "ov_coco.json"  # class names with their split
+OV_COCO = Path(__file__).resolve().parents[1] / "fvit" / "ov_coco.json"  # class names with their split
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
