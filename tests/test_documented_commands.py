@@ -30,7 +30,8 @@ COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|bash|torchrun) \S")
 LAUNCHER_ALONE = re.compile(r"^torchrun(?!.*(\.py| -m))")  # a flag of torchrun, not a command
 # Words that stand for what a user has.
 MEANING = {
-    "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt", "NUM_PROCESSES": "2", "DIR": "folder",
+    "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt", "DIR": "folder",
+    "NUM_PROCESSES": "2",
     "IMAGE...": "a.jpg", "FILE": "epoch_3.pt", "bbox|segm": "bbox", "NAME": "mine", "CLASS": "cat", "FOLDER": "folder",
     "PHOTOS": "--images val2017 --annotations panoptic_val2017.json",
 }  # fmt: skip
@@ -105,7 +106,7 @@ def program_file(name: str, folder: Path) -> Path:
 def entry_point(file: Path):
     """The function that takes the command line of a python file."""
     if file.parent.name in ("F-ViT", "GLIP", "ViLD") or file.parent.parent.name in ("F-ViT", "GLIP", "ViLD"):
-        module = re.search(r"from (ovdet\.\w+\.commands) import (\w+)", file.read_text())
+        module = re.search(r"from (ovdet(?:\.\w+)?\.commands) import (\w+)", file.read_text())
         return importlib.import_module(f"{module[1]}.{module[2]}").main
     sys.path.insert(0, str(file.parent))  # as for a script: benchmarks import each other
     try:
