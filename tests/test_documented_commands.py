@@ -31,7 +31,7 @@ LAUNCHER_ALONE = re.compile(r"^torchrun(?!.*(\.py| -m))")  # a flag of torchrun,
 # Words that stand for what a user has.
 MEANING = {
     "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt", "DIR": "folder",
-    "NUM_PROCESSES": "2",
+    "NUM_PROCESSES": "2", "N": "2",
     "IMAGE...": "a.jpg", "FILE": "epoch_3.pt", "bbox|segm": "bbox", "NAME": "mine", "CLASS": "cat", "FOLDER": "folder",
     "PHOTOS": "--images val2017 --annotations panoptic_val2017.json",
 }  # fmt: skip
