@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def load(path: str | Path, kinds: tuple[str, ...] = (FORMAT,)) -> dict[str, Any]
             hint = f"a published .pth is converted by tools/convert_detector.py CONFIG {path} OUT.pt, and {hint}"
         raise UserError(f"checkpoint {path} is no detector file: {hint}")
     missing = [key for key in ("detector", "vit", "config", "base", "novel") if key not in content]
-    if missing:
+    if missing and content["format"] == FORMAT:
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is damaged, use another one")
     if version_of(content) > VERSION:
         raise UserError(f"checkpoint {path} was written by a newer version of this program: update it")
@@ -64,18 +65,34 @@ def detector_state(content: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 
 def detector_content(
-    detector: torch.nn.Module, *, vit: dict[str, str], config: dict[str, Any], base: list[str], novel: list[str]
+    detector: torch.nn.Module,
+    *,
+    vit: dict[str, str],
+    config: dict[str, Any],
+    names: Sequence[str],
+    novel: Sequence[bool],
 ) -> dict[str, Any]:
-    """A small detector file: the trained parts, the ViT by name and hash, the config, the class names."""
+    """A small detector file: the trained parts, the ViT by name and hash, the config, the class names in label order.
+
+    Args:
+        names: of the classes, in label order; novel: which of them had no labels in training.
+    """
+    sides = {side: [n for n, own in zip(names, novel, strict=True) if bool(own) == side] for side in (False, True)}
     return {
         "format": FORMAT,
         "version": VERSION,
         "detector": detector.trainable_state_dict(),
         "vit": vit,
         "config": config,
-        "base": base,
-        "novel": novel,
+        "classes": list(names),
+        "base": sides[False],
+        "novel": sides[True],
     }
+
+
+def class_order(content: dict[str, Any]) -> list[str]:
+    """Classes of a detector file in label order; former files tell base classes and novel ones, each in order."""
+    return list(content.get("classes") or [*content["base"], *content["novel"]])
 
 
 # -- the ViT ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from training.data.loader import REGION_SOURCES
 from training.data.options import DataOptions, RegionOptions
+from training.data.regions import GridCells
 from training.engine.flags import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, flag
 from training.engine.journal import REPORTS
 from training.engine.precision import PRECISIONS
@@ -128,6 +130,12 @@ class Options:
     def trains(self) -> bool:
         """Whether there is anything to train on."""
         return bool(self.data.train_data)
+
+    @property
+    def learned_from(self) -> list[str]:
+        """What people made for the training data, besides the images: of what kind a row of results is."""
+        boxes = ["boxes"] if REGION_SOURCES.get(self.data.dataset_type, GridCells) is not GridCells else []
+        return [*boxes, *self.entry.learns_from(self.own)] if self.trains else []
 
     @property
     def readout(self) -> str | None:

@@ -35,7 +35,7 @@ from training.models import (
     undecayed_names,
 )
 from training.options import Options
-from training.teachers.cache import fill, open_store
+from training.teachers.cache import fill, open_store, recurs
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Distillation(Task):
         options: the program's.
         model: the start model on the CPU; becomes the student.
         dist, precision: where and how to compute.
-        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=)``; None for none.
+        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=, alpha=)``; None for none.
 
     Raises:
         UserError: wrong data, embeddings or options.
@@ -87,6 +87,7 @@ class Distillation(Task):
         evaluation: Evaluate | None = None,
     ) -> None:
         self.choices, self.dist, self.precision, self.evaluation = options, dist, precision, evaluation
+        self.warmup = options.optim.warmup
         self.source = f"--train-data {options.data.train_data}"
         self.teachers = prepare_teachers(options, model, dist, precision)
         self.fields = options.entry.fields(options.own)
@@ -95,8 +96,11 @@ class Distillation(Task):
         self.stores = {}
         if options.data.cache_teacher:
             for name, teacher in self.teachers.items():
-                self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
-                self.views.pop(name, None)
+                if recurs(self.data.dataset, teacher):
+                    self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
+                    self.views.pop(name, None)
+                else:
+                    log.info("--cache-teacher: regions are drawn anew in every epoch; the teacher %s stays", name)
             self.data.dataset.stores = self.stores
             self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
         self.student = prepare_student(options, model, dist, precision)
@@ -230,8 +234,9 @@ class Distillation(Task):
         if start:
             self.inside(partial(run, kind="start"))
             return
-        with self.start.ensembled(self.student, self.choices.optim.alpha):
-            self.inside(run)
+        alpha = self.choices.optim.alpha
+        with self.start.ensembled(self.student, alpha):
+            self.inside(partial(run, alpha=alpha))
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -141,3 +141,12 @@ def test_both_segmentation_scores_agree(run: Run) -> None:
     assert speed["share_of_pixels_that_differ"] < 1e-3  # ties only
     assert memory["peak_gb"] > 0.1 and memory["scores_alone_gb"] == pytest.approx(4e-9 * 90 * 70 * 5)
     assert "labelled differently" in table
+
+
+def test_glip(run: Run):
+    pytest.importorskip("transformers")
+    config = str(BENCHMARKS.parent / "GLIP" / "configs" / "glip_t_small.toml")
+    flags = ["--height", "64", "--width", "96", "--repeats", "1", "--chunks", "2", "--device", "cpu"]
+    text, result = run("glip", "--config", config, *flags)
+    assert "dynamic blocks" in text and 0 < result["training"]["deformable convolution, share"] < 1
+    assert all(seconds > 0 for seconds, _ in result["testing"].values())

@@ -12,14 +12,14 @@ from pycocotools import mask as coco_mask
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
 
-from ovdet.fvit.detector import select_detections
-from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.fvit.fusion import vlm_probabilities
 from ovdet.parts import boxes as box_ops
 from ovdet.parts.anchors import level_anchors
 from ovdet.parts.boxes import Padded
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import box_loss, classification_loss, mask_loss, objectness_loss
 from ovdet.parts.masks import compress_runs, mask_targets, paste_masks
+from ovdet.parts.scores import class_probabilities, fuse, select_detections
 
 
 def random_boxes(number: int, size: float, generator: torch.Generator) -> torch.Tensor:

@@ -67,7 +67,7 @@ def evaluate(
         raise UserError(f'data.protocol is "{protocol}": use coco, voc or lvis')
     groups, first = {}, {}
     if protocol == "lvis":
-        _check_lvis(truth)
+        check_lvis(truth)
         groups = {f: [i for i, own in enumerate(truth.frequencies) if own == f] for f in FREQUENCIES}
     if kind == "segm":
         truth = truth.with_masks()
@@ -77,7 +77,8 @@ def evaluate(
     return first | _summary(precision, truth.names, set(novel), groups)
 
 
-def _check_lvis(truth: Truth) -> None:
+def check_lvis(truth: Truth) -> None:
+    """UserError where a file does not hold what LVIS's protocol needs."""
     lacking = [
         name
         for name, there in (
@@ -96,10 +97,25 @@ def _check_lvis(truth: Truth) -> None:
 def _precision(truth: Truth, found: Detections, kind: str, *, lvis: bool) -> np.ndarray:
     """Precision ``[10 IoUs, 101 recalls, C, 4 areas]``, -1 for classes without objects.
 
-    At most 100 detections per image and class, or LVIS's 300 per image. Classes do not influence one another once
-    those are chosen, so they are judged some at a time, and only these exist as the dicts that the evaluator takes.
+    At most 100 detections per image and class, or LVIS's 300 per image.
     """
     kept = best_per_image(found) if lvis else np.arange(len(found))
+    return accumulate(truth, found, kept, kind, lvis=lvis, most=LVIS_DETECTIONS if lvis else None)[0]
+
+
+def accumulate(
+    truth: Truth, found: Detections, kept: np.ndarray, kind: str, *, lvis: bool, most: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision ``[10 IoUs, 101 recalls, C, 4 areas]`` and recall ``[10, C, 4]``, -1 for classes without objects.
+
+    Args:
+        kept: rows of the detections that count.
+        lvis: judge federated.
+        most: detections of an image and class; None for COCO's 100.
+
+    Classes do not influence one another once the detections are chosen, so they are judged some at a time, and only
+    these exist as the dicts that the evaluator takes.
+    """
     parts = []
     for start in range(0, len(truth.names), CLASSES_AT_ONCE):
         labels = range(start, min(start + CLASSES_AT_ONCE, len(truth.names)))
@@ -108,12 +124,13 @@ def _precision(truth: Truth, found: Detections, kind: str, *, lvis: bool) -> np.
         evaluator = COCOeval_faster(
             gold, gold.loadRes(results), kind, print_function=log.debug, lvis_style=lvis
         )  # fmt: skip
-        if lvis:
-            evaluator.params.maxDets = [LVIS_DETECTIONS]
+        if most is not None:
+            evaluator.params.maxDets = [most]
         evaluator.evaluate()
         evaluator.accumulate()
-        parts.append(evaluator.eval["precision"][..., -1])
-    return np.concatenate(parts, axis=2)
+        parts.append((evaluator.eval["precision"][..., -1], evaluator.eval["recall"][..., -1]))
+    precision, recall = zip(*parts, strict=True)
+    return np.concatenate(precision, axis=2), np.concatenate(recall, axis=1)
 
 
 def _part(

@@ -7,20 +7,21 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import nms
 
 from open_clip import CLIP, ImageTower
 from ovdet.fvit.backbone import FrozenViT
 from ovdet.fvit.config import FViTConfig
-from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
-from ovdet.fvit.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
+from ovdet.fvit.fusion import vlm_probabilities
 from ovdet.parts.box_head import BoxHead
 from ovdet.parts.classifier import CosineClassifier
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import classification_loss
 from ovdet.parts.mask_head import MaskHead
+from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
 from ovdet.parts.rois import sample_rois
 from ovdet.parts.rpn import RPN
+from ovdet.parts.scores import class_probabilities, fuse, select_detections
 
 FROZEN = "backbone."  # prefix of what is not trained
 
@@ -46,7 +47,7 @@ class Detector(nn.Module):
         self.config, self.test_config = model, config.test
         self.strides = level_strides(visual.patch_size)
         pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest or 14 * self.strides[0]}
-        self.backbone = FrozenViT(visual, model.blocks)
+        self.backbone = FrozenViT(visual, model.blocks, model.readout or None)
         self.neck = Neck(self.backbone.width, model.channels)
         self.rpn = RPN(
             model.channels, self.strides, convs=model.rpn_convs, norm=nn.BatchNorm2d if model.rpn_norm else None,
@@ -71,6 +72,9 @@ class Detector(nn.Module):
         imagenet, zero = config.data.pixels == "imagenet", config.data.padding == "zero"
         self.pixels = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (visual.image_mean, visual.image_std)
         self.zero_padding = zero
+        for part in (self.neck, self.rpn, self.box_head, self.mask_head):
+            if part is not None:  # convolutions are faster so, those of many small RoIs above all
+                part.to(memory_format=torch.channels_last)
         # Not part of any state: the vocabulary is the user's.
         self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
         self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)
@@ -263,26 +267,6 @@ class Detector(nn.Module):
             keep = nms(boxes, p["scores"], self.config.rpn_nms)
             results.append({"boxes": boxes[keep], "scores": p["scores"][keep]})
         return results
-
-
-def select_detections(boxes: Tensor, scores: Tensor, *, score: float, iou: float, most: int) -> dict[str, Tensor]:
-    """Class-wise NMS over boxes that all classes share: ``boxes``, ``scores``, ``labels`` by falling score.
-
-    Args:
-        boxes: ``[K, 4]``; scores: ``[K, C]``.
-        score: smaller or equal ones are dropped; iou: NMS threshold; most: kept at most.
-    """
-    row, label = (scores > score).nonzero().unbind(1)
-    value, order = scores[row, label].sort(descending=True, stable=True)
-    row, label = row[order], label[order]
-    # Greedy NMS never looks down: what it keeps of the best n is what it keeps among them of all. With 1203 classes
-    # there are a hundred thousand candidates, of which the first few thousand are enough.
-    number = max(4 * most, 1000)
-    while True:
-        best = batched_nms(boxes[row[:number]], value[:number], label[:number], iou)[:most]
-        if len(best) == most or number >= len(value):
-            return {"boxes": boxes[row[best]], "scores": value[best], "labels": label[best]}
-        number *= 4
 
 
 def build_detector(config: FViTConfig, clip_model: CLIP, class_embeddings: Tensor, base_mask: Tensor) -> Detector:

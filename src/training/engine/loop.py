@@ -149,7 +149,7 @@ class Loop:
             self.batches = profile_steps(task.batches, folder / "profile", options.profile * options.accum_freq)
         self.stop = StopSignal()
         try:
-            while progress.epoch < options.epochs and progress.step < self.total_steps:
+            while progress.epoch < options.epochs and progress.step < self.total_steps and not task.ended(progress):
                 self._epoch()
                 self._after_epoch()
             task.finish(folder)
@@ -171,6 +171,13 @@ class Loop:
             "%d steps an epoch, %d in all; %.1f of %.1f million parameters train",
             self.steps_per_epoch, self.total_steps, trained / 1e6, every / 1e6,
         )  # fmt: skip
+        if self.task.warmup >= self.total_steps:
+            flag = self.options.flags.warmup
+            log.warning(
+                "the warm-up of %d steps (%s) is no shorter than the run of %d steps: the rate never stays at its full "
+                "size, and little is learned; use %s %d, or train longer",
+                self.task.warmup, flag, self.total_steps, flag, self.total_steps // 10,
+            )  # fmt: skip
 
     def _epoch(self) -> None:
         """From the progress to the end of its epoch, or of the run."""

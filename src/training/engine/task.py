@@ -99,11 +99,13 @@ class Task(ABC):
             micro-batches and processes for :meth:`scalars`. Every parameter of the optimizer gets a gradient in every
             backward pass, a zero one if need be, lest processes wait for each other.
         source: where the data comes from, for messages ("--train-data FILE").
+        warmup: steps of its schedule until the rate is at its full size, to tell a run that ends before.
     """
 
     name: str
     module: nn.Module
     source: str
+    warmup: int = 0
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -153,6 +155,10 @@ class Task(ABC):
         """
         layers = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         return [b for m in layers for b in m.buffers(recurse=False)]
+
+    def ended(self, progress: Progress) -> bool:
+        """Before each epoch: whether the run is to end here, as when nothing has been gained for long. Default: no."""
+        return False
 
     # -- full sharding ------------------------------------------------------------------------------------------------
 
