@@ -4,12 +4,19 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, as for torchrun
 #   DATA           folder of COCO (default data/coco);  LVIS: folder of LVIS annotations (default data/lvis_v1)
 #   CHECKPOINTS    folder of the start models (default checkpoints)
-#   PYTHON         interpreter; by default that of .venv if there is one
+#   PYTHON         interpreter; by default that of the virtual environment, if there is one
+#   CLIPSELF_VENV  folder of that environment (default .venv)
 
+# A relative one is meant from where the command was given.
+if [ -n "${CLIPSELF_VENV:-}" ] && [ -d "$CLIPSELF_VENV" ]; then CLIPSELF_VENV="$(cd "$CLIPSELF_VENV" && pwd)"; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+    PYTHON="${CLIPSELF_VENV:-.venv}/bin/python"
+    if [ ! -x "$PYTHON" ]; then
+        if [ -n "${CLIPSELF_VENV:-}" ]; then echo "error: CLIPSELF_VENV: there is no $PYTHON" >&2; exit 2; fi
+        PYTHON=python
+    fi
 fi
 DATA="${DATA:-data/coco}"
 LVIS="${LVIS:-data/lvis_v1}"

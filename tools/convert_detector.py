@@ -33,6 +33,7 @@ from ovdet.fvit.published_file import read_published
 from ovdet.vocabulary import Vocabulary, make_vocabulary, vocabulary_embeddings
 from training.engine.checkpoint import read_file, save_atomically
 from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.flags import Parser
 
 
 def vit_state(vit: Clip) -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ def to_published_file(config: FViTConfig, content: dict[str, Any], source: Path,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the config that belongs to the detector")
     parser.add_argument("source", type=Path, help="a published .pth, or a detector file")
     parser.add_argument("target", type=Path, help="file to write: the other kind")

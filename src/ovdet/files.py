@@ -15,7 +15,8 @@ from training.engine.checkpoint import read_file, save_atomically, weights_hash
 from training.engine.errors import UserError
 
 FORMAT = "fvit"
-NEEDED = ("detector", "vit", "config", "base", "novel")
+_ENTRIES = ("detector", "vit", "config", "base", "novel")
+NEEDED = {"fvit": _ENTRIES, "vild": _ENTRIES}  # entries of a file, by format
 VERSION = 1  # of the names and the config; files written before there were versions have none
 _RENAMED = {"box_head.log_temperature": "classifier.log_temperature"}  # in files without a version
 
@@ -43,7 +44,7 @@ def load(path: str | Path, kinds: tuple[str, ...] = (FORMAT,)) -> dict[str, Any]
         if isinstance(content, dict) and "state_dict" in content:
             hint = f"a published .pth is converted by tools/convert_detector.py CONFIG {path} OUT.pt, and {hint}"
         raise UserError(f"checkpoint {path} is no detector file: {hint}")
-    missing = [key for key in NEEDED if key not in content]
+    missing = [key for key in NEEDED.get(content["format"], ()) if key not in content]
     if missing:
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is damaged, use another one")
     if version_of(content) > VERSION:

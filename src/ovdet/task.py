@@ -33,6 +33,7 @@ FLAGS = Flags(
     workers="data.workers",
     checkpointing="a smaller data.image_size",
     lr="train.lr",
+    warmup="train.warmup_steps",
     max_skipped="data.max_skipped",
     precision="train.precision",
 )
@@ -108,6 +109,7 @@ class DetectionTask(Task):
         self.dataset, self.data, self.train, self.dist = dataset, data, train, dist
         self.content, self.validate, self.folder = content, validate, folder
         self._identity, self._options = identity, options
+        self.warmup = train.warmup_steps
         self.source = f"data.train_annotations {dataset.annotations.file}"
         self.metrics: dict[str, dict[str, float]] = {}
         self.sampler = self.make_sampler(

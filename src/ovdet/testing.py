@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +108,29 @@ def count_skips(policy: SkipPolicy) -> Callable[[list[tuple[str, str]], int], No
 
 
 def read_truth(path: str, protocol: str, annotations: Annotations) -> Truth:
-    """What detections are judged by: of the annotations at hand, or of the file where these do not tell all.
+    """What detections are judged by: the annotations at hand, or the file where these do not tell all.
 
-    LVIS's lists of absent classes and VOC's difficult objects are in the file alone.
+    LVIS's lists of absent classes and VOC's difficult objects are in the file alone, which is read once in a run; masks
+    are those of the annotations.
     """
-    if protocol != "coco":
-        return Truth.from_json(read_json(path, "data.val_annotations"), path)
-    return Truth.of(annotations)
+    if protocol == "coco":
+        return Truth.of(annotations)
+    told = _truth_of_file(path, os.stat(path).st_mtime_ns if os.path.isfile(path) else 0)
+    if protocol == "voc":
+        return told
+    truth, rows = Truth.of(annotations), {int(i): row for row, i in enumerate(told.image_ids)}
+    if told.absent is not None and told.unsure is not None:
+        order = [rows[int(i)] for i in truth.image_ids]
+        truth.absent, truth.unsure = [told.absent[i] for i in order], [told.unsure[i] for i in order]
+    return truth
+
+
+@lru_cache(maxsize=1)
+def _truth_of_file(path: str, changed: int) -> Truth:
+    """Truth of a file as it was when it last changed, without masks."""
+    truth = Truth.from_json(read_json(path, "data.val_annotations"), path)
+    truth.masks = ()
+    return truth
 
 
 def test(

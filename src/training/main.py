@@ -24,7 +24,7 @@ from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
-from training.models import load_model, model_name
+from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args
 from training.trainer import Distillation, loop_options
@@ -55,8 +55,15 @@ class Evaluation:
             progress=self.dist.is_master,
         )  # fmt: skip
 
-    def __call__(self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student") -> dict:
-        """Evaluate, show the table, and keep the numbers."""
+    def __call__(
+        self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student", alpha: float = 1.0
+    ) -> dict:
+        """Evaluate, show the table, and keep the numbers.
+
+        Args:
+            alpha: share of the student in the weights; below 1 they are recorded as an ensemble.
+        """
+        kind = kind if alpha == 1 else "ensemble"
         embeddings = self._embed(model) if self.embeddings is None else self.embeddings
         options, reading = self.options, model.visual.readout
         per_class = None
@@ -71,6 +78,7 @@ class Evaluation:
             print(format_table(results), flush=True)
             journal.scalars({f"val/{k}": v for k, v in results.items() if "macc" in k}, step)
             read = {"readout": reading.name, "cells_normalized": reading.normalized, "sizes": self.data.image_sizes}
+            read |= {"alpha": alpha} if alpha < 1 else {}
             trained = {"method": options.entry.name, "learned_from": options.learned_from} if options.trains else {}
             journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **trained, **results})
         return results
@@ -102,6 +110,7 @@ def run(options: Options, dist: Dist) -> int:
         if dist.is_master:
             check_folder(folder, resume, FLAGS)
         model = load_model(options)
+        alpha = ensemble_loaded(options, model)
     with together():
         evaluation = Evaluation(options, model, dist, precision) if options.eval.val_data else None
     with together():
@@ -128,7 +137,7 @@ def run(options: Options, dist: Dist) -> int:
             as_user_error(model.visual.set_readout, options.readout)
         model.visual.to(dist.device, precision.param_dtype)
         journal = Journal(folder if dist.is_master else None, report_to=options.run.report_to)
-        evaluation(model, journal, epoch=0, step=0, kind="checkpoint")
+        evaluation(model, journal, epoch=0, step=0, kind="checkpoint", alpha=alpha)
         journal.close()
     return 0
 

@@ -88,6 +88,7 @@ class MachineOptions:
     precision: str | None = flag(None, "amp_bf16 on GPUs that have it, else fp32, if absent", choices=PRECISIONS)
     device: str | None = flag(None, "a GPU when there is one, if absent", choices=("cuda", "cpu"))
     compile: bool = flag(False, "compile the transformer blocks")
+    fsdp: bool = flag(False, "divide the model over the processes (FSDP2), for trunks that do not fit on one GPU")
     dist_backend: str | None = flag(None, "nccl on GPUs, gloo on CPUs, if absent", choices=("nccl", "gloo"))
     dist_timeout: float = flag(1800.0, "seconds until a lost process ends the run", type=POSITIVE)
 

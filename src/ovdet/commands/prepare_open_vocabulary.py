@@ -25,6 +25,7 @@ from xml.etree import ElementTree
 from ovdet.data.annotations import read_json
 from ovdet.evaluation.coco import write_json
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _say(path: Path, images: list, annotations: list, categories: list) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     coco = commands.add_parser("coco", help="OV-COCO, or COCO-style data with a split of your own")
     coco.add_argument("--train", type=Path, help="official training file")

@@ -41,6 +41,7 @@ from ovseg.protocols import Protocol
 from ovseg.refine import KEY_FORMS
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
+from training.engine.flags import Parser
 from training.engine.folder import check_folder, named_folder, open_folder, resume_after_restart
 from training.engine.journal import Journal, setup_logging
 from training.engine.loop import Loop, LoopOptions, Progress
@@ -77,7 +78,7 @@ def published(setting: str, dataset: str) -> tuple[Recipe, Augmentation]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m ovseg.maskclip_plus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_options(parser)

@@ -45,6 +45,7 @@ from training.engine.data.images import is_url, resolve
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 from training.engine.precision import Precision
 from training.engine.skips import SkipPolicy
@@ -194,7 +195,7 @@ def read_nouns(path: Path | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the detector's config")
     parser.add_argument("checkpoint", help="a detector file")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")

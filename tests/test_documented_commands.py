@@ -1,0 +1,226 @@
+"""Every command that the documents show exists and parses; the slow test runs those that small data allows."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from ovdet.fvit.assemble import read_config
+from training.engine.errors import UserError
+from training.engine.flags import flags_of, spelling
+from training.methods import list_methods
+from training.options import ROOMS
+from training.params import _WITHOUT_EFFECT
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted(
+    f for p in ("*.md", "*/README.md", "docs/*.md") for f in ROOT.glob(p) if not f.parent.name.startswith(".")
+)
+COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|bash|torchrun) \S")
+LAUNCHER_ALONE = re.compile(r"^torchrun(?!.*(\.py| -m))")  # a flag of torchrun, not a command
+# Words that stand for what a user has.
+MEANING = {
+    "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt", "NUM_PROCESSES": "2", "DIR": "folder",
+    "IMAGE...": "a.jpg", "FILE": "epoch_3.pt", "bbox|segm": "bbox", "NAME": "mine", "CLASS": "cat", "FOLDER": "folder",
+    "PHOTOS": "--images val2017 --annotations panoptic_val2017.json",
+}  # fmt: skip
+# Scripts hand further arguments on to a program.
+FORWARDS = {
+    r"scripts/(train|test)_\w+\.sh": "training.main", r"scripts/segment_\w+\.sh": "ovseg.evaluate",
+    r"dist_train\.sh": "train.py", r"dist_test\.sh": "test.py",
+}  # fmt: skip
+OTHERS_FLAGS = {"--nproc_per_node", "--nnodes", "--node_rank", "--max-restarts", "--logs-specs", "--slow", "--smoke",
+                "--force-reinstall", "--help"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A command of a document: its text and the number of its line."""
+
+    document: str
+    line: int
+    text: str
+
+
+def commands_of(document: Path) -> list[Shown]:
+    """Commands in the code blocks and in the inline code of a document, with continued lines joined."""
+    found, block, pending, start = [], False, "", 0
+    name = str(document.relative_to(ROOT))
+    for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1):
+        if line.lstrip().startswith("```"):
+            block, pending = not block and line.strip() in ("```", "```bash"), ""
+            continue
+        if block:
+            pending, start = pending + line.strip(), start if pending else number
+            if pending.endswith("\\"):
+                pending = pending[:-1]
+                continue
+            found.append((start, pending))
+            pending = ""
+        else:
+            found += [(number, code) for code in re.findall(r"`([^`]+)`", line)]
+    texts = ((number, re.sub(r"\s+#\s.*$", "", text)) for number, text in found)
+    shown = [Shown(name, n, " ".join(t.replace("\\|", "|").split())) for n, t in texts if COMMAND.match(t)]
+    shown = [s for s in shown if not s.text.endswith(" ...") and "_..." not in s.text]
+    return [s for s in shown if not LAUNCHER_ALONE.search(s.text)]
+
+
+ALL = [shown for document in DOCUMENTS for shown in commands_of(document)]
+
+
+class Parsed(BaseException):
+    """Stops a program where its command line is understood."""
+
+
+@contextlib.contextmanager
+def stopped_after_parsing(monkeypatch):
+    """Programs end with :class:`Parsed` as soon as their command line has been taken."""
+    for method in ("parse_args", "parse_intermixed_args"):
+        original = getattr(argparse.ArgumentParser, method)
+
+        def stop(self, args=None, namespace=None, original=original):
+            raise Parsed(original(self, args, namespace))
+
+        monkeypatch.setattr(argparse.ArgumentParser, method, stop)
+    yield
+
+
+def program_file(name: str, folder: Path) -> Path:
+    """A script by the name that a command gives it, in the repository's folder or in that of its document."""
+    found = [f for f in (folder / name, ROOT / name) if f.is_file()]
+    assert found, f"{name} is neither in {folder} nor in {ROOT}"
+    return found[0]
+
+
+def entry_point(file: Path):
+    """The function that takes the command line of a python file."""
+    if file.parent.name in ("F-ViT", "GLIP", "ViLD") or file.parent.parent.name in ("F-ViT", "GLIP", "ViLD"):
+        module = re.search(r"from (ovdet\.\w+\.commands) import (\w+)", file.read_text())
+        return importlib.import_module(f"{module[1]}.{module[2]}").main
+    sys.path.insert(0, str(file.parent))  # as for a script: benchmarks import each other
+    try:
+        spec = importlib.util.spec_from_file_location(f"documented_{file.stem}", file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(file.parent))
+    return module.main
+
+
+def words_of(shown: Shown) -> list[str]:
+    """The words of a command, without what is optional in it being marked so, and with meaning for placeholders."""
+    words = []
+    for word in shlex.split(re.sub(r"(?<=\s)\[([^\]]*)\]", r"\1", shown.text).replace(" ...", "")):
+        words += MEANING[word].split() if word in MEANING else [word.split("|")[0]]
+    while words and re.match(r"^[A-Z_]+=", words[0]):
+        words.pop(0)
+    return [w for w in words if w != "section.key=value"]
+
+
+def check(words: list[str], folder: Path) -> None:
+    """AssertionError or UserError where a command would not start."""
+    kind, *rest = words
+    if kind == "torchrun":
+        assert "--" in rest, "torchrun needs -- before the program"
+        kind, rest = "python", (["-m"] if "-m" in rest else []) + rest[rest.index("--") + 1 :]
+    if kind == "bash":
+        script = program_file(rest[0], folder)
+        assert subprocess.run(["bash", "-n", script]).returncode == 0
+        forward = next((p for pattern, p in FORWARDS.items() if re.fullmatch(pattern, rest[0])), None)
+        if forward is None:
+            return
+        rest = [w for i, w in enumerate(rest[1:]) if not (rest[0].startswith("scripts/test_") and i < 2)]
+        if forward == "training.main":
+            rest += ["--train-data", "x", "--train-image-root", "x"]
+        elif forward == "ovseg.evaluate":
+            rest += ["--model", "x", "--dataset", "voc20", "--data-root", "x"]
+        else:  # the number of processes
+            rest.pop(1 if forward == "train.py" else 2)
+        kind, rest = "python", (["-m"] if "." in forward and not forward.endswith(".py") else []) + [forward, *rest]
+    if rest[0] == "-m":
+        found = importlib.util.find_spec(rest[1])
+        assert found, f"there is no module {rest[1]}"
+        module = importlib.import_module(rest[1] + (".__main__" if found.submodule_search_locations else ""))
+        main, arguments = module.main, rest[2:]
+    elif rest[0] == "-c":
+        compile(rest[1], "-c", "exec")
+        return
+    else:
+        main, arguments = entry_point(program_file(rest[0], folder)), rest[1:]
+    if not arguments:  # named in a sentence
+        return
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["program", *arguments])
+            main()
+    except Parsed as parsed:
+        given = parsed.args[0]
+        if folder.name == "F-ViT" and hasattr(given, "overrides"):
+            read_config(str(program_file(given.config, folder)), given.overrides)
+        return
+    raise AssertionError(f"{' '.join(words)} ended before its command line was taken")
+
+
+def test_documents_have_commands():
+    assert len(ALL) > 30 and {"README.md", "F-ViT/README.md", "benchmarks/README.md"} <= {s.document for s in ALL}
+
+
+@pytest.mark.parametrize("shown", ALL, ids=[f"{s.document}:{s.line}" for s in ALL])
+def test_it_exists_and_parses(shown, monkeypatch, capsys):
+    """Programs answer a wrong command line with exit status 2; here nothing of the kind may happen."""
+    folder = (ROOT / shown.document).parent
+    with stopped_after_parsing(monkeypatch):
+        check(words_of(shown), folder)
+
+
+def test_a_wrong_command_is_found(monkeypatch, capsys):
+    """The check itself fails for what is not there."""
+    for text, error in [
+        ("bash scripts/nothing.sh", AssertionError), ("python tools/show.py a.jpg --model x --outt y", AssertionError),
+        ("bash scripts/segment_voc.sh --reedouts value", AssertionError),
+        ("python -m training.main --epoch 3 --nme x", AssertionError), ("python -m training.nothing", AssertionError),
+    ]:  # fmt: skip
+        with stopped_after_parsing(monkeypatch), pytest.raises(error):
+            check(words_of(Shown("README.md", 1, text)), ROOT)
+    with pytest.raises(UserError, match="batch_size"):
+        read_config(str(ROOT / "F-ViT/configs/ov_coco_vitb16_original.toml"), ["train.batchsize=1"])
+
+
+def test_flags_in_the_text_exist():
+    """Every ``--flag`` in inline code is one that some program has, or the example in docs/extending.md adds."""
+    known = {"--area-power"} | set(OTHERS_FLAGS) | {spelling(n) for n in _WITHOUT_EFFECT}
+    for cls in (*ROOMS.values(), *(e.options for e in list_methods().values())):
+        known |= {spelling(n) for n in flags_of(cls)}
+    for place in ("src", "tools", "benchmarks", "scripts", "F-ViT", "GLIP"):
+        for file in (f for suffix in ("*.py", "*.sh") for f in (ROOT / place).rglob(suffix)):
+            known |= set(re.findall(r"--[a-z][a-z0-9-]+", file.read_text(encoding="utf-8")))
+    unknown = [
+        f"{document.relative_to(ROOT)}:{number}: {flag}"
+        for document in DOCUMENTS
+        for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1)
+        for code in re.findall(r"`([^`]+)`", line)
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9_-]+", code)
+        if flag not in known
+    ]
+    assert not unknown, "\n".join(unknown)
+
+
+def test_links_lead_somewhere():
+    broken = []
+    for document in DOCUMENTS:
+        text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for target in re.findall(r"\]\(([^)#\s]+)", text):
+            if "://" not in target and not target.startswith("mailto:") and not (document.parent / target).exists():
+                broken.append(f"{document.relative_to(ROOT)}: {target}")
+    assert not broken, "\n".join(broken)
