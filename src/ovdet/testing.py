@@ -30,6 +30,7 @@ from training.engine.skips import SkipPolicy
 log = logging.getLogger(__name__)
 
 Found = list[dict[str, Tensor]]
+RESULTS = ("boxes", "scores", "labels", "attributes")
 
 
 def to_original(result: dict[str, Tensor], size: Sequence[int], original: Sequence[int]) -> dict[str, Tensor]:
@@ -60,8 +61,8 @@ def detect(
     """Detections of images, one dict each, as numpy arrays in pixels of the file.
 
     ``index``, ``original`` (height, width of the upright image), ``boxes`` float32 ``[N, 4]`` xyxy, ``scores``,
-    ``labels``, with masks ``masks``: N run-length dicts, and what else the data set gives of an image (``pixels``,
-    ``crops``).
+    ``labels``, with masks ``masks``: N run-length dicts, with attributes ``attributes``, and what else the data set
+    gives of an image (``pixels``, ``crops``).
 
     Args:
         detector: in eval mode. ``prepare(images, sizes)`` makes its input of uint8 images, ``detector(input, sizes)``
@@ -86,7 +87,7 @@ def detect(
                 "index": batch["indices"][i],
                 "original": batch["originals"][i],
                 **{key: batch[key][i] for key in ("pixels", "crops") if key in batch},
-                **{key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels") if key in result},
+                **{key: result[key].cpu().numpy() for key in RESULTS if key in result},
             }
             if "masks" in result:
                 found["masks"] = encode_pasted(
@@ -169,14 +170,39 @@ def test(
     was_training = detector.training
     detector.eval()
     bar = tqdm(loader, desc="detecting", unit="batch", disable=not dist.is_master, mininterval=1, dynamic_ncols=True)
-    mine = Detections.gather(
-        detect(
-            detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
-            mask_threshold=options.mask_threshold, repeat_edges=options.mask_edges == "repeated",
-            on_skipped=count_skips(policy),
-        )
+    images = detect(
+        detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
+        mask_threshold=options.mask_threshold, repeat_edges=options.mask_edges == "repeated",
+        on_skipped=count_skips(policy),
     )  # fmt: skip
+    metrics = score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder)
     detector.train(was_training)
+    return metrics
+
+
+test.__test__ = False
+
+
+def score(
+    config: Any,
+    images: Iterable[dict[str, Any]],
+    policy: SkipPolicy,
+    annotations: Annotations,
+    vocabulary: Vocabulary,
+    *,
+    kinds: Sequence[str],
+    folder: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """AP of the detections of all processes; every process calls it with its own and gets the metrics.
+
+    Args:
+        images: as :func:`detect` gives them; policy: has counted this process's images once they are through.
+        annotations, vocabulary, kinds, folder: see :func:`test`.
+
+    Raises:
+        UserError: too many unusable images.
+    """
+    mine = Detections.gather(images)
     parts = gather_to_master((mine, policy.usable, policy.skipped))
     outcome: dict[str, dict[str, float]] | str = {}
     if parts is not None:
@@ -192,9 +218,6 @@ def test(
     if isinstance(outcome, str):
         raise UserError(outcome)
     return outcome
-
-
-test.__test__ = False
 
 
 def _score(

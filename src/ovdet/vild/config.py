@@ -200,6 +200,7 @@ class TestConfig:
     image_weight_base: float = 1 / 3  # ensemble: p = p_text^(1-w) p_image^w, w of base classes
     image_weight_novel: float = 2 / 3  # w of novel classes
     attribute_temperature: float = 0.0  # tau of attributes; 0: that of classes
+    attribute_text: str = "{}"  # what an attribute is called in prompts: "{} object", "something {}"
     rank: str = "rpn"  # what orders proposals: objectness of "rpn", of the box head ("box"), or the mean of "both"
     crops: int = 300  # proposals an image that the teacher judges, in the rows named CLIP
     mask_threshold: float = 0.5
@@ -212,6 +213,7 @@ class TestConfig:
         yield "test.mask_edges", self.mask_edges, good, '"zero" or "repeated"'
         good = 0 < self.mask_threshold <= 1
         yield "test.mask_threshold", self.mask_threshold, good, "above 0 and at most 1"
+        yield "test.attribute_text", self.attribute_text, "{}" in self.attribute_text, "a text with {}"
         yield from positive("test", self, ("batch_size", "per_image", "crops"))
         yield from not_negative("test", self, ("temperature", "attribute_temperature"))
         yield from shares("test", self, ("score", "nms", "image_weight_base", "image_weight_novel"))
