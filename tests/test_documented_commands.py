@@ -31,6 +31,7 @@ DOCUMENTS = sorted(
 )
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|bash|torchrun) \S")
 LAUNCHER_ALONE = re.compile(r"^torchrun(?!.*(\.py| -m))")  # a flag of torchrun, not a command
+OWN_EXAMPLE = re.compile(r"--method (mine|areas)\b")  # of the text; tests/training/methods/test_extending.py runs it
 # Words that stand for what a user has.
 MEANING = {
     "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt",
@@ -58,25 +59,25 @@ class Shown:
 
 def commands_of(document: Path) -> list[Shown]:
     """Commands in the code blocks and in the inline code of a document, with continued lines joined."""
-    found, block, pending, start = [], False, "", 0
+    found, fence, pending, start = [], None, "", 0
     name = str(document.relative_to(ROOT))
     for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1):
         if line.lstrip().startswith("```"):
-            block, pending = not block and line.strip() in ("```", "```bash"), ""
+            fence, pending = line.strip() if fence is None else None, ""
             continue
-        if block:
+        if fence in ("```", "```bash"):
             pending, start = pending + line.strip(), start if pending else number
             if pending.endswith("\\"):
                 pending = pending[:-1]
                 continue
             found.append((start, pending))
             pending = ""
-        else:
+        elif fence is None:
             found += [(number, code) for code in re.findall(r"`([^`]+)`", line)]
     texts = ((number, re.sub(r"\s+#\s.*$", "", text)) for number, text in found)
     shown = [Shown(name, n, " ".join(t.replace("\\|", "|").split())) for n, t in texts if COMMAND.match(t)]
-    shown = [s for s in shown if not s.text.endswith(" ...") and "_..." not in s.text]
-    return [s for s in shown if not LAUNCHER_ALONE.search(s.text)]
+    shown = [s for s in shown if "..." not in re.sub(r"\[[^\]]*\]|[A-Z]\.\.\.", "", s.text)]  # a part of a command
+    return [s for s in shown if not LAUNCHER_ALONE.search(s.text) and not OWN_EXAMPLE.search(s.text)]
 
 
 ALL = [shown for document in DOCUMENTS for shown in commands_of(document)]
