@@ -6,8 +6,11 @@ import argparse
 import contextlib
 import importlib
 import importlib.util
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,10 +31,11 @@ DOCUMENTS = sorted(
 )
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|bash|torchrun) \S")
 LAUNCHER_ALONE = re.compile(r"^torchrun(?!.*(\.py| -m))")  # a flag of torchrun, not a command
+OWN_EXAMPLE = re.compile(r"--method (mine|areas)\b")  # of the text; tests/training/methods/test_extending.py runs it
 # Words that stand for what a user has.
 MEANING = {
-    "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt", "DIR": "folder",
-    "NUM_PROCESSES": "2", "N": "2",
+    "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt",
+    "NUM_PROCESSES": "2", "N": "2", "IMAGE|FOLDER...": "a.jpg", "DIR": "folder",
     "IMAGE...": "a.jpg", "FILE": "epoch_3.pt", "bbox|segm": "bbox", "NAME": "mine", "CLASS": "cat", "FOLDER": "folder",
     "PHOTOS": "--images val2017 --annotations panoptic_val2017.json",
 }  # fmt: skip
@@ -55,25 +59,25 @@ class Shown:
 
 def commands_of(document: Path) -> list[Shown]:
     """Commands in the code blocks and in the inline code of a document, with continued lines joined."""
-    found, block, pending, start = [], False, "", 0
+    found, fence, pending, start = [], None, "", 0
     name = str(document.relative_to(ROOT))
     for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1):
         if line.lstrip().startswith("```"):
-            block, pending = not block and line.strip() in ("```", "```bash"), ""
+            fence, pending = line.strip() if fence is None else None, ""
             continue
-        if block:
+        if fence in ("```", "```bash"):
             pending, start = pending + line.strip(), start if pending else number
             if pending.endswith("\\"):
                 pending = pending[:-1]
                 continue
             found.append((start, pending))
             pending = ""
-        else:
+        elif fence is None:
             found += [(number, code) for code in re.findall(r"`([^`]+)`", line)]
     texts = ((number, re.sub(r"\s+#\s.*$", "", text)) for number, text in found)
     shown = [Shown(name, n, " ".join(t.replace("\\|", "|").split())) for n, t in texts if COMMAND.match(t)]
-    shown = [s for s in shown if not s.text.endswith(" ...") and "_..." not in s.text]
-    return [s for s in shown if not LAUNCHER_ALONE.search(s.text)]
+    shown = [s for s in shown if "..." not in re.sub(r"\[[^\]]*\]|[A-Z]\.\.\.", "", s.text)]  # a part of a command
+    return [s for s in shown if not LAUNCHER_ALONE.search(s.text) and not OWN_EXAMPLE.search(s.text)]
 
 
 ALL = [shown for document in DOCUMENTS for shown in commands_of(document)]
@@ -106,7 +110,7 @@ def program_file(name: str, folder: Path) -> Path:
 def entry_point(file: Path):
     """The function that takes the command line of a python file."""
     if file.parent.name in ("F-ViT", "GLIP", "ViLD") or file.parent.parent.name in ("F-ViT", "GLIP", "ViLD"):
-        module = re.search(r"from (ovdet(?:\.\w+)?\.commands) import (\w+)", file.read_text())
+        module = re.search(r"from (ovdet[\w.]*) import (\w+)", file.read_text())
         return importlib.import_module(f"{module[1]}.{module[2]}").main
     sys.path.insert(0, str(file.parent))  # as for a script: benchmarks import each other
     try:
@@ -225,3 +229,102 @@ def test_links_lead_somewhere():
             if "://" not in target and not target.startswith("mailto:") and not (document.parent / target).exists():
                 broken.append(f"{document.relative_to(ROOT)}: {target}")
     assert not broken, "\n".join(broken)
+
+
+# -- really run, on small data ----------------------------------------------------------------------------------------
+
+TINY_VISION = {"layers": 12, "width": 32, "head_width": 8, "mlp_ratio": 2.0, "eva_model_name": "tiny", "rope": True,
+               "naiveswiglu": True, "subln": True}  # fmt: skip
+TINY_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+NOT_RUN = {
+    r"quickstart\.sh|scripts/test\.sh": "installs; tests of their own",
+    r"segment_\w+\.sh|ovseg\.evaluate": "needs a data set; tests/ovseg runs it",
+    r"training\.scenes": "2000 scenes; tests/training/scenes runs it",
+    r"torchrun": "8 GPUs",
+    r"real_photos": "tests/test_real_photos.py runs it",
+}  # fmt: skip
+RECIPES = sorted(f.name for f in (ROOT / "scripts").glob("train_*.sh"))
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the repository whose B/16 and L/14 are tiny, with data and checkpoints where README puts them."""
+    import torch
+
+    import open_clip
+    from open_clip.weight_files import save_weights
+    from open_clip.weights import export_state_dict
+    from training.scenes.compose import SceneOptions
+    from training.scenes.generate import write_dataset
+
+    root = tmp_path_factory.mktemp("clone") / "repository"
+    for name in ("src", "scripts", "tools", "metadata"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    (root / "checkpoints").mkdir()
+    for name, size, patch, file in [
+        ("EVA02-CLIP-B-16", 32, 16, "EVA02_CLIP_B_psz16_s8B.pt"),
+        ("EVA02-CLIP-L-14-336", 28, 14, "EVA02_CLIP_L_336_psz14_s6B.pt"),
+    ]:
+        vision = {**TINY_VISION, "image_size": size, "patch_size": patch}
+        layers = 24 if "L-14" in name else 12
+        config = {"embed_dim": 16, "vision_cfg": {**vision, "layers": layers}, "text_cfg": TINY_TEXT}
+        (root / "src" / "open_clip" / "model_configs" / f"{name}.json").write_text(json.dumps(config))
+        alias = f"documented-{patch}"
+        (root / f"{alias}.json").write_text(json.dumps(config))
+        open_clip.add_model_config(root / f"{alias}.json", alias)
+        torch.manual_seed(0)
+        model = open_clip.create_model(alias, pretrained=None)
+        save_weights(export_state_dict(model), root / "checkpoints" / file, name)
+    coco = root / "data" / "coco"
+    write_dataset(coco, train=4, val=2, options=SceneOptions(size=64, things=4, stuff=2))
+    instances = json.loads((coco / "annotations" / "instances_train2017.json").read_text())
+    for name in ("coco_proposals.json", "coco_pseudo_4764.json"):
+        (coco / name).write_text(json.dumps(instances))
+    for image in instances["images"]:
+        image["file_name"] = f"train2017/{image['file_name']}"
+    (root / "data" / "lvis_v1").mkdir()
+    (root / "data" / "lvis_v1" / "lvis_v1_train.json").write_text(json.dumps(instances))
+    shutil.copytree(coco / "train2017", root / "my_images")
+    shutil.copy(next((root / "my_images").glob("*.jpg")), root / "my_images" / "a.jpg")
+    (root / "my_classes.txt").write_text("dog\nsky\n")
+    for run in ("my_run", "mine"):
+        (root / "logs" / run / "checkpoints").mkdir(parents=True)
+        shutil.copy(root / "checkpoints" / "EVA02_CLIP_B_psz16_s8B.pt", root / "logs" / run / "checkpoints/clipself.pt")
+    return root
+
+
+def really_run(command: str, clone: Path) -> None:
+    """AssertionError with the end of what the command said, unless its exit status is 0."""
+    environment = {
+        **os.environ, "CLIPSELF_DOCS_SMOKE": "1", "NPROC": "1", "PYTHON": sys.executable, "HOME": str(clone),
+        "PYTHONPATH": str(clone / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    environment.pop("CLIPSELF_VENV", None)
+    command = re.sub(r"^python ", f"{sys.executable} ", command)
+    run = subprocess.run(
+        ["bash", "-c", command], cwd=clone, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, f"{command}\n{run.stdout[-1500:]}\n{run.stderr[-3000:]}"
+
+
+@pytest.mark.slow
+def test_readme_runs_literally(clone):
+    """README's commands in their order, each as it stands there."""
+    ran = []
+    blocks = [s for s in ALL if s.document == "README.md" and not s.text.endswith((".sh", ".py"))]
+    for shown in blocks:
+        if any(re.search(pattern, shown.text) for pattern in NOT_RUN) or "NAME" in shown.text:
+            continue
+        if "--name mine" in shown.text:
+            shutil.rmtree(clone / "logs" / "mine")
+        really_run(shown.text, clone)
+        ran.append(shown.text)
+    assert len(ran) >= 4, ran
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", RECIPES)
+def test_every_recipe_runs(clone, script):
+    really_run(f"bash scripts/{script}", clone)
+    folder = clone / "logs" / script.removeprefix("train_").removesuffix(".sh")
+    assert (folder / "checkpoints" / "clipself.pt").is_file() and (folder / "results.json").is_file()

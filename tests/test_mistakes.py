@@ -97,7 +97,8 @@ def _main(program: str) -> Callable[[list[str]], int]:
         main = _tool(name).main
         return main if name != "convert_detector" else lambda argv: run_program(lambda: main(argv))
     if kind == "F-ViT":
-        module = importlib.import_module(f"ovdet.fvit.commands.{name}")
+        package = "ovdet.fvit.commands" if importlib.util.find_spec(f"ovdet.fvit.commands.{name}") else "ovdet.commands"
+        module = importlib.import_module(f"{package}.{name}")
         return lambda argv: run_program(lambda: module.main(argv))
     return importlib.import_module(program).main
 

@@ -142,6 +142,7 @@ def test(
     dist: Dist,
     kinds: Sequence[str],
     folder: Path | None = None,
+    level: int = logging.INFO,
 ) -> dict[str, dict[str, float]]:
     """Detect on the validation set and compute AP; every process calls it and gets the metrics.
 
@@ -151,6 +152,7 @@ def test(
         annotations: of the validation set; for mask AP read with their masks.
         kinds: ``"bbox"``, ``"segm"``.
         folder: where process 0 writes ``results.{kind}.json`` (COCO results) and ``metrics.json``; None: nowhere.
+        level: of the table in the log, for a program that prints it itself.
 
     Raises:
         UserError: too many unusable images, or masks asked of a detector or file that has none.
@@ -211,7 +213,7 @@ def score(
             policy.count(sum(part[1] for part in parts), sum(part[2] for part in parts))
             policy.judge(at_end=True)
             found = Detections.merge([part[0] for part in parts])
-            outcome = _score(config, found, annotations, vocabulary, kinds, folder)
+            outcome = _score(config, found, annotations, vocabulary, kinds, folder, level)
         except UserError as error:
             outcome = str(error)
     outcome = from_master(outcome)
@@ -227,6 +229,7 @@ def _score(
     vocabulary: Vocabulary,
     kinds: Sequence[str],
     folder: Path | None,
+    level: int,
 ) -> dict[str, dict[str, float]]:
     path, protocol = config.locate(config.data.val_annotations), config.data.protocol
     truth = read_truth(path, protocol, annotations)
@@ -240,5 +243,5 @@ def _score(
         )
     if folder is not None:
         write_json(folder / "metrics.json", metrics)
-    log.info("AP in %% on %s\n%s", path, format_table(metrics, protocol))
+    log.log(level, "AP in %% on %s\n%s", path, format_table(metrics, protocol))
     return metrics

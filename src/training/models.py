@@ -54,7 +54,8 @@ def load_model(options: Options) -> CLIP:
     name, size, patch = model_options.model, options.data.det_image_size, model.visual.patch_size
     if model_options.downsample_factor not in (None, patch):
         raise UserError(
-            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; leave it out"
+            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; give {patch}, or "
+            "leave it out"
         )
     if options.data.dataset_type != "contrastive" and size % patch:
         near = max(round(size / patch), 1) * patch

@@ -74,8 +74,9 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except _PATHS as error:
-        where = f"{error.filename}: " if error.filename and error.strerror else ""
-        raise UserError(f"{where}{reason_of(error)}: check the path") from error
+        bare = error.filename and error.strerror  # the system's own error, without a remedy
+        text = f"{error.filename}: {error.strerror}; check the path" if bare else " ".join(str(error).split())
+        raise UserError(text) from error
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     load_into(args.checkpoint, detector, config, vit)
     metrics = test(
         config, detector, annotations, vocabulary, dist=dist, kinds=kinds,
-        folder=args.out or checkpoint.parent / f"{checkpoint.stem}_test",
+        folder=args.out or checkpoint.parent / f"{checkpoint.stem}_test", level=logging.DEBUG,
     )  # fmt: skip
     if dist.is_master:
         print(format_table(metrics, config.data.protocol))
