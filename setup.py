@@ -1,5 +1,6 @@
 """Packaging: models (open_clip), training, open-vocabulary segmentation (ovseg) and detection (ovdet)."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -8,22 +9,23 @@ root = Path(__file__).parent
 requirements = [
     line.strip() for line in (root / "requirements.txt").read_text().splitlines() if line.strip() and line[0] != "#"
 ]
+version = re.search(r'__version__ = "(.+)"', (root / "src/open_clip/version.py").read_text()).group(1)
 DETECTION = ["faster-coco-eval", "tomli; python_version < '3.11'"]
 # What programs need beyond the requirements, by what they are for.
 extras = {
     "fvit": DETECTION,
     "vild": DETECTION,
     "glip": [*DETECTION, "transformers"],  # BERT
-    "hf": ["transformers"],  # text towers and tokenizers of the Hugging Face hub
+    "hf": ["transformers", "tokenizers"],  # tokenizers of SigLIP, CLIPA and other models of the hub
     "page": ["gradio"],
     "remote": ["requests", "aiohttp", "s3fs"],  # images behind http(s):// and s3://
     "wandb": ["wandb"],
-    "test": ["pytest", "hypothesis", "scipy", "tokenizers", "transformers", *DETECTION],
+    "test": ["pytest", "hypothesis", "scipy", "packaging", "tokenizers", "transformers", *DETECTION],
 }
 
 setup(
     name="open_clip_torch",
-    version="4.0.0",
+    version=version,
     description="CLIPSelf: CLIP vision transformers distilled into dense, region-aware ones (a fork of OpenCLIP)",
     long_description=(root / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

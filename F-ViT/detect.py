@@ -4,10 +4,10 @@ import sys
 from pathlib import Path
 
 try:
-    from ovdet.fvit.commands import detect as command
+    from ovdet.commands import detect as command
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-    from ovdet.fvit.commands import detect as command
+    from ovdet.commands import detect as command
 
 if __name__ == "__main__":
     sys.exit(command.run())

@@ -120,7 +120,8 @@ class Study:
             "--setting", setting, "--dataset", "panoptic", "--data-root", self.data, "--split", "train",
             "--val-split", "val",
             "--steps", self.args.student_steps, "--batch-size", self.args.student_batch, "--crop", self.args.crop,
-            "--short-side", SIZE, "--templates", "project", "--logs", self.folder(seed), "--name", name,
+            "--short-side", self.args.student_side, "--backbone", self.args.backbone, "--lr", self.args.student_lr,
+            "--templates", "project", "--logs", self.folder(seed), "--name", name,
             "--seed", seed, "--workers", self.args.workers, *extra, *self._resume(self.folder(seed) / name),
             *self.machine,
         )  # fmt: skip
@@ -211,7 +212,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--distil-steps", type=int, default=320)
     add("--student-steps", type=int, default=3000)
     add("--student-batch", type=int, default=16)
+    add("--student-lr", type=float, default=0.02)
+    add("--student-side", type=int, default=SIZE, help="pixels that a scene has for the student")
     add("--crop", type=int, default=SIZE, help="side of a student's training sample")
+    add("--backbone", default="resnet50", help="of the student")
     add("--workers", type=int, default=1)
     add("--device", default="", choices=("", "cpu", "cuda"))
     args = parser.parse_args(argv)

@@ -22,9 +22,10 @@ from torch import Tensor
 
 from open_clip.weights import export_state_dict, load_state
 from ovdet import files
+from ovdet.clip import Clip
 from ovdet.config import config_to_dict
 from ovdet.data.annotations import load
-from ovdet.fvit.assemble import Vit, load_vit, read_config
+from ovdet.fvit.assemble import load_vit, read_config
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import build_detector
 from ovdet.fvit.published import EMBEDDINGS, UNUSED, VIT, from_published, to_published
@@ -32,15 +33,16 @@ from ovdet.fvit.published_file import read_published
 from ovdet.vocabulary import Vocabulary, make_vocabulary, vocabulary_embeddings
 from training.engine.checkpoint import read_file, save_atomically
 from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.flags import Parser
 
 
-def vit_state(vit: Vit) -> dict[str, Tensor]:
+def vit_state(vit: Clip) -> dict[str, Tensor]:
     """The ViT under EVA-CLIP's names, rotary tables included, without a prefix."""
     state = export_state_dict(vit.model)
     return {name.removeprefix("visual."): value for name, value in state.items() if name.startswith("visual.")}
 
 
-def empty_detector(config: FViTConfig, vit: Vit) -> torch.nn.Module:
+def empty_detector(config: FViTConfig, vit: Clip) -> torch.nn.Module:
     """A detector without classes."""
     with as_user_error():
         width = vit.model.visual.embed_dim
@@ -65,8 +67,8 @@ def class_names(config: FViTConfig, meta: dict[str, Any]) -> Vocabulary | None:
     return vocabulary
 
 
-def names_of(config: FViTConfig, meta: dict[str, Any], count: int) -> tuple[list[str], list[str]]:
-    """(base, novel) class names of a published detector with so many classes.
+def classes_of(config: FViTConfig, meta: dict[str, Any], count: int) -> Vocabulary:
+    """Classes of a published detector that has so many.
 
     From ``data.val_annotations`` where the file is there, else from the published file and ``data.novel``.
 
@@ -83,17 +85,14 @@ def names_of(config: FViTConfig, meta: dict[str, Any], count: int) -> tuple[list
             )
         novel = set(map(_plain, config.data.novel))
         vocabulary = Vocabulary(tuple(names), tuple(range(count)), tuple(_plain(name) in novel for name in names))
-    sides = {False: [], True: []}
-    for name, novel in zip(vocabulary.names, vocabulary.novel, strict=True):
-        sides[novel].append(name)
-    return sides[False], sides[True]
+    return vocabulary
 
 
 def _plain(name: object) -> str:
     return str(name).lower().replace("_", " ")
 
 
-def compare_vit(state: dict[str, Tensor], vit: Vit, source: Path) -> None:
+def compare_vit(state: dict[str, Tensor], vit: Clip, source: Path) -> None:
     """See that a published file was trained on the ViT at hand.
 
     Raises:
@@ -116,7 +115,7 @@ def compare_vit(state: dict[str, Tensor], vit: Vit, source: Path) -> None:
         )
 
 
-def write_vit(state: dict[str, Tensor], vit: Vit, path: Path) -> None:
+def write_vit(state: dict[str, Tensor], vit: Clip, path: Path) -> None:
     """Put the published file's ViT into the model at hand, whose text tower stays, and write that as weights."""
     theirs = {f"visual.{name.removeprefix(VIT)}": value for name, value in state.items() if name.startswith(VIT)}
     whole = {name: value for name, value in export_state_dict(vit.model).items() if not name.startswith("visual.")}
@@ -143,15 +142,16 @@ def to_detector_file(
     lacking = [name for name in (EMBEDDINGS, f"{UNUSED}weight", f"{UNUSED}bias") if name not in state]
     if lacking or embeddings.ndim != 2 or state[f"{UNUSED}bias"].shape != embeddings.shape[1:]:
         raise UserError(f"{source}: {', '.join(lacking) or EMBEDDINGS} does not fit; it is no published F-ViT detector")
-    base, novel = names_of(config, meta, embeddings.shape[1] - 1)
+    vocabulary = classes_of(config, meta, embeddings.shape[1] - 1)
     detector.load_trainable_state_dict(mine)
     content = files.detector_content(
-        detector, vit=vit.identity, config=config_to_dict(config), base=base, novel=novel
+        detector, vit=vit.identity, config=config_to_dict(config), names=vocabulary.names, novel=vocabulary.novel
     )  # fmt: skip
     files.save(content, target)
     if table is not None:
         np.save(table, embeddings.T.contiguous().float().numpy())
-    return f"{len(mine)} tensors of {len(state)}, {len(base)} base and {len(novel)} novel classes"
+    novel = sum(vocabulary.novel)
+    return f"{len(mine)} tensors of {len(state)}, {len(vocabulary.names)} classes, {novel} of them novel"
 
 
 def to_published_file(config: FViTConfig, content: dict[str, Any], source: Path, target: Path) -> str:
@@ -161,8 +161,7 @@ def to_published_file(config: FViTConfig, content: dict[str, Any], source: Path,
     detector = empty_detector(config, vit)
     with as_user_error():
         detector.load_trainable_state_dict(files.detector_state(content))
-        vocabulary = class_names(config, {})
-        names = vocabulary.names if vocabulary else [*content["base"], *content["novel"]]
+        names = files.class_order(content)
         embeddings = vocabulary_embeddings(config, vit.model, vit.tokenizer, names, progress=True)
         state = to_published(
             detector.trainable_state_dict(), vit_state(vit), embeddings, mask_convs=config.model.mask_convs
@@ -173,7 +172,7 @@ def to_published_file(config: FViTConfig, content: dict[str, Any], source: Path,
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the config that belongs to the detector")
     parser.add_argument("source", type=Path, help="a published .pth, or a detector file")
     parser.add_argument("target", type=Path, help="file to write: the other kind")

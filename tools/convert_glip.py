@@ -18,10 +18,11 @@ from ovdet.glip import files, names
 from ovdet.glip.assemble import load_model, read_config
 from training.engine.checkpoint import save_atomically
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="checkpoint in any layout (.pth, .pt, .safetensors)")
     parser.add_argument("target", type=Path, help="file to write (.pth or .pt)")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")

@@ -34,6 +34,7 @@ from ovseg.protocols import OWN, Protocol
 from ovseg.segment import Segmenter, at_pixels, on_input
 from training.engine.distributed import init_distributed
 from training.engine.errors import Flags, UserError, run_program
+from training.engine.flags import Parser
 from training.engine.pictures import overlay, similarity_to
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,7 +252,7 @@ def build_page(models: Models):
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments; without a model, those of the quick start."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser, several=True, default_model=QUICKSTART_MODEL)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=7860)

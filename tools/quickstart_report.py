@@ -24,7 +24,8 @@ from ovseg.classes import ClassList
 from ovseg.protocols import Protocol
 from ovseg.segment import segment
 from training.engine.data.images import read_image
-from training.engine.errors import UserError
+from training.engine.errors import UserError, as_user_error, reason_of, run_program
+from training.engine.flags import Parser
 from training.engine.pictures import distinct_colours
 
 matplotlib.use("Agg")
@@ -43,7 +44,7 @@ def read_results(folder: Path) -> tuple[dict, dict]:
     try:
         records = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no results to read ({error}); run scripts/quickstart.sh") from None
+        raise UserError(f"{path}: no results to read ({reason_of(error)}); run scripts/quickstart.sh") from None
     if len(records) < 2 or records[0]["step"] != 0:
         raise UserError(f"{path}: it needs an evaluation before and one after training; run scripts/quickstart.sh")
     return records[0], records[-1]
@@ -186,21 +187,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", required=True, help="experiment of the contrastive training")
     parser.add_argument("--distilled", required=True, help="experiment of the distillation, evaluated before and after")
     parser.add_argument("--data", required=True, help="the generated dataset")
     parser.add_argument("--model", default="ViT-Ti-8-64")
     parser.add_argument("--size", type=int, default=128, help="input size of the dense maps")
     parser.add_argument("--scenes", type=int, default=5, help="rows of the picture")
-    parser.add_argument("--output", required=True, help="picture to write")
+    parser.add_argument("--out", "--output", dest="output", metavar="FILE", required=True, help="picture to write")
     torch.set_num_threads(min(4, torch.get_num_threads()))
-    try:
-        run(parser.parse_args(argv))
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(lambda: as_user_error(lambda: run(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

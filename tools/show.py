@@ -5,7 +5,7 @@ first three principal components of the dense map as colours; with --query, the 
 
 Examples:
     python tools/show.py street.jpg --model EVA02-CLIP-B-16 --pretrained eva.pt clipself.pt \\
-        --classes person car road sky tree --output pictures
+        --classes person car road sky tree --out pictures
     python tools/show.py photos/ --model ViT-B-16-quickgelu --pretrained openai --readouts value sclip naclip \\
         --classes-from panoptic_val2017.json --query 320,240
 """
@@ -41,13 +41,14 @@ from ovseg.segment import Box, Segmenter, at_pixels, on_input
 from training.engine.data.images import ImageError, read_image
 from training.engine.distributed import init_distributed
 from training.engine.errors import Flags, UserError, run_program
+from training.engine.flags import Parser
 from training.engine.pictures import overlay, principal_components, similarity_to
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
 
 LEGEND = 12  # classes named beside a map, those with the largest areas
-FLAGS = Flags(resume="the same command", folder="--output", batch_size="--short-side", checkpointing="fewer --readouts")
+FLAGS = Flags(resume="the same command", folder="--out", batch_size="--short-side", checkpointing="fewer --readouts")
 PICTURES = (".png", ".jpg", ".jpeg", ".pdf", ".webp")
 
 
@@ -214,7 +215,7 @@ def _paint_labels(axis, picture: np.ndarray, labels: np.ndarray, classes: ClassL
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="photographs, or folders of them")
     add_model_options(parser, several=True)
     add_class_options(parser)
@@ -224,7 +225,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--query", default="", metavar="X,Y|X1,Y1,X2,Y2", help="point or box in pixels")
     parser.add_argument("--similar", type=int, default=3, help="classes whose cosines are shown")
     parser.add_argument("--opacity", type=float, default=0.65, help="of the labels over the photograph, 0 to 1")
-    parser.add_argument("--output", default="pictures", help="folder of the pictures; or one picture's file")
+    parser.add_argument(
+        "--out", "--output", dest="output", metavar="DIR|FILE", default="pictures",
+        help="folder of the pictures; or one picture's file",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -241,16 +245,16 @@ def run(args: argparse.Namespace) -> list[Path]:
         raise UserError(f"--opacity {args.opacity} --similar {args.similar}: from 0 to 1, and 0 or more")
     files = list_images(args.images)
     targets = _targets(args.output, files)
+    first = _read(files[0][0])  # before the models are loaded
+    if query:
+        query_box(query, *first.shape[-2:])
     titles = short_names(args.pretrained)
     variants = variants_from(protocol_from(args, "images"), args.readouts, args.refine)
     device = init_distributed(args.device).device
     # All checkpoints side by side need each image again, so the models stay in memory together.
     segmenters = [build_segmenter(args, classes, variants, device, pretrained=p) for p in args.pretrained]
     for (path, _), target in zip(tqdm(files, "pictures", unit="img", disable=len(files) < 3), targets, strict=True):
-        try:
-            image = read_image(str(path))
-        except ImageError as error:
-            raise UserError(str(error)) from None
+        image = _read(path)
         box = query_box(query, *image.shape[-2:]) if query else None
         rows = make_rows(segmenters, titles, image, classes=with_classes, similar=args.similar, query=box)
         figure = draw(image, rows, classes if with_classes else None, box, args.opacity)
@@ -260,12 +264,20 @@ def run(args: argparse.Namespace) -> list[Path]:
     return targets
 
 
+def _read(path: Path) -> Tensor:
+    """A photograph, uint8 ``[3, H, W]``; UserError where it is none."""
+    try:
+        return read_image(str(path))
+    except ImageError as error:
+        raise UserError(str(error)) from None
+
+
 def _targets(output: str, files: Sequence[tuple[Path, Path]]) -> list[Path]:
     """Where the pictures go. Files of the same name from different places keep apart by a number."""
     path = Path(output)
     if path.suffix.lower() in PICTURES:
         if len(files) > 1:
-            raise UserError(f"--output {output}: one picture for {len(files)} photographs; name a folder")
+            raise UserError(f"--out {output}: one picture for {len(files)} photographs; name a folder")
         return [path]
     targets: list[Path] = []
     for _, name in files:

@@ -5,7 +5,7 @@
 #
 #   bash F-ViT/scripts/demo.sh            results in F-ViT/work_dirs/demo
 #   bash F-ViT/scripts/demo.sh --full     three seeds of both, and a row for each of our own choices alone (19 runs)
-#   bash F-ViT/scripts/demo.sh --smoke    the same as --full with a handful of images, to see that everything runs
+#   bash F-ViT/scripts/demo.sh --smoke    a few rows with a handful of images, to see that everything runs
 #   QUICKSTART=DIR OUT=DIR                the quick start's folder; another folder for the results
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -14,7 +14,7 @@ smoke= full=
 case "${1:-}" in
     "") ;;
     --full) full=1 ;;
-    --smoke) smoke=1 full=1 ;;
+    --smoke) smoke=1 ;;
     *) echo "error: unknown argument $1; use --full or --smoke" >&2; exit 2 ;;
 esac
 quickstart="${QUICKSTART:-quickstart}"
@@ -56,7 +56,7 @@ echo "== train and test the detectors"
 jobs=$((cores >= 2 ? 2 : 1))  # side by side, on half of the cores each
 threads=$((cores / jobs > 4 ? 4 : cores / jobs))
 "$PY" F-ViT/scripts/demo_runs.py --start "${weights[start]}" --clipself "${weights[clipself]}" --out "$out" ${full:+--full} \
-    --jobs "$jobs" --threads "${OMP_NUM_THREADS:-$threads}" "train.epochs=$epochs" "data.novel=$novel" \
+    ${smoke:+--only start clipself refined former} --jobs "$jobs" --threads "${OMP_NUM_THREADS:-$threads}" "train.epochs=$epochs" "data.novel=$novel" \
     "data.train_annotations=$data/annotations/instances_train2017_base.json" "data.train_images=$data/train2017" \
     "data.val_annotations=$data/annotations/instances_val2017_ov16.json" "data.val_images=$data/val2017"
 printf '%d:%02d minutes\n' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60))

@@ -49,12 +49,13 @@ class Setting:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_rows(path: Path, *, full: bool) -> list[Row]:
-    """Rows of the file; without ``full`` those of several seeds only, with their first seed."""
+def read_rows(path: Path, *, full: bool, only: Sequence[str] | None = None) -> list[Row]:
+    """Rows of the file; without ``full`` those in ``only``, or else those of several seeds, with their first seed."""
     rows = [Row(name=name, **entry) for name, entry in tomllib.loads(path.read_text(encoding="utf-8")).items()]
     if full:
         return rows
-    return [Row(**{**row.__dict__, "seeds": row.seeds[:1]}) for row in rows if len(row.seeds) > 1]
+    chosen = [row for row in rows if (row.name in only if only else len(row.seeds) > 1)]
+    return [Row(**{**row.__dict__, "seeds": row.seeds[:1]}) for row in chosen]
 
 
 def metrics_file(setting: Setting, row: Row, seed: int) -> Path:
@@ -108,10 +109,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of result.md")
     parser.add_argument("--rows", type=Path, default=HERE / "demo_rows.toml", help="which rows there are")
     parser.add_argument("--full", action="store_true", help="all rows, with all seeds")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows, with their first seed")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side")
     parser.add_argument("--threads", type=int, default=1, help="threads of a run")
     args = parser.parse_intermixed_args()
-    rows = read_rows(args.rows, full=args.full)
+    rows = read_rows(args.rows, full=args.full, only=args.only)
     setting = Setting(
         weights={"start": args.start, "clipself": args.clipself}, values=args.values, out=args.out,
         environment={"OMP_NUM_THREADS": str(args.threads)},

@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 try:
-    from ovdet.fvit.commands import prepare_open_vocabulary as command
+    from ovdet.commands import prepare_open_vocabulary as command
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
-    from ovdet.fvit.commands import prepare_open_vocabulary as command
+    from ovdet.commands import prepare_open_vocabulary as command
 
 if __name__ == "__main__":
     sys.exit(command.run())

@@ -18,7 +18,10 @@ from .text_tower import TextTower
 from .timm_blocks import trunk_facts
 from .weights import export_state_dict
 
-_RUNTIME = ("training", "grad_checkpointing")  # how a module is run at present, not what it computes
+# Attributes of the towers that change what they compute. One that comes later is to be left out where it has the value
+# that stands for how it was before, so that fingerprints last.
+IMAGE_FACTS = ("image_size", "image_mean", "image_std", "interpolation", "resize_mode", "fill_color")
+TEXT_FACTS = ("context_length", "heads", "causal", "pool", "eos_id")
 
 
 def architecture(module: nn.Module) -> dict[str, Any]:
@@ -28,9 +31,9 @@ def architecture(module: nn.Module) -> dict[str, Any]:
     images. They do not depend on the release of timm. The dense reading is not among them: it stands with the weights.
     """
     if isinstance(module, ImageTower):
-        return {"image": {**_plain(module), **trunk_facts(module.trunk), "leaves": _leaves(module.trunk)}}
+        return {"image": {**_facts(module, IMAGE_FACTS), **trunk_facts(module.trunk), "leaves": _leaves(module.trunk)}}
     if isinstance(module, TextTower):
-        return {"text": {**_plain(module), "leaves": _leaves(module)}}
+        return {"text": {**_facts(module, TEXT_FACTS), "leaves": _leaves(module)}}
     facts: dict[str, Any] = {}
     for name in ("visual", "text"):
         tower = getattr(module, name, None)
@@ -71,18 +74,9 @@ def _published(module: nn.Module) -> dict[str, Tensor]:
     return {n: t for n, t in export_state_dict(module).items() if ".rope.freqs_" not in n}
 
 
-def _plain(module: nn.Module) -> dict[str, Any]:
-    """A module's own attributes that are numbers, texts, switches or rows of them."""
-    kinds = (bool, int, float, str, type(None))
-    facts = {}
-    for name, value in vars(module).items():
-        if isinstance(value, (tuple, list)) and all(isinstance(v, kinds) for v in value):
-            value = list(value)
-        elif not isinstance(value, kinds):
-            continue
-        if not name.startswith("_") and name not in _RUNTIME:
-            facts[name] = value
-    return facts
+def _facts(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    values = {name: getattr(module, name) for name in names}
+    return {name: list(v) if isinstance(v, (tuple, list)) else v for name, v in values.items()}
 
 
 def _leaves(module: nn.Module) -> dict[str, Any]:

@@ -53,9 +53,9 @@ def mask_features(dense_map: Tensor, masks: Sequence[Tensor]) -> Tensor:
     check_masks(masks, len(dense_map), dense_map.shape[-2:])
     pooled = []
     for features, mask in zip(dense_map, masks, strict=True):
-        weights = mask.to(features.device).flatten(1).to(features.dtype)  # [K_i, h*w]
-        sums = weights @ features.flatten(1).T  # [K_i, D]
-        area = mask.to(features.device).flatten(1).sum(1, keepdim=True).clamp(min=1)
+        cells = mask.to(features.device, non_blocking=True).flatten(1)  # [K_i, h*w]
+        sums = cells.to(features.dtype) @ features.flatten(1).T  # [K_i, D]
+        area = cells.sum(1, keepdim=True).clamp(min=1)
         pooled.append(sums / area.to(sums.dtype))
     return torch.cat(pooled) if pooled else dense_map.new_zeros(0, dense_map.shape[1])
 

@@ -287,7 +287,7 @@ def _prefix_attention(attn: nn.Module, x: Tensor, table: Tensor | None, count: i
         weight, bias = attn.qkv.weight, attn.qkv.bias
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        width = len(weight) // 3
+        width = weight.shape[0] // 3
         q = F.linear(x[:, :count], weight[:width], None if bias is None else bias[:width])
         k, v = F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
     q, k, v = (split_heads(attn, t) for t in (q, k, v))

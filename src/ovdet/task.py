@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from ovdet.data.dataset import TrainDataset
 from ovdet.data.loader import OrientedSampler, nothing_batch, targets_to, train_loader
 from ovdet.sections import DataConfig, TrainConfig
 from training.engine.data.sampler import EpochBatchSampler
+from training.engine.data.workers import check_shared_memory
 from training.engine.distributed import Dist, average_batch_norm, many
 from training.engine.errors import Flags
 from training.engine.journal import Journal
@@ -31,9 +33,15 @@ FLAGS = Flags(
     workers="data.workers",
     checkpointing="a smaller data.image_size",
     lr="train.lr",
+    warmup="train.warmup_steps",
     max_skipped="data.max_skipped",
     precision="train.precision",
 )
+
+
+def _on_this_machine() -> int:
+    """Training processes of this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class Trainable(Protocol):
@@ -101,13 +109,16 @@ class DetectionTask(Task):
         self.dataset, self.data, self.train, self.dist = dataset, data, train, dist
         self.content, self.validate, self.folder = content, validate, folder
         self._identity, self._options = identity, options
+        self.warmup = train.warmup_steps
         self.source = f"data.train_annotations {dataset.annotations.file}"
         self.metrics: dict[str, dict[str, float]] = {}
-        where = {"batch_size": train.batch_size, "rank": dist.rank, "world_size": dist.world_size, "seed": train.seed}
-        if data.by_orientation:
-            self.sampler: EpochBatchSampler = OrientedSampler(dataset.higher_than_wide(), **where)
-        else:
-            self.sampler = EpochBatchSampler(size=len(dataset), **where)
+        self.sampler = self.make_sampler(
+            batch_size=train.batch_size, rank=dist.rank, world_size=dist.world_size, seed=train.seed
+        )
+        check_shared_memory(
+            train.batch_size * 3 * data.image_size**2, workers=data.workers * min(dist.world_size, _on_this_machine()),
+            flags="data.workers or train.batch_size",
+        )  # fmt: skip
         self.loader = train_loader(
             dataset, self.sampler, workers=data.workers, pin=dist.device.type == "cuda", seed=train.seed + dist.rank
         )
@@ -115,6 +126,16 @@ class DetectionTask(Task):
             log.info("batch norm is not synchronised on CPUs: each process normalises by its own images")
 
     # -- data ---------------------------------------------------------------------------------------------------------
+
+    def make_sampler(self, **where: int) -> EpochBatchSampler:
+        """The order of the data, for this process.
+
+        Args:
+            where: ``batch_size``, ``rank``, ``world_size`` and ``seed``.
+        """
+        if self.data.by_orientation:
+            return OrientedSampler(self.dataset.higher_than_wide(), **where)
+        return EpochBatchSampler(size=len(self.dataset), **where)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -69,6 +69,13 @@ def make_vocabulary(config: Config, annotations: Annotations) -> Vocabulary:
     return Vocabulary(tuple(annotations.names), tuple(int(i) for i in annotations.category_ids), novel)
 
 
+def free_vocabulary(names: Sequence[str], base: Sequence[str] = ()) -> Vocabulary:
+    """A vocabulary of one's own; classes that the detector was trained on (``base``) count as base, others as novel."""
+    known = {name.lower().replace("_", " ") for name in base}
+    novel = tuple(name.lower().replace("_", " ") not in known for name in names)
+    return Vocabulary(tuple(names), tuple(range(1, len(names) + 1)), novel)
+
+
 def training_labels(annotations: Annotations, vocabulary: Vocabulary) -> np.ndarray:
     """Label of each annotated object in the vocabulary, int64 ``[A]``; -1 where it must not be learned.
 

@@ -2,9 +2,9 @@
 
 Examples:
     python -m ovseg.evaluate --model ViT-B-16-quickgelu --pretrained openai --dataset voc20 --data-root data \\
-        --protocol sclip --readouts value sclip naclip --output results/voc20
+        --protocol sclip --readouts value sclip naclip --out results/voc20
     torchrun --nproc_per_node 8 -m ovseg.evaluate --model EVA02-CLIP-B-16 --pretrained clipself.pt \\
-        --dataset ade150 --data-root data --output results/ade
+        --dataset ade150 --data-root data --out results/ade
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from ovseg.data.sets import DATASETS, SegmentationSet, Unusable, open_dataset
@@ -37,13 +37,15 @@ from ovseg.options import (
 from ovseg.progress import Counts
 from ovseg.segment import Segmenter
 from training.engine.checkpoint import weights_hash
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
+from training.engine.flags import COUNT, NATURAL, SHARE, Parser
 from training.engine.journal import setup_logging, write_atomically
 
 logger = logging.getLogger(__name__)
 
-FLAGS = Flags(resume="the same command", folder="--output", checkpointing="a lower --short-side")
+FLAGS = Flags(resume="the same command", folder="--out", checkpointing="a lower --short-side")
 
 NAMED_SKIPS = 10  # unusable images named in the log; the others are counted
 SAVE_SECONDS = 30.0  # between two savings of the counts
@@ -83,13 +85,11 @@ def evaluate(
     before, done = gather_objects(counts.restore() if counts is not None and dist.is_master else ({}, set()))[0]
     left = [i for i in range(total) if i not in done][dist.rank :: dist.world_size]
     data.prepare = segmenter.prepare
-    loader = DataLoader(
-        Subset(data, left),
-        batch_size=batch_size,
-        num_workers=min(workers, len(left)),
-        collate_fn=list,
-        pin_memory=False,
-    )
+    # Workers end with the pass.
+    loader = Loader(
+        Subset(data, left), workers=min(workers, len(left)), batch_size=batch_size, collate_fn=list,
+        **({"persistent_workers": False} if workers and left else {}),
+    )  # fmt: skip
     skipped: list[Unusable] = []
     saved = time.monotonic()
     bar = tqdm(total=len(left), desc="evaluate", unit="img", disable=not (progress and dist.is_master))
@@ -190,7 +190,7 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m ovseg.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_options(parser)
@@ -199,17 +199,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--data-root", required=True, help="folder that the data set was unpacked into")
     group.add_argument("--split", default="val", help="part of the data set")
     group.add_argument("--image-root", default=None, help="photographs of a panoptic set, where they lie elsewhere")
-    group.add_argument("--max-images", type=int, default=None, help="only the first so many")
-    group.add_argument("--max-skipped", type=float, default=0.0, help="share of unusable images that is put up with")
+    group.add_argument("--max-images", type=COUNT, default=None, help="only the first so many")
+    group.add_argument("--max-skipped", type=SHARE, default=0.0, help="share of unusable images that is put up with")
     add_protocol_options(parser)
     group = parser.add_argument_group("what is compared")
     group.add_argument("--readouts", nargs="+", default=None, help="dense readings; by default the protocol's")
     group.add_argument("--refine", nargs="+", default=["none"], choices=REFINEMENTS, help="each with every reading")
     group.add_argument("--zero-shot", action="store_true", help="also the means over seen and unseen classes, and hIoU")
     group = parser.add_argument_group("run")
-    group.add_argument("--output", default="", help="folder of results.json; a run that was cut short goes on there")
-    group.add_argument("--batch-size", type=int, default=4, help="images at a time")
-    group.add_argument("--workers", type=int, default=2, help="processes that read images, per process")
+    group.add_argument(
+        "--out", "--output", dest="output", metavar="DIR", default="",
+        help="folder of results.json; a run that was cut short goes on there",
+    )  # fmt: skip
+    group.add_argument("--batch-size", type=COUNT, default=4, help="images at a time")
+    group.add_argument("--workers", type=NATURAL, default=2, help="processes that read images, per process")
     return parser.parse_args(argv)
 
 
@@ -219,11 +222,11 @@ def run(args: argparse.Namespace, dist: Dist) -> dict[str, Any]:
     Raises:
         UserError: anything for the user to mend.
     """
-    if args.batch_size < 1 or args.workers < 0:
-        raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: at least 1, and at least 0")
     protocol = protocol_from(args, args.dataset)
     variants = variants_from(protocol, args.readouts, args.refine)
     with together():
+        if args.output and Path(args.output).is_file():
+            raise UserError(f"--out {args.output}: is a file; give a folder")
         data = open_dataset(args.dataset, args.data_root, args.split, words=protocol.words, image_root=args.image_root)
     segmenter = build_segmenter(args, data.classes, variants, dist.device, progress=dist.is_master)
     with together():

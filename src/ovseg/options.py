@@ -12,13 +12,14 @@ from torch import Tensor
 
 import open_clip
 from open_clip import CLIP
+from open_clip.readouts import build_readout
 from ovseg.classes import TEMPLATE_NAMES, ClassList, embed_words, parse_classes, read_classes
 from ovseg.external import load_external
 from ovseg.protocols import PROTOCOLS, Protocol, preset
 from ovseg.refine import KEY_FORMS
 from ovseg.segment import Segmenter
 from training.engine.distributed import together
-from training.engine.errors import UserError
+from training.engine.errors import UserError, as_user_error
 from training.engine.precision import make_precision
 
 #: Published thresholds of MaskCLIP's refinements, by the names that the programs give them.
@@ -138,14 +139,12 @@ def load_model(args: argparse.Namespace, pretrained: str, device: torch.device) 
     """
     name = args.model
     torch.manual_seed(0)
-    try:
+    with as_user_error():
         if name.endswith(".json"):
             path = Path(name)
             name = path.parent.name if path.stem == "config" else path.stem
             open_clip.add_model_config(args.model, name)
         model = open_clip.create_model(name, pretrained or None, device=device, cache_dir=args.cache_dir)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        raise UserError(str(error)) from None
     return model.eval().requires_grad_(False), name
 
 
@@ -173,13 +172,15 @@ def build_segmenter(
         UserError: anything for the user to mend.
     """
     precision = make_precision(args.precision, device)
+    protocols = [variants] if isinstance(variants, Protocol) else list(variants.values())
     with together():
         model, name = load_model(args, args.pretrained if pretrained is None else pretrained, device)
+        for readout in {p.readout for p in protocols if p.readout}:
+            as_user_error(build_readout, readout, model.visual)  # a wrong name, before minutes of prompts
         external = load_external(args.external, device) if args.external else None
         tokenizer = tokenizer_of(args, name)
-    protocol = variants if isinstance(variants, Protocol) else next(iter(variants.values()))
     embeddings = embed_words(
-        model, tokenizer, classes, templates=protocol.templates, embed_path=args.embed_path, device=device,
+        model, tokenizer, classes, templates=protocols[0].templates, embed_path=args.embed_path, device=device,
         progress=progress,
     )  # fmt: skip
     model.visual.to(precision.param_dtype)

@@ -11,10 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ovseg.classes import IGNORE, ClassList
+from training.engine.data.folder import SUFFIXES, image_names
 from training.engine.errors import UserError
 from training.engine.pictures import distinct_colours
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 def class_colours(classes: ClassList) -> np.ndarray:
@@ -60,8 +59,7 @@ def list_images(places: Sequence[str | Path]) -> list[tuple[Path, Path]]:
     found: list[tuple[Path, Path]] = []
     for place in map(Path, places):
         if place.is_dir():
-            files = (p for p in sorted(place.rglob("*")) if p.suffix.lower() in SUFFIXES and p.is_file())
-            found += [(p, p.relative_to(place)) for p in files]
+            found += [(place / name, Path(name)) for name in image_names(place)]
         elif place.is_file():
             found.append((place, Path(place.name)))
         else:

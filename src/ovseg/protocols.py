@@ -20,7 +20,6 @@ class Protocol:
         antialias: of that resize. The published evaluations go without, and shrink by dropping pixels.
         window, stride: sliding windows in pixels of the input; 0 for the whole image, and for half a window.
         remainder: what is done where a window is no multiple of the patch, see :data:`ovseg.windows.REMAINDERS`.
-        multiple: what windows are padded to multiples of; 0 for the patch.
         words: whose class words are embedded (:func:`ovseg.classes.class_list`).
         templates: prompt templates (:data:`ovseg.classes.TEMPLATE_NAMES`).
         scale: factor of cosines before the softmax over words.
@@ -39,7 +38,6 @@ class Protocol:
     window: int = 0
     stride: int = 0
     remainder: str = "pad"
-    multiple: int = 0
     words: str = "names"
     templates: str = "project"
     scale: float = 40.0
@@ -55,7 +53,7 @@ class Protocol:
         for name in ("long_side", "short_side"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give at least 1")
-        for name in ("window", "stride", "multiple", "pamr_steps"):
+        for name in ("window", "stride", "pamr_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
         for name in ("threshold", "area", "denoise", "smooth"):
@@ -85,7 +83,7 @@ _CLEARCLIP = Protocol(
     words="clearclip", templates="imagenet", scale=50.0,
 )  # fmt: skip
 _PROXYCLIP = Protocol(
-    readout="proxyclip", antialias=False, short_side=336, window=336, stride=112, remainder="centre", multiple=56,
+    readout="proxyclip", antialias=False, short_side=336, window=336, stride=112, remainder="centre",
     words="proxyclip", templates="imagenet",
 )  # fmt: skip
 

@@ -5,9 +5,9 @@ on where it stopped; with torchrun the images are shared among processes.
 
 Examples:
     python -m ovseg.pseudo_labels --model ViT-B-16-quickgelu --pretrained openai --images photos \\
-        --classes road sky "tree|bush" car --confidence 0.5 --output labels
+        --classes road sky "tree|bush" car --confidence 0.5 --out labels
     python -m ovseg.pseudo_labels --model EVA02-CLIP-B-16 --pretrained clipself.pt --dataset voc20 --data-root data \\
-        --split trainaug --protocol maskclip --denoise 0.5 --smooth 1.0 --output labels/voc
+        --split trainaug --protocol maskclip --denoise 0.5 --smooth 1.0 --out labels/voc
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ovseg.classes import IGNORE, ClassList
@@ -41,13 +41,15 @@ from ovseg.pictures import class_colours, list_images, write_label_png
 from ovseg.segment import Segmenter
 from training.engine.checkpoint import weights_hash
 from training.engine.data.images import ImageError, read_image
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
-from training.engine.errors import Flags, UserError, run_program
+from training.engine.errors import Flags, UserError, reason_of, run_program
+from training.engine.flags import COUNT, NATURAL, Parser
 from training.engine.journal import setup_logging, write_atomically
 
 logger = logging.getLogger(__name__)
 
-FLAGS = Flags(resume="the same command", folder="--output", checkpointing="a lower --short-side")
+FLAGS = Flags(resume="the same command", folder="--out", checkpointing="a lower --short-side")
 
 RECORD = "pseudo_labels.json"  # in the output folder: classes and settings
 
@@ -113,9 +115,7 @@ def write_pseudo_labels(
     (name, protocol), *_ = segmenter.variants.items()
     colours = class_colours(segmenter.classes)
     written, skipped = 0, []
-    loader = DataLoader(
-        photographs, batch_size=batch_size, num_workers=min(workers, len(photographs)), collate_fn=list
-    )  # fmt: skip
+    loader = Loader(photographs, workers=min(workers, len(photographs)), batch_size=batch_size, collate_fn=list)
     with tqdm(total=len(photographs), desc="pseudo labels", unit="img", disable=not progress) as bar:
         for batch in loader:
             items = [item for item in batch if not isinstance(item, Unusable)]
@@ -140,7 +140,7 @@ def write_pseudo_labels(
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m ovseg.pseudo_labels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_options(parser)
@@ -157,9 +157,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-seen", action="store_true", help="zero-shot setting: keep annotations, fill in the unseen classes only"
     )
-    parser.add_argument("--output", required=True, help="folder of the PNGs")
-    parser.add_argument("--batch-size", type=int, default=4, help="images at a time")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images, per process")
+    parser.add_argument("--out", "--output", dest="output", metavar="DIR", required=True, help="folder of the PNGs")
+    parser.add_argument("--batch-size", type=COUNT, default=4, help="images at a time")
+    parser.add_argument("--workers", type=NATURAL, default=2, help="processes that read images, per process")
     return parser.parse_args(argv)
 
 
@@ -200,6 +200,8 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         protocol = replace(protocol, readout=args.readout)
     output = Path(args.output)
     with together():
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--out {output}: is a file; give a folder")
         files, classes, data = _sources(args)
     segmenter = build_segmenter(args, classes, protocol, dist.device, progress=dist.is_master)
     with together():
@@ -244,10 +246,10 @@ def _record(output: Path, args: argparse.Namespace, segmenter: Segmenter) -> Non
             write_atomically(file, json.dumps(record) + "\n")
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {output}: {error}") from None
+        raise UserError(f"--out {output}: {reason_of(error)}") from None
     other = sorted(key for key in record if before.get(key) != record[key])
     if other:
-        raise UserError(f"--output {output}: holds label maps with other {', '.join(other)}; choose another folder")
+        raise UserError(f"--out {output}: holds label maps with other {', '.join(other)}; choose another folder")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from training.engine.data.images import read_image
 from training.engine.errors import UserError
 
 #: Settings that all variants of one pass must share: they decide what the network sees and which words are scored.
-SHARED = ("long_side", "short_side", "antialias", "window", "stride", "remainder", "multiple", "words", "templates")
+SHARED = ("long_side", "short_side", "antialias", "window", "stride", "remainder", "words", "templates")
 WINDOWS_PER_PASS = 16
 _DEFAULT = "default"  # name of a single variant
 
@@ -52,6 +53,7 @@ class ImageSegmenter(ABC):
         dtype: autocast dtype; float32 for none. Scores are float32 in any case.
         pixel_dtype: of the network's input.
         windows_per_pass: windows (of one or several images) that go through the network together.
+        multiple: what windows are padded to multiples of; 0 for the patch.
 
     Raises:
         UserError: variants that cannot share a pass.
@@ -69,7 +71,9 @@ class ImageSegmenter(ABC):
         dtype: torch.dtype = torch.float32,
         pixel_dtype: torch.dtype = torch.float32,
         windows_per_pass: int = WINDOWS_PER_PASS,
+        multiple: int = 0,
     ) -> None:
+        self.multiple = multiple
         self.classes, self.patch_size, self.mean, self.std = classes, patch_size, tuple(mean), tuple(std)
         self.device, self.dtype, self.pixel_dtype = device, dtype, pixel_dtype
         self.windows_per_pass = windows_per_pass
@@ -107,7 +111,7 @@ class ImageSegmenter(ABC):
         shared = self.shared
         plans = [
             plan_windows(
-                *x.shape[-2:], self.patch_size, shared.window, shared.stride, shared.remainder, shared.multiple
+                *x.shape[-2:], self.patch_size, shared.window, shared.stride, shared.remainder, self.multiple
             )
             for x in inputs
         ]  # fmt: skip
@@ -219,6 +223,8 @@ class Segmenter(ImageSegmenter):
             dtype=dtype,
             pixel_dtype=weight.dtype,
             windows_per_pass=windows_per_pass,
+            # Another model reads the same windows, with patches of its own.
+            multiple=0 if external is None else math.lcm(model.visual.patch_size, external.patch_size),
         )
         if len(embeddings) != len(classes.all_words):
             raise ValueError(f"{len(embeddings)} embeddings for {len(classes.all_words)} words")
@@ -245,7 +251,7 @@ class Segmenter(ImageSegmenter):
         Args:
             image: what :meth:`prepare` returned, uint8 ``[3, h, w]``.
         """
-        plan = plan_windows(*image.shape[-2:], self.patch_size, remainder="pad", multiple=self.shared.multiple)
+        plan = plan_windows(*image.shape[-2:], self.patch_size, remainder="pad", multiple=self.multiple)
         with self._autocast():
             maps, _ = self.reader(plan.pad(self._normalize(image[None])))
         return {name: dense[0].float() for name, dense in maps.items()}, plan

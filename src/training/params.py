@@ -12,6 +12,7 @@ from pathlib import Path
 from training.data.options import SOURCES
 from training.engine.errors import UserError
 from training.engine.flags import Parser, add_flags, flags_of, spelling, take
+from training.engine.folder import RESUME
 from training.methods import Entry, find_method, find_recipe, list_methods
 from training.options import ROOMS, TITLES, Options
 
@@ -173,16 +174,16 @@ def _check(options: Options) -> None:
     teachers = options.entry.teachers(options.own)
     if data.cache_teacher and not teachers:
         raise UserError(f"--cache-teacher: --method {options.entry.name} has no teacher; leave it out")
-    if data.cache_teacher and data.dataset_type == "grid_distill" and not regions.fixed_regions:
-        if any(t.source == "crops" for t in teachers):
-            raise UserError(
-                "--cache-teacher needs regions that recur, which grid_distill draws anew in every epoch: add "
-                "--fixed-regions, or use --dataset-type proposals_distill"
-            )
+    anew = data.dataset_type in ("grid_distill", "mixed_distill") and not regions.fixed_regions
+    if data.cache_teacher and anew and all(t.source == "crops" for t in teachers):
+        raise UserError(
+            f"--cache-teacher needs regions that recur, which {data.dataset_type} draws anew in every epoch: add "
+            "--fixed-regions, or use --dataset-type proposals_distill"
+        )
     if options.run.dry_run and not data.train_data:
         raise UserError("--dry-run is about a training: give --train-data")
-    if options.run.resume == "latest" and not options.run.name:
-        raise UserError("--resume latest needs --name: which experiment?")
+    if options.run.resume in RESUME and not options.run.name:
+        raise UserError(f"--resume {options.run.resume} needs --name: which experiment?")
 
 
 # Flags of the regions that a dataset type reads.

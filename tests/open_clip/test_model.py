@@ -206,6 +206,26 @@ def test_regions_of_one_pass_and_empty_lists(tiny):
         model.encode_dense(torch.randn(1, 3, 30, 32))
 
 
+def test_defaults_are_the_published_ones(tiny):
+    model = tiny("eva02")
+    image, masks = torch.randn(1, 3, 32, 48), [torch.rand(2, 4, 6) > 0.5]
+    with torch.no_grad():
+        dense = model.encode_dense(image)
+        assert dense.shape == (1, 24, model.embed_dim)  # cells [B, h*w, D]
+        torch.testing.assert_close(dense.norm(dim=-1), torch.ones(1, 24))
+        torch.testing.assert_close(model.encode_masks(image, masks).norm(dim=-1), torch.ones(2))
+        torch.testing.assert_close(
+            model.encode_dense(image, keep_shape=True).flatten(2).transpose(1, 2), dense, rtol=0, atol=0
+        )
+
+
+def test_a_temperature_or_bias_written_as_a_whole_number_trains(tiny):
+    text, visual = tiny("vit").text, tiny("vit").visual
+    model = open_clip.CLIP(visual, text, init_logit_scale=2, init_logit_bias=-10)
+    (model.logit_scale.exp() + model.logit_bias).backward()
+    assert model.logit_bias.item() == -10 and model.logit_bias.grad.item() == 1
+
+
 def test_positions_resize_without_antialias():
     positions = torch.randn(1, 16, 5)
     same = resize_positions(positions, (4, 4), (4, 4))

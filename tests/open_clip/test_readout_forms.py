@@ -20,7 +20,7 @@ KINDS = ["eva02", "eva01", "eva_postnorm", "eva_layerscale", "vit", "layerscale"
 # One of each kind, with the numbers that some take.
 NAMES = [*MIXINGS, "tokens", "multi-v:2", "gated:2", "naclip:1.5", "window:3", "proxyclip"]
 FEW = ["value", "value_bare", "kk_bare", "vv", "tokens", "gated:2", "proxyclip"]  # for trunks much like others
-PAIRS = [(kind, name) for kind in KINDS for name in (NAMES if kind in ("eva02", "vit", "siglip") else FEW)]
+PAIRS = [(kind, name) for kind in KINDS for name in (NAMES if kind in ("eva02", "vit") else FEW)]
 
 
 def image(tower: ImageTower, count: int = 2, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -155,8 +155,8 @@ def test_a_trunk_of_one_block_has_prefix_tokens_that_values_never_meet(tiny, kin
     assert tower.trunk.pos_embed.grad[:, 1:].any()
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", ["eva02", "vit"])
+@pytest.mark.parametrize("name", [*FEW, "naclip", "window:3", "multi-v:2"])
+@pytest.mark.parametrize("kind", ["eva02"])
 def test_gradient_checkpointing_changes_no_reading(tiny, kind, name):
     tower = tiny(kind).double().visual
     pictures = image(tower, count=1)

@@ -107,7 +107,7 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     detector = build_detector(config, vit.model, torch.ones(2, 24), torch.ones(1, dtype=torch.bool))
     for value in detector.trainable_state_dict().values():
         value.copy_(torch.rand(value.shape) * 10)
-    content = files.detector_content(detector, vit=vit.identity, config={}, base=["a", "d"], novel=["b c"])
+    content = files.detector_content(detector, vit=vit.identity, config={}, names=["a", "b c", "d"], novel=[0, 1, 0])
     files.save(content, folder / "detector.pt")
     return folder
 
@@ -131,6 +131,38 @@ def test_there_and_back(small: Path, tool: ModuleType, tmp_path: Path, monkeypat
     assert np.allclose(np.linalg.norm(np.load(tmp_path / "e.npy"), axis=1), 1, atol=1e-5)
     with pytest.raises(UserError, match="b.pt exists"):
         tool.main([config, str(tmp_path / "a.pth"), str(tmp_path / "b.pt")])
+
+
+@pytest.mark.slow
+def test_full_size_values(golden: Path, tool: ModuleType, tmp_path: Path):
+    """A published file of full size with random values, through the command line and back: equal to the last bit."""
+    file = golden / "fvit" / "state_dict_shapes.json"
+    if not file.is_file():
+        pytest.skip("recorded names of the published files are not there: set CLIPSELF_GOLDEN")
+    entries = json.loads(file.read_text())["ov_coco_vitb16"]["entries"]
+    generator = torch.Generator().manual_seed(0)
+    state = {k: torch.randn(shape, generator=generator) if kind == "float32" else torch.tensor(7)
+             for k, (shape, kind, _) in entries.items()}  # fmt: skip
+    clip = open_clip.create_model("EVA02-CLIP-B-16")
+    vit = {f"backbone.{k}": v for k, v in export_state_dict(clip).items() if k.startswith("visual.")}
+    state |= {k: v for k, v in vit.items() if "rope" in k}
+    names = [f"c{i}" for i in range(65)]
+    torch.save({"state_dict": state, "meta": {"CLASSES": tuple(names)}}, tmp_path / "a.pth")
+    torch.save({"state_dict": export_state_dict(clip)}, tmp_path / "clip.pt")
+    np.save(tmp_path / "e.npy", state[EMBEDDINGS].T.numpy())
+    config = str(next(path for path in CONFIGS if path.stem.startswith("ov_coco_vitb16")))
+    values = ['data.novel=["c3"]', "data.val_annotations=none.json"]
+    weights = [f"model.cache_dir={tmp_path / 'clip.pt'}"]
+    tool.main([config, str(tmp_path / "a.pth"), str(tmp_path / "b.pt"), "--write-vit", str(tmp_path / "v.pt"), *values,
+               *weights])  # fmt: skip
+    tool.main([config, str(tmp_path / "b.pt"), str(tmp_path / "c.pth"), *values, "model.cache_dir=",
+               f"model.pretrained={tmp_path / 'v.pt'}", f"data.embeddings={tmp_path / 'e.npy'}"])  # fmt: skip
+    back = torch.load(tmp_path / "c.pth", weights_only=True)["state_dict"]
+    assert back.keys() == state.keys()
+    free = (EMBEDDINGS, f"{UNUSED}weight", f"{UNUSED}bias")  # brought to unit length; not kept
+    assert all(torch.equal(back[k], v) for k, v in state.items() if k not in free)
+    unit = torch.nn.functional.normalize(state[EMBEDDINGS], dim=0)
+    assert torch.allclose(back[EMBEDDINGS], unit, atol=1e-6)
 
 
 def test_what_does_not_fit_is_refused(small: Path, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -19,13 +19,14 @@ from open_clip.regions import roi_features
 from open_clip.weights import load_weights
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import Detector, build_detector
-from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.fvit.fusion import vlm_probabilities
 from ovdet.fvit.published import EMBEDDINGS, from_published, published_name
 from ovdet.parts import boxes as box_ops
 from ovdet.parts.boxes import Draw, Padded
 from ovdet.parts.losses import classification_loss
 from ovdet.parts.masks import encode_pasted, mask_targets, paste_masks
 from ovdet.parts.rois import Samples, collect
+from ovdet.parts.scores import class_probabilities, fuse
 from ovdet.testing import to_original
 
 LOSSES = {

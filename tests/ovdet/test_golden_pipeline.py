@@ -17,7 +17,7 @@ from ovdet.data.masks import MaskWindows, run_lengths, unpack, view_of_mask
 from ovdet.data.transforms import View, apply_view, apply_view_to_boxes, scaled_size, test_view
 from ovdet.evaluation.coco import evaluate_detections
 from ovdet.evaluation.voc import area, eleven_points, precision_recall
-from ovdet.fvit.pixels import normalize_padded
+from ovdet.parts.pixels import normalize_padded
 
 JITTER = (0.1, 2.0)
 

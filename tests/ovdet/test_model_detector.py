@@ -164,6 +164,18 @@ def test_one_vit_pass_for_detection(monkeypatch: pytest.MonkeyPatch):
     assert [tuple(m.shape) for m in maps.levels] == [(2, 32, 8, 8)] * 4
 
 
+def test_other_readings_of_the_vit():
+    images, sizes, _ = batch()
+    clip = tiny_clip()
+    detector = make(clip, readout="qq").eval()
+    maps = detector.backbone(images, dense=True)
+    assert torch.allclose(maps.dense, clip.visual.encode_dense(images, readout="qq"), atol=1e-6)
+    assert not torch.allclose(maps.dense, clip.visual.encode_dense(images), atol=1e-2)
+    assert len(detector(images, sizes)[0]["boxes"])
+    with pytest.raises(ValueError, match="nonsense"):
+        make(clip, readout="nonsense")
+
+
 def test_detections_are_fused_scores_of_valid_boxes():
     detector = make().eval()
     detector.test_config.vlm_weight_base = detector.test_config.vlm_weight_novel = 1.0  # the VLM alone decides

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as coco_mask
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou
 
-from ovdet.fvit.detector import select_detections
-from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.fvit.fusion import vlm_probabilities
 from ovdet.parts import boxes as box_ops
 from ovdet.parts.anchors import level_anchors
 from ovdet.parts.boxes import Padded
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import box_loss, classification_loss, mask_loss, objectness_loss
-from ovdet.parts.masks import mask_targets, paste_masks
+from ovdet.parts.masks import compress_runs, mask_targets, paste_masks
+from ovdet.parts.scores import class_probabilities, fuse, select_detections
 
 
 def random_boxes(number: int, size: float, generator: torch.Generator) -> torch.Tensor:
@@ -250,3 +252,52 @@ def test_masks_are_cut_and_pasted_back():
     full = paste_masks(torch.ones(2, 28, 28), torch.tensor([[-10.0, -10, 20, 30], [300, 300, 310, 310]]), (200, 240))
     assert full[0, :30, :20].all() and full[0].sum() == 600 and full[1].sum() == 0
     assert mask_targets(disc[None], torch.zeros(0, dtype=torch.long), box[:0], 28).shape == (0, 28, 28)
+
+
+def test_run_lengths_are_cocos():
+    rng = np.random.default_rng(0)
+    masks = [rng.random((17, 23)) < share for share in (0.0, 1.0, 0.5, 0.02, 0.98, 0.3)]
+    masks[3][:, 5:9] = True  # whole columns: runs that go on from one to the next
+    which, edges = [], []
+    for number, mask in enumerate(masks):
+        flat = mask.T.ravel().astype(int)
+        lines = np.pad(mask.T.astype(int), ((0, 0), (1, 1)))  # as the columns are looked at, one by one
+        column, line = np.nonzero(np.diff(lines, axis=1))
+        edges.append(column * 17 + line)
+        which.append(np.full(len(edges[-1]), number))
+        assert flat.sum() == mask.sum()
+    texts = compress_runs(np.concatenate(which), np.concatenate(edges), len(masks), 17 * 23)
+    expected = [coco_mask.encode(np.asfortranarray(m.astype(np.uint8)))["counts"].decode() for m in masks]
+    assert texts == expected
+    assert compress_runs(np.zeros(0, int), np.zeros(0, int), 2, 12) == compress_runs(
+        np.zeros(0, int), np.zeros(0, int), 1, 12
+    ) * 2 == ["<"] * 2  # fmt: skip
+
+
+@pytest.mark.parametrize("repeat_edges", [False, True])
+@pytest.mark.parametrize("threshold", [0.5, 0.3])
+def test_pasting_is_bilinear_interpolation(repeat_edges: bool, threshold: float):
+    """Against the formula at every pixel's centre, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    cells, height, width = 7, 50, 61
+    masks = torch.rand(12, cells, cells, generator=generator)
+    boxes = random_boxes(12, 55, generator)
+    boxes[0] = torch.tensor([-9.3, -4.2, 30.7, 22.1])
+    boxes[1] = torch.tensor([10.0, 10.0, 24.0, 24.0])
+    found = paste_masks(masks, boxes, (height, width), threshold, repeat_edges=repeat_edges)
+    off = 0
+    for mask, (x1, y1, x2, y2), one in zip(masks.double().numpy(), boxes.double().tolist(), found.numpy(), strict=True):
+        across = (np.arange(width) + 0.5 - x1) / (x2 - x1) * cells - 0.5
+        down = (np.arange(height) + 0.5 - y1) / (y2 - y1) * cells - 0.5
+        weights, inside = [], []
+        for place in (down, across):
+            inside.append((place >= -0.5) & (place <= cells - 0.5) if repeat_edges else np.ones(len(place), bool))
+            place = place.clip(0, cells - 1) if repeat_edges else place
+            weights.append((1 - np.abs(place[:, None] - np.arange(cells))).clip(0))
+        value = weights[0] @ mask @ weights[1].T
+        sure = np.abs(value - threshold) > 1e-4
+        wanted = (value >= threshold) & inside[0][:, None] & inside[1]
+        off += int((one != wanted)[sure].sum())
+    # A pixel whose centre lies on the box's own edge, up to rounding.
+    assert off <= (2 if repeat_edges else 0) and found.any()
+    assert paste_masks(masks[:0], boxes[:0], (height, width)).shape == (0, height, width)

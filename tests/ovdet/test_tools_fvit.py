@@ -25,7 +25,8 @@ from training.scenes.generate import SceneOptions, write_dataset
 
 
 def program(name: str) -> ModuleType:
-    return importlib.import_module(f"ovdet.fvit.commands.{name}")
+    own = name in ("train", "test", "make_proposals")
+    return importlib.import_module(f"ovdet.fvit.commands.{name}" if own else f"ovdet.commands.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def detector_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path,
     config.data.embeddings = str(folder / "e.npy")
     detector = make_detector(config, vit, vocabulary, device=torch.device("cpu"))
     content = detector_content(
-        detector, vit=vit.identity, config=config_to_dict(config), base=list(vocabulary.names), novel=[]
+        detector, vit=vit.identity, config=config_to_dict(config), names=vocabulary.names, novel=vocabulary.novel
     )
     save(content, folder / "detector.pt")
     return folder / "data", config_file, folder / "detector.pt"

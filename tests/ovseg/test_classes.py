@@ -95,7 +95,7 @@ def test_presets():
     sclip = preset("sclip", "voc21")
     assert (sclip.scale, sclip.threshold, sclip.area, sclip.window, sclip.stride) == (65, 0.1, 0.1, 224, 112)
     assert preset("sclip", "coco_stuff171").short_side == 448 and preset("naclip", "voc20").window == 0
-    assert preset("proxyclip", "ade150").multiple == 56 and preset("clearclip", "coco_object").threshold == 0.4
+    assert preset("proxyclip", "ade150").short_side == 448 and preset("clearclip", "coco_object").threshold == 0.4
     assert preset("maskclip", "context59").long_side == 520 and preset("sclip", "panoptic").words == "names"
     for name in PROTOCOLS:
         for dataset in ("voc20", "voc21", "context59", "context60", "coco_object", "coco_stuff171", "ade150"):

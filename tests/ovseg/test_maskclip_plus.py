@@ -91,5 +91,33 @@ def test_student_learns_a_background_and_nothing_else_of_its_classifier():
     names = dict(student.named_parameters())
     assert "background_vector" in names and "embeddings" not in names
     assert "background_vector" not in dict(Student(embeddings).named_parameters())
-    with pytest.raises(UserError, match="resnet50 or resnet101"):
+    with pytest.raises(UserError, match="use resnet50, resnet101"):
         Student(embeddings, backbone="vgg")
+
+
+@pytest.mark.parametrize("backbone, stride", [("resnet50", 8), ("mobilenet_v3_large", 16)])
+def test_a_student_labels_images_of_any_size(tmp_path, backbone, stride):
+    """Written, read again and used: the cells of a constant answer lie on the whole image."""
+    from ovseg.classes import parse_classes
+    from ovseg.maskclip_plus.network import StudentSegmenter, load_student, release_of
+    from ovseg.protocols import Protocol
+
+    embeddings = torch.eye(3, 8)
+    student = Student(embeddings, backbone=backbone).eval()
+    classes = parse_classes(["a,b|other,c"])
+    torch.save(release_of(student, classes, mean=(0.5,) * 3, std=(0.2,) * 3), tmp_path / "student.pt")
+    again, about = load_student(tmp_path / "student.pt")
+    assert about["classes"] == ["a", "b", "c"] and again.stride == stride
+    segmenter = StudentSegmenter(again, classes, Protocol(short_side=40), mean=about["mean"], std=about["std"])
+    image = torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8)
+    with torch.no_grad():
+        again.head[-1].weight.zero_()
+        again.head[-1].bias.copy_(torch.eye(8)[1])
+    found = segmenter(image, confidence=True)["default"]
+    assert found.labels.shape == (45, 61) and (found.labels == 1).all()
+    (tmp_path / "none.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        load_student(tmp_path / "none.pt")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="holds no student"):
+        load_student(tmp_path / "other.pt")

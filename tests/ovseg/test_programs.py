@@ -189,3 +189,23 @@ def test_student_trains_stops_goes_on_and_is_read_again(model, scenes, tmp_path,
     ]:
         assert maskclip_plus.main(wrong) == 2
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_script_of_a_data_set(model, scenes, tmp_path):
+    """The bash entry point: readings side by side in one table, further flags handed on."""
+    flag = dict(zip(model[::2], model[1::2], strict=True))
+    environment = {
+        **os.environ, "PYTHON": sys.executable, "DATA": str(scenes), "OUT": str(tmp_path / "out"), "NPROC": "1",
+        "MODEL": flag["--model"], "PRETRAINED": flag["--pretrained"], "READOUTS": "value naclip", "PROTOCOL": "sclip",
+        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "scripts" / "segment_panoptic.sh"), "--embed-path", flag["--embed-path"]]
+    run = subprocess.run(
+        [*command, "--workers", "0", "--short-side", "64", "--window", "64"], env=environment, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["reading", "value", "naclip"]
+    assert set(results(tmp_path / "out" / "panoptic-sclip-weights")) == {"value", "naclip"}
+    for script in (ROOT / "scripts").glob("segment_*.sh"):
+        subprocess.run(["bash", "-n", str(script)], check=True)

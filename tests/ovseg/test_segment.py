@@ -102,10 +102,11 @@ def test_another_model_s_similarity(model):
     external = load_external("vit_tiny_patch16_224:random")
     assert isinstance(external, ExternalModel) and external.patch_size == 16
     embeddings = F.normalize(torch.randn(4, model.embed_dim), dim=-1)
-    protocol = Protocol(readout="proxyclip", short_side=50, window=32, stride=16, remainder="centre", multiple=16)
+    protocol = Protocol(readout="proxyclip", short_side=50, window=32, stride=16, remainder="centre")
     segmenter = Segmenter(model, NAMES, embeddings, protocol, external=external)
     image = torch.randint(0, 256, (3, 61, 90), dtype=torch.uint8)
     assert segmenter(image)["default"].labels.shape == (61, 90)
+    assert segmenter.multiple == 16  # patches of 8 and 16 fit
     assert segmenter.score([segmenter.prepare(image)], [(61, 90)])[0]["default"].cells.shape[0] == 4
     smooth = replace(protocol, smooth=1.0)
     with pytest.raises(UserError, match="another grid than"):

@@ -3,33 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import open_clip
 from ovdet import files as checkpoint
+from ovdet.clip import Clip, load_clip
 from ovdet.config import config_from_dict, load_config
 from ovdet.fvit.config import UNVERSIONED, FViTConfig
 from ovdet.fvit.detector import Detector, build_detector
 from ovdet.library import LoadedDetector
-from ovdet.vocabulary import Vocabulary, vocabulary_embeddings
+from ovdet.vocabulary import Vocabulary, free_vocabulary, vocabulary_embeddings
 from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Vit:
-    """A CLIP model, its tokenizer, and what identifies its image tower in detector files."""
-
-    model: open_clip.CLIP
-    tokenizer: Callable[[list[str]], Tensor]
-    identity: dict[str, str]
 
 
 def read_config(path: str, overrides: Sequence[str]) -> FViTConfig:
@@ -38,34 +26,14 @@ def read_config(path: str, overrides: Sequence[str]) -> FViTConfig:
         return load_config(FViTConfig, path, overrides)
 
 
-def load_vit(config: FViTConfig) -> Vit:
-    """The CLIP model of a config on the CPU; random weights follow ``train.seed``.
-
-    ``model.name`` may also be a model config file (``.json``).
-
-    Raises:
-        UserError: unknown model, or weights that are missing or of another architecture.
-    """
+def load_vit(config: FViTConfig) -> Clip:
+    """The CLIP model of a config; see :func:`ovdet.clip.load_clip`."""
     model = config.model
-    name = model.name
-    with as_user_error():
-        if name.endswith(".json"):
-            path = Path(config.locate(name))
-            name = path.parent.name if path.stem == "config" else path.stem
-            open_clip.add_model_config(path, name)
-        torch.manual_seed(config.train.seed)
-        pretrained, folder = model.pretrained, model.cache_dir
-        if Path(config.locate(pretrained)).is_file():
-            pretrained = config.locate(pretrained)
-        folder = config.locate(folder) if folder and pretrained == "eva" else folder or None
-        clip = open_clip.create_model(name, pretrained=pretrained or None, cache_dir=folder).eval()
-        tokenizer = open_clip.get_tokenizer(name)
-    weights = str(folder) if pretrained == "eva" else str(pretrained) or f"random, seed {config.train.seed}"
-    return Vit(clip, tokenizer, {"name": name, "weights": weights, "hash": checkpoint.vit_hash(clip)})
+    return load_clip(config, model.name, model.pretrained, model.cache_dir, seed=config.train.seed)
 
 
 def make_detector(
-    config: FViTConfig, vit: Vit, vocabulary: Vocabulary, *, device: torch.device, progress: bool = False
+    config: FViTConfig, vit: Clip, vocabulary: Vocabulary, *, device: torch.device, progress: bool = False
 ) -> Detector:
     """A detector for a vocabulary, on a device; its trainable parts start from ``train.seed``.
 
@@ -88,7 +56,7 @@ def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence
         return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", near=path, overrides=overrides)
 
 
-def load_into(path: str, detector: Detector, config: FViTConfig, vit: Vit) -> dict[str, Any]:
+def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> dict[str, Any]:
     """Load a detector file into a detector that a config describes; returns the file's content.
 
     Raises:
@@ -141,10 +109,3 @@ def open_detector(
     return LoadedDetector(
         detector, config, set_classes, device=device, base=content["base"], novel=content["novel"]
     )  # fmt: skip
-
-
-def free_vocabulary(names: Sequence[str], base: Sequence[str] = ()) -> Vocabulary:
-    """A vocabulary of one's own; classes that the detector was trained on (``base``) count as base, others as novel."""
-    known = {name.lower().replace("_", " ") for name in base}
-    novel = tuple(name.lower().replace("_", " ") not in known for name in names)
-    return Vocabulary(tuple(names), tuple(range(1, len(names) + 1)), novel)

@@ -19,7 +19,8 @@ class ModelConfig:
     name: str = "EVA02-CLIP-B-16"  # one of open_clip.list_models()
     pretrained: str = "eva"  # a tag, a checkpoint file, "eva" with cache_dir, or "" for random weights
     cache_dir: str = ""  # checkpoint file when pretrained is "eva", else the download cache
-    blocks: list[int] = field(default_factory=lambda: [3, 5, 7])  # outputs of levels 1-3; level 4 is the value path
+    blocks: list[int] = field(default_factory=lambda: [3, 5, 7])  # outputs of levels 1-3
+    readout: str = ""  # dense reading of level 4 and of the VLM's map (open_clip.readouts); "" = the model's own
     channels: int = 256  # of the feature pyramid
     # Region proposals.
     rpn_convs: int = 2

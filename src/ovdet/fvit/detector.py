@@ -7,20 +7,22 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import nms
 
 from open_clip import CLIP, ImageTower
+from ovdet.files import check_state
 from ovdet.fvit.backbone import FrozenViT
 from ovdet.fvit.config import FViTConfig
-from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
-from ovdet.fvit.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
+from ovdet.fvit.fusion import vlm_probabilities
 from ovdet.parts.box_head import BoxHead
 from ovdet.parts.classifier import CosineClassifier
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import classification_loss
 from ovdet.parts.mask_head import MaskHead
-from ovdet.parts.rois import sample_rois
+from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
+from ovdet.parts.rois import check_labels, sample_rois
 from ovdet.parts.rpn import RPN
+from ovdet.parts.scores import class_probabilities, fuse, select_detections
 
 FROZEN = "backbone."  # prefix of what is not trained
 
@@ -46,7 +48,7 @@ class Detector(nn.Module):
         self.config, self.test_config = model, config.test
         self.strides = level_strides(visual.patch_size)
         pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest or 14 * self.strides[0]}
-        self.backbone = FrozenViT(visual, model.blocks)
+        self.backbone = FrozenViT(visual, model.blocks, model.readout or None)
         self.neck = Neck(self.backbone.width, model.channels)
         self.rpn = RPN(
             model.channels, self.strides, convs=model.rpn_convs, norm=nn.BatchNorm2d if model.rpn_norm else None,
@@ -71,6 +73,9 @@ class Detector(nn.Module):
         imagenet, zero = config.data.pixels == "imagenet", config.data.padding == "zero"
         self.pixels = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (visual.image_mean, visual.image_std)
         self.zero_padding = zero
+        for part in (self.neck, self.rpn, self.box_head, self.mask_head):
+            if part is not None:  # convolutions are faster so, those of many small RoIs above all
+                part.to(memory_format=torch.channels_last)
         # Not part of any state: the vocabulary is the user's.
         self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
         self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)
@@ -115,22 +120,9 @@ class Detector(nn.Module):
         Raises:
             ValueError: entries are missing, left over or of another shape.
         """
-        own = self.trainable_state_dict()
         if self.mask_head is None:
             state = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
-        problems = {
-            "lacks": sorted(own.keys() - state.keys()),
-            "has unknown": sorted(state.keys() - own.keys()),
-            "has other shapes of": sorted(
-                name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
-            ),
-        }
-        for what, names in problems.items():
-            if names:
-                raise ValueError(
-                    f"the detector's state {what} {', '.join(names[:3])} ({len(names)} in all): "
-                    "use the config that it was trained with"
-                )
+        check_state(self.trainable_state_dict(), state)
         self.load_state_dict(state, strict=False)
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -206,16 +198,10 @@ class Detector(nn.Module):
     def check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
         """See that targets can be trained on.
 
-        Labels are looked at where they are on the host; those on a GPU would make it wait in every step.
-
         Raises:
             ValueError: labels of novel classes, or no masks where they are needed.
         """
-        on_host = [target["labels"] for target in targets if target["labels"].device.type == "cpu"]
-        if on_host:
-            labels, base = torch.cat(on_host), self.base_mask.cpu()
-            if not ((labels >= 0) & (labels < len(base))).all() or not base[labels].all():
-                raise ValueError("targets hold labels that are not base classes: train on base-class annotations only")
+        check_labels(targets, self.base_mask)
         if self.mask_head is not None and any("masks" not in target for target in targets):
             raise ValueError("targets hold no masks: give them, or set model.masks=false")
 
@@ -263,26 +249,6 @@ class Detector(nn.Module):
             keep = nms(boxes, p["scores"], self.config.rpn_nms)
             results.append({"boxes": boxes[keep], "scores": p["scores"][keep]})
         return results
-
-
-def select_detections(boxes: Tensor, scores: Tensor, *, score: float, iou: float, most: int) -> dict[str, Tensor]:
-    """Class-wise NMS over boxes that all classes share: ``boxes``, ``scores``, ``labels`` by falling score.
-
-    Args:
-        boxes: ``[K, 4]``; scores: ``[K, C]``.
-        score: smaller or equal ones are dropped; iou: NMS threshold; most: kept at most.
-    """
-    row, label = (scores > score).nonzero().unbind(1)
-    value, order = scores[row, label].sort(descending=True, stable=True)
-    row, label = row[order], label[order]
-    # Greedy NMS never looks down: what it keeps of the best n is what it keeps among them of all. With 1203 classes
-    # there are a hundred thousand candidates, of which the first few thousand are enough.
-    number = max(4 * most, 1000)
-    while True:
-        best = batched_nms(boxes[row[:number]], value[:number], label[:number], iou)[:most]
-        if len(best) == most or number >= len(value):
-            return {"boxes": boxes[row[best]], "scores": value[best], "labels": label[best]}
-        number *= 4
 
 
 def build_detector(config: FViTConfig, clip_model: CLIP, class_embeddings: Tensor, base_mask: Tensor) -> Detector:

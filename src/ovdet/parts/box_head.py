@@ -28,6 +28,7 @@ class BoxHead(nn.Module):
         own_fcs: further ones, of the offsets alone.
         embedding_relu: whether the embedding ends with a ReLU (its elements are then not negative).
         limit_below: see :func:`ovdet.parts.boxes.decode_boxes`.
+        refines: whether it gives box offsets; a second judge of the same boxes does not.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class BoxHead(nn.Module):
         own_fcs: int = 0,
         embedding_relu: bool = False,
         limit_below: bool = True,
+        refines: bool = True,
     ) -> None:
         super().__init__()
         self.strides, self.size, self.sampling, self.finest = tuple(strides), size, sampling, finest
@@ -58,8 +60,8 @@ class BoxHead(nn.Module):
         inputs = width if fcs else channels * size**2
         self.embedding = nn.Linear(inputs, embed_dim)
         self.embedding_relu = nn.ReLU() if embedding_relu else nn.Identity()
-        self.own_fcs = _fully_connected(inputs, width, own_fcs)
-        self.offsets = nn.Linear(width if own_fcs else inputs, 4)
+        self.own_fcs = _fully_connected(inputs, width, own_fcs if refines else 0)
+        self.offsets = nn.Linear(width if own_fcs else inputs, 4) if refines else None
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -68,15 +70,17 @@ class BoxHead(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        nn.init.normal_(self.offsets.weight, std=0.001)  # first boxes are the proposals
+        if self.offsets is not None:
+            nn.init.normal_(self.offsets.weight, std=0.001)  # first boxes are the proposals
 
-    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(embeddings ``[K, D]``, offsets ``[K, 4]``) of one ``[K_i, 4]`` per image, K = sum K_i."""
+    def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(embeddings ``[K, D]``, offsets ``[K, 4]`` or None) of one ``[K_i, 4]`` per image, K = sum K_i."""
         x = box_ops.pool_levels(
             maps, self.strides, boxes, size=self.size, sampling=self.sampling, finest=self.finest
         )
         x = self.fcs(self.convs(x).flatten(1))
-        return self.embedding_relu(self.embedding(x)), self.offsets(self.own_fcs(x))
+        offsets = None if self.offsets is None else self.offsets(self.own_fcs(x))
+        return self.embedding_relu(self.embedding(x)), offsets
 
     def box_loss(self, offsets: Tensor, samples: Samples, truth: Sequence[Tensor]) -> Tensor:
         """L1 of the positives' offsets, divided by the number of all RoIs.

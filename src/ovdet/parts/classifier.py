@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovdet.parts.numbers import widened
+
 TEMPERATURES = ("linear", "log", "fixed")
 
 
 class CosineClassifier(nn.Module):
-    """``temperature * cosine(embedding, class embedding)``, in float32.
+    """``temperature * cosine(embedding, class embedding)``, in float32 (or float64, for such embeddings).
 
     Args:
         temperature: start value.
@@ -42,12 +44,13 @@ class CosineClassifier(nn.Module):
         return self.log_temperature.exp() if self.kind == "log" else self.start
 
     def forward(self, embeddings: Tensor, class_embeddings: Tensor, temperature: float = 0.0) -> Tensor:
-        """Logits ``[K, C]``, float32, of embeddings ``[K, D]`` (of any length; zeros give zeros).
+        """Logits ``[K, C]`` of embeddings ``[K, D]`` (of any length; zeros give zeros).
 
         Args:
             class_embeddings: ``[C, D]``, unit length.
             temperature: in place of the learned one; 0 = the learned one.
         """
         with torch.autocast(embeddings.device.type, enabled=False):
-            cosine = F.normalize(embeddings.float(), dim=-1) @ class_embeddings.float().T
+            embeddings = F.normalize(widened(embeddings), dim=-1)
+            cosine = embeddings @ class_embeddings.to(embeddings.dtype).T
             return cosine * (temperature if temperature else self.value())

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ovdet.parts.numbers import widened
+
 
 def classification_loss(logits: Tensor, labels: Tensor, base_mask: Tensor, background_weight: float) -> Tensor:
     """Cross-entropy over base classes and background: ``sum_i w(y_i) CE_i / K``.
@@ -24,7 +26,7 @@ def classification_loss(logits: Tensor, labels: Tensor, base_mask: Tensor, backg
         A scalar; 0 (with a gradient of 0) for K = 0.
     """
     novel = F.pad(~base_mask, (0, 1))  # background is none
-    losses = F.cross_entropy(logits.float().masked_fill(novel, -torch.inf), labels, reduction="none")
+    losses = F.cross_entropy(widened(logits).masked_fill(novel, -torch.inf), labels, reduction="none")
     background = labels == len(base_mask)
     return (losses * torch.where(background, background_weight, 1.0)).sum() / max(len(labels), 1)
 

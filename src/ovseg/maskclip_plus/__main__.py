@@ -23,7 +23,6 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -40,10 +39,11 @@ from ovseg.options import add_class_options, add_model_options, classes_from, lo
 from ovseg.pictures import list_images
 from ovseg.protocols import Protocol
 from ovseg.refine import KEY_FORMS
-from training.engine.checkpoint import remove_unfinished
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
-from training.engine.journal import Journal, setup_logging, write_atomically
+from training.engine.flags import Parser
+from training.engine.folder import check_folder, named_folder, open_folder, resume_after_restart
+from training.engine.journal import Journal, setup_logging
 from training.engine.loop import Loop, LoopOptions, Progress
 from training.engine.precision import make_precision
 
@@ -78,7 +78,7 @@ def published(setting: str, dataset: str) -> tuple[Recipe, Augmentation]:
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "python -m ovseg.maskclip_plus", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_options(parser)
@@ -117,7 +117,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("run")
     group.add_argument("--name", required=True, help="of the run; its folder is LOGS/NAME")
     group.add_argument("--logs", default="logs", help="folder of runs")
-    group.add_argument("--resume", default=None, help='"latest", or a checkpoint file')
+    group.add_argument(
+        "--resume", default=None, help='"latest", "auto" (the same where there is a run), or a checkpoint file'
+    )
     group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     group.add_argument("--log-every", type=int, default=50, help="steps between lines of the log")
     group.add_argument("--max-skipped", type=float, default=0.1, help="share of unusable images that is put up with")
@@ -220,10 +222,10 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
     """Check everything, then train. Returns the exit status."""
     precision = make_precision(args.precision, dist.device)
     recipe, augmentation = recipe_from(args)
-    folder = Path(args.logs) / args.name
     with together():
-        if dist.is_master and folder.exists() and not args.resume:
-            raise UserError(f"run {folder} exists: choose another --name, or go on with --resume latest")
+        folder = named_folder(args.logs, args.name)
+        args.resume = resume_after_restart(folder, args.resume, FLAGS)
+        check_folder(folder, args.resume, FLAGS)
         data, classes = open_data(args)
         filled = filled_classes(args, classes)
         teacher, name = load_model(args, args.pretrained, dist.device)
@@ -259,20 +261,11 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
             save_every_steps=args.save_every, save_every_epochs=0, evaluate_first=False, evaluate_every=0, flags=FLAGS,
         )  # fmt: skip
         loop = Loop(task, options, dist=dist, precision=precision)
-        if dist.is_master:
-            _make_folder(folder, args)
-    setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
-    log.info("run %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
-    return loop.train(folder, args.resume)
-
-
-def _make_folder(folder: Path, args: argparse.Namespace) -> None:
-    try:
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        remove_unfinished(folder / "checkpoints")
-        write_atomically(folder / "params.json", json.dumps(vars(args), indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --logs") from error
+    files = {"params.json": json.dumps(vars(args), indent=1, sort_keys=True) + "\n"}
+    with open_folder(folder, args.resume, dist, FLAGS, files):
+        setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
+        log.info("run %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
+        return loop.train(folder, args.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms.v2 import ColorJitter, InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -19,6 +20,7 @@ from ovseg.data.sets import SegmentationSet, Unusable
 from ovseg.windows import fit_within
 from training.engine.data.images import ImageError, read_image
 from training.engine.data.sampler import EpochBatchSampler
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist
 from training.engine.errors import UserError
 from training.engine.schedule import process_seed
@@ -160,15 +162,13 @@ class TrainingData:
             size=len(samples), batch_size=batch_size, rank=dist.rank, world_size=dist.world_size, seed=samples.seed
         )
         self.device = dist.device
-        self.loader = DataLoader(
+        self.loader = Loader(
             samples,
+            workers=workers,
+            seed=samples.seed + dist.rank,
             batch_sampler=self.sampler,
-            num_workers=workers,
-            collate_fn=_Collate(samples.augmentation.crop),
+            collate_fn=partial(collate, crop=samples.augmentation.crop),
             pin_memory=dist.device.type == "cuda",
-            persistent_workers=workers > 0,
-            worker_init_fn=_one_thread,
-            generator=torch.Generator().manual_seed(samples.seed + dist.rank),
         )
 
     @property
@@ -188,15 +188,3 @@ class TrainingData:
                 raise UserError(batch["fatal"])
             moved = {k: batch[k].to(self.device, non_blocking=True) for k in ("images", "labels")}
             yield {**batch, **moved}
-
-
-@dataclass(frozen=True)
-class _Collate:
-    crop: int
-
-    def __call__(self, samples: Sequence[dict[str, Any] | Unusable]) -> dict[str, Any]:
-        return collate(samples, self.crop)
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)  # workers share the cores with each other and with the model

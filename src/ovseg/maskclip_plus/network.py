@@ -9,7 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.segmentation import deeplabv3_resnet50, deeplabv3_resnet101
+from torchvision.models.segmentation import (
+    deeplabv3_mobilenet_v3_large,
+    deeplabv3_resnet50,
+    deeplabv3_resnet101,
+)
 
 from open_clip.weights import load_torch_file
 from ovseg.classes import ClassList
@@ -18,19 +22,24 @@ from ovseg.segment import ImageSegmenter
 from training.engine.checkpoint import read_file
 from training.engine.errors import UserError
 
-BACKBONES = {"resnet50": deeplabv3_resnet50, "resnet101": deeplabv3_resnet101}
+#: Name -> torchvision's network and the pixels of its cells. The small one is for machines without a GPU.
+BACKBONES = {
+    "resnet50": (deeplabv3_resnet50, 8),
+    "resnet101": (deeplabv3_resnet101, 8),
+    "mobilenet_v3_large": (deeplabv3_mobilenet_v3_large, 16),
+}
 
 
 class Student(nn.Module):
     """Images to logits of classes that are described by embeddings.
 
-    DeepLabV3 (atrous pooling at output stride 8) whose last convolution leads to the embeddings' width; a logit is the
-    product of a feature and a class embedding, neither scaled nor shifted, and features are not normalised. The
-    embeddings are fixed, so the classes can be exchanged after training.
+    DeepLabV3 (atrous pooling at output stride 8, with MobileNet 16) whose last convolution leads to the embeddings'
+    width; a logit is the product of a feature and a class embedding, neither scaled nor shifted, and features are not
+    normalised. The embeddings are fixed, so the classes can be exchanged after training.
 
     Args:
         embeddings: unit-length ``[C, D]``, one per class.
-        backbone: ``resnet50`` or ``resnet101``.
+        backbone: one of :data:`BACKBONES`.
         background: label of a class that is learned (one vector, of unit length when used) instead of described; None
             for none. Its row of ``embeddings`` is not used.
 
@@ -41,8 +50,9 @@ class Student(nn.Module):
     def __init__(self, embeddings: Tensor, *, backbone: str = "resnet50", background: int | None = None) -> None:
         super().__init__()
         if backbone not in BACKBONES:
-            raise UserError(f'no backbone is called "{backbone}": use {" or ".join(BACKBONES)}')
-        net = BACKBONES[backbone](weights=None, weights_backbone=None, num_classes=embeddings.shape[1])
+            raise UserError(f'no backbone is called "{backbone}": use {", ".join(BACKBONES)}')
+        build, self.stride = BACKBONES[backbone]
+        net = build(weights=None, weights_backbone=None, num_classes=embeddings.shape[1])
         self.name, self.backbone, self.head = backbone, net.backbone, net.classifier
         self.register_buffer("embeddings", embeddings.clone().float())
         self.background = background
@@ -56,7 +66,7 @@ class Student(nn.Module):
         return torch.cat([self.embeddings[: self.background], own, self.embeddings[self.background + 1 :]])
 
     def features(self, image: Tensor) -> Tensor:
-        """Features ``[B, D, h, w]`` of normalised images ``[B, 3, H, W]``; h is H / 8, rounded up."""
+        """Features ``[B, D, h, w]`` of normalised images ``[B, 3, H, W]``; h is H / stride, rounded up."""
         return self.head(self.backbone(image)["out"])
 
     def forward(self, image: Tensor) -> Tensor:
@@ -64,7 +74,7 @@ class Student(nn.Module):
         return class_logits(self.features(image), self.classifier())
 
     def load_backbone(self, path: str | Path) -> None:
-        """Start from a torchvision ResNet's weights (a state dict; its classifier is left out).
+        """Start from the weights of torchvision's ResNet (a state dict; its classifier is left out).
 
         Raises:
             UserError: the file cannot be read or does not fit.
@@ -85,8 +95,6 @@ def class_logits(features: Tensor, classifier: Tensor) -> Tensor:
 
 
 # -- the student after training ---------------------------------------------------------------------------------------
-
-STRIDE = 8  # pixels of a cell
 
 
 class StudentSegmenter(ImageSegmenter):
@@ -115,7 +123,13 @@ class StudentSegmenter(ImageSegmenter):
             classes.names, tuple((name,) for name in classes.names), classes.background, classes.unseen, classes.palette
         )
         super().__init__(
-            classes, protocol, patch_size=STRIDE, mean=mean, std=std, device=student.embeddings.device, dtype=dtype
+            classes,
+            protocol,
+            patch_size=student.stride,
+            mean=mean,
+            std=std,
+            device=student.embeddings.device,
+            dtype=dtype,
         )
         self.student = student
 

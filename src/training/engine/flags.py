@@ -76,9 +76,7 @@ def spelling(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(
-    group: Any, cls: type, seen: dict[str, dataclasses.Field], *, show: Container[str] | None = None
-) -> None:
+def add_flags(group: Any, cls: type, seen: dict[str, dataclasses.Field], *, show: Container[str] | None = None) -> None:
     """Add the flags of a dataclass to an argparse group. Flags that were not given leave nothing behind.
 
     Args:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 COUNTED = 4  # first steps of a run whose operations are counted; regions, and so the work, differ between steps
+COUNTED_COMPILED = 1
 
 # Dense matrix products per second, in units of 1e12, as the makers state them: half precision, then float32 (on tensor
 # cores as TF32 where PyTorch is allowed to). The first pattern that fits counts.
@@ -100,21 +101,25 @@ class FlopMeter:
     Args:
         peak: operations a second of one device; None if unknown.
         devices: how many compute.
+        compiled: whether the module is compiled. PyTorch runs it uncompiled while operations are counted; as that may
+            take more memory than there is, a single step is counted, with activations kept on the CPU.
     """
 
-    def __init__(self, peak: float | None, devices: int) -> None:
-        self.peak, self.devices = peak, devices
-        self.steps, self.operations, self.samples = 0, 0.0, 0.0
+    def __init__(self, peak: float | None, devices: int, *, compiled: bool = False) -> None:
+        self.peak, self.devices, self.compiled = peak, devices, compiled
+        self.left = COUNTED_COMPILED if compiled else COUNTED
+        self.operations, self.samples = 0.0, 0.0
 
     @contextlib.contextmanager
     def step(self, samples: int) -> Iterator[None]:
         """A step of this process with so many samples; nothing once enough steps have been counted."""
-        if self.steps >= COUNTED:
+        if self.left <= 0:
             yield
             return
-        with _Counter() as counter:
+        memory = torch.autograd.graph.save_on_cpu() if self.compiled else contextlib.nullcontext()
+        with memory, _Counter() as counter:
             yield
-        self.steps += 1
+        self.left -= 1
         self.operations += counter.total
         self.samples += samples
 

@@ -55,6 +55,8 @@ from training.engine.precision import Precision
 from training.engine.profiler import profile_steps
 from training.engine.resume import general_state, restore
 from training.engine.schedule import set_lr
+from training.engine.sharding import Sharded
+from training.engine.shards import tensors_of
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.skips import SkipPolicy
 from training.engine.step import Outcome, Stepper
@@ -76,11 +78,18 @@ class Loop:
         dist, precision: where, and in which numbers.
 
     Raises:
-        UserError: nothing trains, or an epoch is shorter than a step.
+        UserError: nothing trains, an epoch is shorter than a step, or weights would be kept in half precision.
     """
 
     def __init__(self, task: Task, options: LoopOptions, *, dist: Dist, precision: Precision) -> None:
         self.task, self.options, self.dist, self.precision = task, options, dist, precision
+        if precision.param_dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{options.flags.precision} {precision.name} keeps the weights in half precision, where most steps of "
+                "training round to nothing: it is for evaluation; train with amp_bf16 or fp32"
+            )
+        if options.fsdp and precision.scaler is not None:
+            raise UserError(f"{options.flags.precision} {precision.name} does not go with --fsdp: use amp_bf16")
         self.steps_per_epoch = task.batches_per_epoch // options.accum_freq
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -90,7 +99,10 @@ class Loop:
         self.total_steps = self.steps_per_epoch * options.epochs
         if options.max_steps:
             self.total_steps = min(self.total_steps, options.max_steps)
-        self.model: nn.Module = wrap(task.module, dist)
+        self.model: nn.Module = Sharded(task, dist) if options.fsdp else wrap(task.module, dist)
+        if options.fsdp:
+            task.inside = self.model.inside
+        task.placed()
         self.optimizer = task.optimizer()
         self.stepper = Stepper(
             task, self.model, self.optimizer, precision=precision, dist=dist, clip_norm=options.clip_norm
@@ -100,7 +112,7 @@ class Loop:
         self.schedule: Rate = task.schedule(self.total_steps, self.steps_per_epoch)
         self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped)
         dtype = precision.autocast_dtype or precision.param_dtype
-        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size)
+        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size, compiled=options.compiled)
         self.progress, self.pace = Progress(), Pace()
         self.pending: deque[Outcome] = deque()
         self.journal = Journal(None)
@@ -159,6 +171,13 @@ class Loop:
             "%d steps an epoch, %d in all; %.1f of %.1f million parameters train",
             self.steps_per_epoch, self.total_steps, trained / 1e6, every / 1e6,
         )  # fmt: skip
+        if self.task.warmup >= self.total_steps:
+            flag = self.options.flags.warmup
+            log.warning(
+                "the warm-up of %d steps (%s) is no shorter than the run of %d steps: the rate never stays at its full "
+                "size, and little is learned; use %s %d, or train longer",
+                self.task.warmup, flag, self.total_steps, flag, self.total_steps // 10,
+            )  # fmt: skip
 
     def _epoch(self) -> None:
         """From the progress to the end of its epoch, or of the run."""
@@ -298,13 +317,20 @@ class Loop:
         """Write a checkpoint, then the files for users. Every process calls this."""
         task, progress = self.task, self.progress
         task.before_saving()
-        content = general_state(
-            task, progress, self.optimizer, self.precision.scaler, device=self.dist.device,
+        sharded, master = self.options.fsdp, self.dist.is_master
+        content = task.state() | general_state(
+            task, progress, None if sharded else self.optimizer, self.precision.scaler, device=self.dist.device,
             global_batch=self._global_batch(),
         )  # fmt: skip
-        releases = task.releases(progress)
-        with together():
-            self.checkpoints.write(name, content | task.state(), releases, write=self.dist.is_master)
+        releases = task.releases(progress) if sharded or master else {}
+        if sharded:
+            tensors = tensors_of(content["state_dict"], self.optimizer, task.module)
+            self.checkpoints.write_shards(
+                name, content | {"state_dict": {}}, tensors, releases, rank=self.dist.rank
+            )  # fmt: skip
+        else:
+            with together():
+                self.checkpoints.write(name, content, releases, write=master)
 
     def _global_batch(self) -> int:
         return self.options.batch_size * self.options.accum_freq * self.dist.world_size

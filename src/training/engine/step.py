@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from training.engine.distributed import Dist, all_reduce_sum
 from training.engine.precision import Precision
+from training.engine.sharding import Sharded, total_norm
 from training.engine.task import Batch, Task
 
 
@@ -65,7 +66,9 @@ class Stepper:
         self.task, self.model, self.optimizer = task, model, optimizer
         self.precision, self.dist, self.clip_norm = precision, dist, clip_norm
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.deferred = precision.scaler is None and getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.sharded = isinstance(model, Sharded)
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        self.deferred = fused and precision.scaler is None and not self.sharded
 
     def __call__(self, micro: list[Batch], step: int, *, stop: Callable[[], bool]) -> Outcome:
         """Do step ``step`` (from 0).
@@ -77,6 +80,8 @@ class Stepper:
         running = [(b, b.detach().clone()) for b in self.task.running_buffers()]
         self.task.begin_step(micro, step)
         outputs = [self._forward_backward(batch, last=i + 1 == len(micro)) for i, batch in enumerate(micro)]
+        if self.sharded:
+            self.model.average_whole()
         names, totals = self._totals(micro, outputs, stop())
         norm, good = self._update(totals[names.index("loss")])
         with torch.no_grad():
@@ -129,7 +134,7 @@ class Stepper:
             if scaler is not None:
                 scaler.unscale_(optimizer)
             # A finite loss may have gradients that are not, and one step with them would spoil every weight for good.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            norm = self._norm([p.grad for p in self.parameters if p.grad is not None])
             if self.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
             if scaler is None:
@@ -138,6 +143,9 @@ class Stepper:
             norm = torch.where(finite, norm, float("nan"))
         optimizer.zero_grad(set_to_none=True)
         return norm, good
+
+    def _norm(self, gradients: list[Tensor]) -> Tensor:
+        return total_norm(gradients) if self.sharded else torch.nn.utils.get_total_norm(gradients)
 
     def _step_optimizer(self, good: Tensor) -> None:
         scaler, optimizer = self.precision.scaler, self.optimizer

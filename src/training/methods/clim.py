@@ -123,7 +123,7 @@ METHOD = Entry(
     sources=("contrastive",),
     losses=("contrast",),
     texts=True,
-    learns_from=("captions",),
+    learns_from=lambda options: ("captions",),
     recipes={
         "clim-b16": "--model ViT-B-16-quickgelu --lock-image --lock-image-unlocked-groups 6 --alpha 0.7 "
         "--batch-size 32 --epochs 100",

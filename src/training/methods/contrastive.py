@@ -74,5 +74,5 @@ METHOD = Entry(
     losses=("contrast",),
     texts=True,
     trains_texts=True,
-    learns_from=("captions",),
+    learns_from=lambda options: ("captions",),
 )

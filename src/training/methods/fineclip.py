@@ -136,6 +136,6 @@ METHOD = Entry(
     losses=("distance", "captions", "region_captions"),
     fields=fineclip_fields,
     texts=True,
-    learns_from=("boxes", "captions"),
+    learns_from=lambda options: ("captions",),
     recipes={"fineclip-b16": _B16, "fineclip-b16-released": f"{_B16} --as-released"},
 )

@@ -102,7 +102,7 @@ METHOD = Entry(
     sources=("region_clip",),
     losses=("contrast",),
     fields=lambda options: ("labels",),
-    learns_from=("boxes", "class names"),
+    learns_from=lambda options: ("class names",),
     recipes={
         "regionclip-b16": "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7",
         "regionclip-l14": "--model EVA02-CLIP-L-14-336 --det-image-size 896 --lock-image "

@@ -68,7 +68,7 @@ class Entry:
             is the value path unless its weights name another.
         texts: whether it runs the student's text tower in each step.
         trains_texts: whether that tower trains.
-        learns_from: what people made for its data: ``boxes``, ``class names``, ``captions``; none if empty.
+        learns_from: options -> what people wrote about its data, besides boxes: ``class names``, ``captions``.
         recipes: name -> command line that it stands for.
     """
 
@@ -83,7 +83,7 @@ class Entry:
     readout: str | None = None
     texts: bool = False
     trains_texts: bool = False
-    learns_from: tuple[str, ...] = ()
+    learns_from: Callable[[Any], tuple[str, ...]] = lambda options: ()
     recipes: Mapping[str, str] = field(default_factory=dict)
 
 

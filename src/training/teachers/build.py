@@ -14,7 +14,7 @@ import open_clip
 from open_clip import CLIP, ImageTower
 from open_clip.identity import identity
 from open_clip.readouts import build_readout
-from open_clip.weights import load_torch_file
+from open_clip.weight_files import load_state_dict_file
 from training.data.prepare import View
 from training.engine.checkpoint import weights_hash
 from training.engine.errors import UserError
@@ -164,8 +164,7 @@ def _trunk(spec: TeacherSpec) -> tuple[nn.Module, Sequence[float], Sequence[floa
         flexible = {"dynamic_img_size": True} if "sam" not in spec.model else {}
         trunk = timm.create_model(spec.model, pretrained=spec.weights == "", num_classes=0, **flexible)
         if from_file:
-            state = load_torch_file(spec.weights)
-            trunk.load_state_dict(state.get("state_dict", state) if isinstance(state, dict) else state)
+            trunk.load_state_dict(load_state_dict_file(spec.weights))
     except Exception as error:  # timm, its hub and torch raise many kinds
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(

@@ -11,18 +11,23 @@ from tqdm import tqdm
 
 from training.data.datasets import RegionDataset
 from training.data.proposals import CROP_ENLARGEMENT
+from training.engine.data.store import TeacherStore, annotations_key
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
 from training.engine.precision import Precision
 from training.teachers.build import Teacher
 from training.teachers.pictures import PackPictures, TeacherPictures, pictures_of
-from training.teachers.store import TeacherStore, annotations_key
 
 log = logging.getLogger(__name__)
 
 BATCH = 8  # images; a batch never crosses the border of a shard
 NAMED_SKIPS = 20
+
+
+def recurs(dataset: RegionDataset, teacher: Teacher) -> bool:
+    """Whether a run asks a teacher the same again in later epochs: of images always, of regions if they are fixed."""
+    return teacher.view.source == "images" or dataset.source.repeats
 
 
 def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> TeacherStore:
@@ -31,7 +36,8 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
     The images' pixels are not part of its key: after changing images under the same names, delete the folder.
 
     Raises:
-        UserError: the folder belongs to other weights, regions or crops; or regions change from epoch to epoch.
+        UserError: the folder belongs to other weights, regions or crops.
+        ValueError: the questions do not recur.
     """
     options, source, view = dataset.options, dataset.source, teacher.view
     size = options.crop_size if view.source == "crops" else options.image_size
@@ -50,11 +56,8 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
         cells = int(np.prod(teacher.cells()))
         offsets = np.arange(len(dataset.annotations) + 1, dtype=np.int64) * cells
         return TeacherStore(path, offsets, teacher.width, key, unit="image")
-    if not source.repeats:
-        raise UserError(
-            f"--cache-teacher {folder}: regions are drawn anew in every epoch, so the teacher's answers never recur; "
-            "add --fixed-regions, use --dataset-type proposals_distill, or leave it out"
-        )
+    if not recurs(dataset, teacher):
+        raise ValueError("regions are drawn anew in every epoch")
     key |= {**source.key(), "enlarged": CROP_ENLARGEMENT}
     if source.options.fixed_regions:
         key["seed"] = options.seed
@@ -89,7 +92,7 @@ def fill(
             store.create()
     asked = 0
     with together():
-        missing = [s for s in range(dist.rank, store.num_shards, dist.world_size) if not store.is_complete(s)]
+        missing = store.missing(range(dist.rank, store.num_shards, dist.world_size), read=True)
         for shard, array, answers in _shards(store, missing, dataset, teacher, dist, precision, workers):
             store.write(shard, array)
             asked += answers

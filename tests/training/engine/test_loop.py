@@ -223,12 +223,22 @@ def test_resume_refuses_another_run(tmp_path):
         train(Line(), tmp_path, resume=tmp_path / "line.pt")
 
 
-def test_resume_names_changed_options(tmp_path, caplog):
+def test_resume_names_changed_options_and_follows_them(tmp_path, caplog):
     assert train(Line(), tmp_path, epochs=1) == 0
     task = Line()
     task.options = lambda: {"parts": 7}
+    made = []
+    task.optimizer = lambda: made.append(adamw(decay_groups(task.module.named_parameters(), 0.3), lr=0.1)) or made[0]
     assert train(task, tmp_path, resume="latest") == 0
     assert "resuming with another parts: it was 1, now it is 7" in caplog.text
+    assert [group["weight_decay"] for group in made[0].param_groups] == [0.0, 0.3]
+
+
+@pytest.mark.parametrize("name", ["bf16", "pure_bf16"])
+def test_weights_in_half_precision_are_refused(name):
+    precision = make_precision(name, CPU.device)
+    with pytest.raises(UserError, match=f"--precision {name} keeps the weights in half precision.*amp_bf16"):
+        Loop(Line(), LoopOptions(epochs=1, batch_size=8), dist=CPU, precision=precision)
 
 
 def test_steps_end_a_run(tmp_path):

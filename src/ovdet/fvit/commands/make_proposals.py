@@ -26,12 +26,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from open_clip.transform import crop_region, normalize
+from ovdet.clip import Clip
 from ovdet.data.annotations import load_annotations
 from ovdet.data.dataset import TestDataset
 from ovdet.data.images import read_image
 from ovdet.data.loader import test_loader
 from ovdet.evaluation.coco import write_json
-from ovdet.fvit.assemble import Vit, free_vocabulary, load_into, load_vit, read_config
+from ovdet.fvit.assemble import load_into, load_vit, read_config
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import build_detector
 from ovdet.listing import list_images as image_files
@@ -39,11 +40,12 @@ from ovdet.listing import read_names
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS
 from ovdet.testing import count_skips, detect
-from ovdet.vocabulary import noun_embeddings
+from ovdet.vocabulary import free_vocabulary, noun_embeddings
 from training.engine.data.images import is_url, resolve
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 from training.engine.precision import Precision
 from training.engine.skips import SkipPolicy
@@ -90,7 +92,7 @@ class Crops(Dataset):
 
 @torch.inference_mode()
 def name_boxes(
-    found: list[dict[str, Any]], files: Sequence[str], vit: Vit, nouns: Tensor, *, dist: Dist, precision: Precision,
+    found: list[dict[str, Any]], files: Sequence[str], vit: Clip, nouns: Tensor, *, dist: Dist, precision: Precision,
     scale: float, workers: int, exif: bool,
 ) -> None:  # fmt: skip
     """Add ``nouns`` and ``cosine`` to images: for each box the noun most like CLIP's global embedding of its crop.
@@ -122,7 +124,7 @@ def name_boxes(
 
 
 def find_proposals(
-    config: FViTConfig, vit: Vit, checkpoint: str, names: list[str], root: str, *, dist: Dist, args: Any
+    config: FViTConfig, vit: Clip, checkpoint: str, names: list[str], root: str, *, dist: Dist, args: Any
 ) -> Iterator[dict[str, Any]]:
     """Proposals of this process's share of the images. UserError where too many of these cannot be read."""
     with as_user_error():
@@ -193,7 +195,7 @@ def read_nouns(path: Path | None) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the detector's config")
     parser.add_argument("checkpoint", help="a detector file")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")

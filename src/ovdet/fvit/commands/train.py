@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +10,13 @@ from ovdet.fvit.run import train
 from ovdet.task import FLAGS
 from training.engine.distributed import init_distributed
 from training.engine.errors import run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and train; gives the exit status. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description="Train an open-vocabulary detector on a frozen ViT.")
+    parser = Parser(description="Train an open-vocabulary detector on a frozen ViT.")
     parser.add_argument("config", help="one of configs/*.toml, or your own")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--work-dir", type=Path, required=True, help="folder of the run")

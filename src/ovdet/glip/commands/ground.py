@@ -26,12 +26,13 @@ from ovdet.listing import read_names as listed_names
 from training.engine.data.images import ImageError
 from training.engine.distributed import init_distributed
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ground.py", description="Find what a caption or a list of names says.")
+    parser = Parser(prog="ground.py", description="Find what a caption or a list of names says.")
     parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--checkpoint", required=True, help="a file of this program, of the published code, ...")
     text = parser.add_mutually_exclusive_group(required=True)

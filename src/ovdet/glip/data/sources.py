@@ -98,7 +98,7 @@ class DetectionSource:
         return len(self.rows)
 
     def read(self, index: int, rng: Generator) -> Example:
-        """An image with the text that its classes were drawn into."""
+        """Objects of an image with a prompt of their classes and sampled others."""
         row, data = self.rows[index], self.annotations
         chosen = np.arange(data.offsets[row], data.offsets[row + 1])
         chosen = chosen[self.usable[chosen]]
@@ -159,7 +159,7 @@ class GroundingSource:
         return len(self.rows)
 
     def read(self, index: int, rng: Generator) -> Example:
-        """An image with its caption, alone or among others."""
+        """Boxes of an image with its caption."""
         row, data = self.rows[index], self.records
         boxes, name, text = data.of(row), data.images[row], data.captions[row]
         spans = [data.spans_of(i) for i in range(boxes.start, boxes.stop)]

@@ -25,10 +25,11 @@ from xml.etree import ElementTree
 from ovdet.data.annotations import read_json
 from ovdet.evaluation.coco import write_json
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 
 log = logging.getLogger(__name__)
 
-OV_COCO = Path(__file__).resolve().parents[1] / "ov_coco.json"  # class names with their split
+OV_COCO = Path(__file__).resolve().parents[1] / "fvit" / "ov_coco.json"  # class names with their split
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
     "dining table", "dog", "horse", "motorbike", "person", "potted plant", "sheep", "sofa", "train", "tv monitor",
@@ -55,7 +56,7 @@ def keep_categories(content: dict[str, Any], wanted: Callable[[dict[str, Any]], 
 def read_split(path: Path) -> dict[str, list[str]]:
     """Base and novel class names of a json. UserError unless both are lists of distinct names."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         split = {side: [str(n) for n in content[side]] for side in ("base", "novel")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'--split {path}: not a json with lists "base" and "novel" ({type(error).__name__})') from None
@@ -142,7 +143,7 @@ def _say(path: Path, images: list, annotations: list, categories: list) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     coco = commands.add_parser("coco", help="OV-COCO, or COCO-style data with a split of your own")
     coco.add_argument("--train", type=Path, help="official training file")

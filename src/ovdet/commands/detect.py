@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from ovdet.listing import list_images, place_pictures, read_names
 from ovdet.testing import count_skips
 from ovdet.visualize import draw_detections
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 from training.engine.skips import SkipPolicy
 
@@ -49,12 +49,24 @@ def record(found: dict[str, Any], source: str) -> dict[str, Any]:
     return {"file": source, "width": width, "height": height, "detections": detections}
 
 
+def chosen_names(classes: Sequence[str], file: str | None) -> list[str]:
+    """Class names of ``--classes`` or ``--classes-from``. UserError unless one of the two names some."""
+    if bool(classes) == bool(file):
+        raise UserError("give names with --classes, or a file of them with --classes-from")
+    if not file:
+        return read_names(",".join(classes))
+    if not Path(file).is_file():
+        raise UserError(f"--classes-from {file}: no such file; names themselves go to --classes")
+    return read_names(file, "--classes-from")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, detect, print and draw. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description="Detect classes of your choice in images, and draw them.")
+    parser = Parser(description="Detect classes of your choice in images, and draw them.")
     parser.add_argument("images", nargs="+", help="image files, and folders, which are searched")
     parser.add_argument("--checkpoint", required=True, help="a detector file: epoch_N.pt or latest.pt")
-    parser.add_argument("--classes", required=True, help='"cat,dog,...", or a file with one name a line')
+    parser.add_argument("--classes", nargs="+", default=[], help='"cat,dog,red car", or a file with one name a line')
+    parser.add_argument("--classes-from", metavar="FILE", help="file with one name a line")
     parser.add_argument("--config", help="default: the config that the detector was trained with")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config values: section.key=value")
     parser.add_argument("--score", type=float, default=0.3, help="smallest score shown, 0 to 1")
@@ -69,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--score {args.score}: give a number between 0 and 1")
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: give 1 or more, and 0 or more")
-    names = read_names(args.classes)
+    names = chosen_names(args.classes, args.classes_from)
     sources = list_images(args.images)
     targets = place_pictures(sources, args.out)
     setup_logging(0)

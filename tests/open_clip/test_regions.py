@@ -1,0 +1,69 @@
+"""Boxes and masks on a dense map: no images, and no waiting for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from open_clip.regions import box_masks, mask_features, roi_features
+
+
+def test_no_images_have_no_regions(tiny):
+    dense = torch.zeros(0, 7, 4, 6)
+    assert roi_features(dense, []).shape == mask_features(dense, []).shape == (0, 7)
+    assert roi_features(dense.bfloat16(), []).dtype == torch.float32
+    assert roi_features(dense.double(), []).dtype == torch.float64
+    assert box_masks([], (4, 6)) == []
+    model = tiny("vit")
+    none = torch.zeros(0, 3, 32, 48)
+    with torch.no_grad():
+        assert model.encode_pseudo_boxes(none, []).shape == model.encode_masks(none, []).shape == (0, 24)
+        assert model.encode_pseudo_boxes(none, [], extract_type="v1").shape == (0, 24)
+        assert model.encode_masks(none, [], mask_attn=True).shape == (0, 24)
+        assert model.encode_dense(none, keep_shape=True).shape == (0, 24, 4, 6)
+
+
+class Copies(TorchDispatchMode):
+    """Notes what halts a device's queue: values read on the host, and tensors made there and copied over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halts: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        devices = {a.device.type for a in args if isinstance(a, torch.Tensor)}
+        goes = kwargs.get("device")
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default) and "cuda" in devices:
+            self.halts.append(str(func))
+        if func == torch.ops.aten._to_copy.default and goes is not None and {torch.device(goes).type} != devices:
+            self.halts.append(f"{func} from {devices} to {goes}")
+        return func(*args, **kwargs)
+
+
+def test_boxes_on_the_device_are_pooled_without_a_copy_from_the_host():
+    with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
+        dense = torch.empty(2, 8, 4, 6, device="cuda", dtype=torch.bfloat16)
+        boxes = [torch.empty(3, 4, device="cuda"), torch.empty(0, 4, device="cuda")]
+        masks = [torch.empty(3, 4, 6, device="cuda", dtype=torch.bool)] * 2
+        assert roi_features(dense, boxes).shape == (3, 8)
+        assert mask_features(dense, masks).shape == (6, 8)
+        assert [m.shape for m in box_masks(boxes, (4, 6))] == [(3, 4, 6), (0, 4, 6)]
+        assert copies.halts == []
+        torch.tensor([1.0], device="cuda")  # what was there before
+        assert len(copies.halts) == 1, "the check sees such copies"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_boxes_and_masks_do_not_halt_a_gpu(tiny):
+    model = tiny("eva02").cuda()
+    image = torch.randn(2, 3, 32, 48, device="cuda")
+    boxes = [torch.rand(3, 4, device="cuda").sort(1).values, torch.zeros(0, 4, device="cuda")]
+    masks = [torch.rand(3, 4, 6, device="cuda") > 0.5] * 2
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.encode_regions(image, boxes, masks)[0].sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
