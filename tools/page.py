@@ -6,6 +6,7 @@ click on the photograph shows the cosine of everything to that point, and the la
     pip install -e ".[page]"
     python tools/page.py                                                        # the quick start's models
     python tools/page.py --model EVA02-CLIP-B-16 --pretrained eva.pt clipself.pt
+    python tools/page.py --glip GLIP/work_dirs/run/model_last.pt                # with a tab for captions
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import hashlib
 import html
 import json
 import os
+import sys
 import tempfile
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -181,8 +184,11 @@ def quickstart_classes() -> str:
         return "person, car|truck, building, tree|bush, sky, road"
 
 
-def build_page(models: Models):
+def build_page(models: Models, grounding: Callable[[Any], None] | None = None):
     """The page as a Gradio app.
+
+    Args:
+        grounding: fills a second tab, given the module ``gradio``.
 
     Raises:
         UserError: Gradio is not installed.
@@ -218,42 +224,64 @@ def build_page(models: Models):
     first = models.model(next(iter(models.files)))[0]
     native = max(first.visual.image_size * 2, 128)
     with gr.Blocks(title="What a model sees where", analytics_enabled=False) as page:
-        gr.Markdown("## What a model sees where\nUpload a photograph, name classes, press **Label**.")
-        with gr.Row():
-            with gr.Column(scale=2):
-                gr.Markdown("Photograph: a click on it shows the cosine to that point")
-                image = gr.Image(show_label=False, type="numpy", image_mode="RGB", elem_id="photograph")
-                names = gr.Textbox(
-                    quickstart_classes(), label="Classes: commas between them, | between synonyms", lines=2,
-                    elem_id="classes",
-                )  # fmt: skip
-                background = gr.Textbox("", label="Words for everything else (optional)", elem_id="background")
-                checkpoint = gr.Dropdown(
-                    list(models.files), value=list(models.files)[-1], label="Checkpoint", elem_id="checkpoint"
-                )
-                with gr.Row():
-                    reading = gr.Dropdown(READINGS, value=OWN_READING, label="Reading", elem_id="reading")
-                    refinement = gr.Dropdown(
-                        [("none", "none"), ("prompt denoising", "pd"), ("key smoothing", "ks"), ("both", "pdks")],
-                        value="none", label="Refinement",
+        gr.Markdown("## What a model sees where")
+        with gr.Tab("Labels"):
+            gr.Markdown("Upload a photograph, name classes, press **Label**.")
+            with gr.Row():
+                with gr.Column(scale=2):
+                    gr.Markdown("Photograph: a click on it shows the cosine to that point")
+                    image = gr.Image(show_label=False, type="numpy", image_mode="RGB", elem_id="photograph")
+                    names = gr.Textbox(
+                        quickstart_classes(), label="Classes: commas between them, | between synonyms", lines=2,
+                        elem_id="classes",
                     )  # fmt: skip
-                short_side = gr.Slider(64, 1024, value=native, step=16, label="Short side of the input, pixels")
-                button = gr.Button("Label", variant="primary", elem_id="label")
-            with gr.Column(scale=3):
-                slider = gr.ImageSlider(label="Photograph and labels", type="numpy", elem_id="slider")
-                text = gr.HTML()
-                download = gr.DownloadButton("Download the label map", interactive=False, elem_id="download")
-                heat = gr.Image(label="Cosine to the point", interactive=False, elem_id="heat")
-        settings = [image, names, background, checkpoint, reading, refinement, short_side]
-        button.click(shown(label), settings, [slider, text, download])
-        image.select(click, [image, checkpoint, reading, short_side], heat)
+                    background = gr.Textbox("", label="Words for everything else (optional)", elem_id="background")
+                    checkpoint = gr.Dropdown(
+                        list(models.files), value=list(models.files)[-1], label="Checkpoint", elem_id="checkpoint"
+                    )
+                    with gr.Row():
+                        reading = gr.Dropdown(READINGS, value=OWN_READING, label="Reading", elem_id="reading")
+                        refinement = gr.Dropdown(
+                            [("none", "none"), ("prompt denoising", "pd"), ("key smoothing", "ks"), ("both", "pdks")],
+                            value="none", label="Refinement",
+                        )  # fmt: skip
+                    short_side = gr.Slider(64, 1024, value=native, step=16, label="Short side of the input, pixels")
+                    button = gr.Button("Label", variant="primary", elem_id="label")
+                with gr.Column(scale=3):
+                    slider = gr.ImageSlider(label="Photograph and labels", type="numpy", elem_id="slider")
+                    text = gr.HTML()
+                    download = gr.DownloadButton("Download the label map", interactive=False, elem_id="download")
+                    heat = gr.Image(label="Cosine to the point", interactive=False, elem_id="heat")
+            settings = [image, names, background, checkpoint, reading, refinement, short_side]
+            button.click(shown(label), settings, [slider, text, download])
+            image.select(click, [image, checkpoint, reading, short_side], heat)
+        if grounding is not None:
+            with gr.Tab("Grounding"):
+                grounding(gr)
     return page
+
+
+def grounding_tab(args: argparse.Namespace, device: torch.device) -> Callable[[Any], None]:
+    """The tab beside this file, for the GLIP of ``--glip``; only who asks for it needs its packages.
+
+    Raises:
+        UserError: a missing or faulty file, or a package that is not installed.
+    """
+    sys.path.append(str(ROOT / "tools"))  # at the end
+    try:
+        from grounding_tab import add_tab, open_grounder
+    except ImportError as error:
+        raise UserError(f'--glip needs {error.name}: pip install -e ".[page,glip]"') from None
+    grounder = open_grounder(args.glip, args.glip_config, device)
+    return lambda gr: add_tab(gr, grounder)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments; without a model, those of the quick start."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_options(parser, several=True, default_model=QUICKSTART_MODEL)
+    parser.add_argument("--glip", default="", help="a GLIP file, for a tab that finds captions and names")
+    parser.add_argument("--glip-config", help="its variant; default: the config in the file")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--downloads", default="", help="folder of label maps for download; a temporary one without")
@@ -284,7 +312,8 @@ def _main(argv: Sequence[str] | None) -> None:
     args = parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         downloads = Path(args.downloads or folder)
-        page = build_page(make_models(args, downloads))
+        models = make_models(args, downloads)
+        page = build_page(models, grounding_tab(args, models.device) if args.glip else None)
         page.launch(server_name=args.host, server_port=args.port, allowed_paths=[str(downloads)], quiet=False)
 
 
