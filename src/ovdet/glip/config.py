@@ -12,6 +12,8 @@ from ovdet.glip.decode import AGGREGATIONS
 from ovdet.glip.dyconv import OFFSETS
 from ovdet.sections import Rule, not_negative, positive, shares
 
+#: What a knowledge file holds of a class.
+KNOWLEDGE = ("def_wiki", "def_wn", "path_wn", "gpt3", "gpt3_and_wiki")
 TUNING = ("full", "linear_prob", "language_prompt_v1", "language_prompt_v2", "language_prompt_v3", "language_prompt_v4")
 
 
@@ -230,10 +232,16 @@ class TestConfig:
     per_image: int = 100  # for each prompt
     chunk: int = 0  # class names in a prompt; 0: as many as there is room for
     separator: str = ". "
+    knowledge: str = ""  # YAML of what is known of each class: a text of its own for each, in place of prompts
+    knowledge_kind: str = "def_wiki"
+    knowledge_pooling: str = "first"  # of a class's states: "first" or "mean"
 
     def rules(self) -> Iterator[Rule]:
         """What the types do not say."""
         yield "test.aggregation", self.aggregation, self.aggregation in AGGREGATIONS, " or ".join(AGGREGATIONS)
+        yield "test.knowledge_kind", self.knowledge_kind, self.knowledge_kind in KNOWLEDGE, " or ".join(KNOWLEDGE)
+        poolings = ("first", "mean")
+        yield "test.knowledge_pooling", self.knowledge_pooling, self.knowledge_pooling in poolings, '"first" or "mean"'
         yield from positive("test", self, ("batch_size", "per_level", "per_image"))
         yield from not_negative("test", self, ("chunk",))
         yield from shares("test", self, ("score", "nms"))

@@ -39,13 +39,16 @@ def encode_prompts(model: GLIP, prompts: Sequence[Prompt]) -> Query:
 
 
 @torch.no_grad()
-def encode_knowledge(model: GLIP, texts: Sequence[str], pooling: str = "first") -> Query:
+def encode_knowledge(
+    model: GLIP, texts: Sequence[str], pooling: str = "first", labels: Sequence[int] | None = None
+) -> Query:
     """One state per class instead of one per token: each class is a text of its own.
 
     Needs weights that were trained so. What is too long is cut, as in training.
 
     Args:
         pooling: ``"first"`` (the start token) or ``"mean"`` of the text's states.
+        labels: what each class is called in results; its row by default.
 
     Raises:
         UserError: another pooling.
@@ -65,7 +68,7 @@ def encode_knowledge(model: GLIP, texts: Sequence[str], pooling: str = "first") 
     hidden = torch.cat(states)[None]
     # The empty text that stands for "nothing" is masked, so it is left out.
     mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-    return Query([knowledge_prompt(texts)], [Text(hidden, mask)])
+    return Query([knowledge_prompt(texts, labels)], [Text(hidden, mask)])
 
 
 @torch.no_grad()

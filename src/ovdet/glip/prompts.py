@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ovdet.glip.config import KNOWLEDGE
 from ovdet.glip.model import Prompt
 from ovdet.glip.tokens import Encoded, Span, Tokenizer, tokens_of_spans
 from training.engine.errors import UserError
 
 SEPARATOR = ". "
-KNOWLEDGE = ("def_wiki", "def_wn", "path_wn", "gpt3", "gpt3_and_wiki")
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def knowledge_texts(entries: Mapping[str, Any], names: Sequence[str], kind: str,
     Args:
         entries: class name to a dict of ``clean_name``, ``def_wiki``, ``def_wn``, ``path_wn`` (texts) and ``gpt3``
             (a list of sentences).
-        kind: one of :data:`KNOWLEDGE`.
+        kind: one of :data:`ovdet.glip.config.KNOWLEDGE`.
         sentences: of ``gpt3`` that are taken.
 
     Raises:

@@ -24,10 +24,10 @@ from ovdet.glip.data.sets import written_classes
 from ovdet.glip.decode import Selection
 from ovdet.glip.evaluation.fixed_ap import fixed_ap
 from ovdet.glip.evaluation.flickr import boxes_by_phrase, read_entities, recall
-from ovdet.glip.inference import encode_prompts, find, find_own
+from ovdet.glip.inference import Query, encode_knowledge, encode_prompts, find, find_own
 from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.phrases import Phrase, caption_prompt
-from ovdet.glip.prompts import ClassPrompt, clean_name, make_prompts
+from ovdet.glip.prompts import ClassPrompt, clean_name, knowledge_texts, make_prompts, read_knowledge
 from ovdet.glip.tokens import Tokenizer
 from ovdet.testing import read_truth
 from training.engine.data.annotations import load_annotations
@@ -109,10 +109,16 @@ class ClassTest:
         written = written_classes(data.names, config.locate(data.prompts), self.names, "data.names")
         entries = written or [ClassPrompt(clean_name(name)) for name in self.names]
         labels = [i for i, name in enumerate(self.names) if not is_background(int(annotations.category_ids[i]), name)]
-        self.prompts = make_prompts(
-            [entries[i] for i in labels], tokenizer, chunk=config.test.chunk, separator=config.test.separator,
-            labels=labels,
-        )  # fmt: skip
+        self.labels = labels
+        self.knowledge: list[str] | None = None
+        if config.test.knowledge:
+            known = read_knowledge(config.locate(config.test.knowledge))
+            self.knowledge = knowledge_texts(known, [self.names[i] for i in labels], config.test.knowledge_kind)
+        else:
+            self.prompts = make_prompts(
+                [entries[i] for i in labels], tokenizer, chunk=config.test.chunk, separator=config.test.separator,
+                labels=labels,
+            )  # fmt: skip
         self.images = _Set(annotations.file_names, root, config, divisor, dist)
 
     @torch.no_grad()
@@ -120,12 +126,17 @@ class ClassTest:
         """Detections of all processes on process 0, None on the others; the model is in eval mode."""
         options, mine = selection(self.config), []
         with precision.autocast():
-            query = encode_prompts(model, self.prompts)
+            query = self._query(model)
             for batch in self.images:
                 found = find(model, batch["images"], batch["sizes"], batch["original"], query, options)
                 mine += [{"index": i, **_on_cpu(one)} for i, one in zip(batch["index"], found, strict=True)]
         parts = gather_to_master(Detections.gather(mine))
         return None if parts is None else Detections.merge(parts)
+
+    def _query(self, model: GLIP) -> Query:
+        if self.knowledge is None:
+            return encode_prompts(model, self.prompts)
+        return encode_knowledge(model, self.knowledge, self.config.test.knowledge_pooling, self.labels)
 
     def __call__(self, model: GLIP, precision: Precision, folder: Path | None = None) -> dict[str, float]:
         """Metrics, on every process; with a folder process 0 writes ``results.bbox.json`` and ``metrics.json``.

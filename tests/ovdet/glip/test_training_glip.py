@@ -196,6 +196,12 @@ def test_a_run_learns_writes_and_is_tested(config_file: Path, tmp_path: Path, ca
     assert {r["category_id"] for r in results} <= {1, 2} and {r["image_id"] for r in results} <= set(range(1, 7))
     assert test_command.run([str(folder / "model_last.pt"), "--ema", "--device", "cpu"]) == 0
     assert (folder / "model_last_test" / "metrics.json").is_file()
+    # What is known of the classes, in place of their names.
+    (tmp_path / "known.yaml").write_text("dog: {def_wiki: big and red}\ncat: {clean_name: a cat}\n")
+    more = [f"test.knowledge={tmp_path / 'known.yaml'}", "--out", str(tmp_path / "known"), "--device", "cpu"]
+    assert test_command.run([str(folder / "model_last.pt"), *more]) == 0
+    known = json.loads((tmp_path / "known" / "results.bbox.json").read_text())
+    assert {r["category_id"] for r in known} <= {1, 2} and known
     # Batches of any size give the same.
     options = ["--device", "cpu", "--out", str(tmp_path / "four"), "test.batch_size=4"]
     assert test_command.run([str(folder / "model_last.pt"), *options]) == 0
