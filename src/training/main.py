@@ -45,14 +45,15 @@ class Evaluation:
             crop_size=visual.image_size, batch_size=data.batch_size, workers=data.workers, max_skipped=data.max_skipped,
             rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
-        # Embeddings of a model whose text tower trains are computed anew each time.
-        self.embeddings = None if options.entry.trains_texts and options.trains else self._embed(model)
+        # Embeddings of a model whose text tower trains are computed anew each time, and never asked for again.
+        self.lasting = not (options.entry.trains_texts and options.trains)
+        self.embeddings = self._embed(model) if self.lasting else None
 
     def _embed(self, model: CLIP) -> torch.Tensor:
         return load_or_compute(
             self.options.eval, model, as_user_error(open_clip.get_tokenizer, self.options.model.model),
             self.data.class_names, names_file=self.options.eval.val_data, device=self.dist.device,
-            progress=self.dist.is_master,
+            progress=self.dist.is_master, **({} if self.lasting else {"cache_folder": None}),
         )  # fmt: skip
 
     def __call__(

@@ -85,7 +85,11 @@ class DenseVLM(RegionMethod):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """The divergence by kind, summed over regions."""
-        own = self.logits(self.embed_regions(batch), self.student_classes)
+        return self.divergences(self.embed_regions(batch), batch)
+
+    def divergences(self, regions: Tensor, batch: dict) -> dict[str, Tensor]:
+        """:meth:`losses` of the student's regions ``[K, D]``."""
+        own = self.logits(regions, self.student_classes)
         out = {}
         for kind, chosen in batch["of_kind"].items():
             columns = slice(self.things) if kind == "things" else slice(None)

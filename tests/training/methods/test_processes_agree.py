@@ -89,6 +89,8 @@ CASES = {
     "sc": Case("sc", SPREAD),
     "denserc": Case("denserc", SPREAD),
     "fineclip": Case("fineclip", SPREAD),
+    "mixrc": Case("mixrc", SPREAD, {"names": "names.json", "alignment_weight": 0.5, "semantic_weight": 0.2,
+                                    "threshold": 0.01, "logit_temperature": 0.2}),
     "clim": Case("clim", [[4], [3]], {"mosaics": (2,), "mosaic_size": SIZE}),
     "nothing at all": Case("clipself", [[[0, 0]], [[0, 0]]]),
 }

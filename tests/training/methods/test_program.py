@@ -50,6 +50,7 @@ METHODS = {
     "sc": [],
     "denserc": VFM,
     "fineclip": ["--train-data", "{captioned}"],
+    "mixrc": [*VFM, *DENSE, "--names", "{names}", "--alignment-weight", "0.5", "--semantic-weight", "0.1"],
     "clim": ["--mosaics", "2", "--mosaic-size", "64", "--batch-size", "6"],
 }
 
@@ -60,7 +61,7 @@ def arguments(name: str, files: dict[str, str]) -> list[str]:
 
 
 KINDS = {"clim": "contrastive", "synclip": "proposals_distill", "fineclip": "proposals_distill",
-         "clipself": "mixed_distill"}  # fmt: skip
+         "clipself": "mixed_distill", "mixrc": "mixed_distill"}  # fmt: skip
 
 
 def run(program, case: str, files: dict[str, str], *extra: str, **flags) -> int:
@@ -93,7 +94,7 @@ def test_trains_and_resumes_bit_identically(program, files, name, monkeypatch):
     # The released weights name the reading that they were trained with.
     model = open_clip.create_model("tiny-eva", pretrained=program.logs / "whole/checkpoints/clipself.pt")
     reading = {"clipself": "window:4", "declip": "qq", "declip of another grid": "csa", "synclip": "csa",
-               "synclip free": "csa", "denserc": "gated:3"}.get(name, "value")  # fmt: skip
+               "synclip free": "csa", "denserc": "gated:3", "mixrc": "gated:3"}.get(name, "value")  # fmt: skip
     assert model.visual.readout.name == reading
     if name == "denserc":
         assert model.visual.readout.gate.weight.any()
