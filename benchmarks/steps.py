@@ -47,9 +47,12 @@ class OurStep:
     Args:
         flags: further flags of the program.
         pictures: see :func:`regions`.
+        classes: of methods that want some; their embeddings are random.
     """
 
-    def __init__(self, flags: list[str], *, size: int, device: torch.device, pictures: list) -> None:
+    def __init__(
+        self, flags: list[str], *, size: int, device: torch.device, pictures: list, classes: int = 2
+    ) -> None:
         blocks = "1000"  # every group that there is
         locked = ["--lock-image", "--lock-image-unlocked-groups", blocks, "--det-image-size", str(size)]
         options = parse_args([*locked, *flags], check=False)
@@ -59,7 +62,13 @@ class OurStep:
         self.size, self.crop_size, self.device = size, model.visual.image_size, device
         teachers = prepare_teachers(options, model, dist, self.precision)
         student = prepare_student(options, model, dist, self.precision)
-        self.method = options.entry.build(options.own, Setting(student, teachers, options.readout))
+        setting = Setting(
+            student, teachers, options.readout, class_names=[f"class {i}" for i in range(classes)],
+            embed=lambda names, teacher=None, plain=False: torch.randn(
+                classes, (teachers[teacher].model if teacher else student).embed_dim, device=device
+            ),
+        )  # fmt: skip
+        self.method = options.entry.build(options.own, setting)
         self.optimizer = build_optimizer(options.optim, options.model.model, student)
         self.method.train()
         self.visual = student.visual
