@@ -15,7 +15,7 @@ DETECTION = ["faster-coco-eval", "tomli; python_version < '3.11'"]
 extras = {
     "fvit": DETECTION,
     "vild": DETECTION,
-    "glip": [*DETECTION, "transformers"],  # BERT
+    "glip": [*DETECTION, "transformers", "pyyaml"],  # BERT
     "hf": ["transformers", "tokenizers"],  # tokenizers of SigLIP, CLIPA and other models of the hub
     "page": ["gradio"],
     "remote": ["requests", "aiohttp", "s3fs"],  # images behind http(s):// and s3://
