@@ -5,6 +5,7 @@
 #   DATA           folder of COCO (default data/coco);  LVIS: folder of LVIS annotations (default data/lvis_v1)
 #   CHECKPOINTS    folder of the start models (default checkpoints)
 #   PYTHON         interpreter; by default that of the virtual environment, if there is one
+#   CLIPSELF_DOCS_SMOKE  when set, two steps on small inputs instead of the schedule: to see that a command runs
 #   CLIPSELF_VENV  folder of that environment (default .venv)
 
 # A relative one is meant from where the command was given.
@@ -43,6 +44,9 @@ run_training() {
         where=(--nnodes "$nodes" --node_rank "${NODE_RANK:?NODE_RANK is not set: the number of this machine}"
             --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set: the address of machine 0}"
             --master_port "${MASTER_PORT:-29500}")
+    fi
+    if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
+        set -- "$@" --max-steps 2 --max-boxes 4 --workers 0 --det-image-size 112 --eval-image-sizes 112
     fi
     # Processes share the cores of the machine.
     if [ -z "${OMP_NUM_THREADS:-}" ]; then

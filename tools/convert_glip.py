@@ -14,16 +14,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovdet.config import load_config
 from ovdet.glip import files, names
-from ovdet.glip.build import build_glip, load_clip, make_tokenizer
-from ovdet.glip.config import GlipConfig
+from ovdet.glip.assemble import load_model, read_config
 from training.engine.checkpoint import save_atomically
-from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="checkpoint in any layout (.pth, .pt, .safetensors)")
     parser.add_argument("target", type=Path, help="file to write (.pth or .pt)")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
@@ -44,18 +43,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"{args.target} exists: choose another name or add --force")
     if not args.target.parent.is_dir():
         raise UserError(f"{args.target}: the folder {args.target.parent} does not exist: make it first")
-    with as_user_error():
-        config = load_config(GlipConfig, args.config, args.overrides)
-    clip = load_clip(config)
-    model = build_glip(config, make_tokenizer(config, clip), clip=clip)
-    found = files.load_whole(model, args.source, ema=args.ema, key="source")
+    config = read_config(args.config, args.overrides)
+    # A file that holds only what was trained becomes a whole one, with the weights that it was trained on.
+    model = load_model(config, args.source, ema=args.ema)
     if args.layout == "own":
         content = files.content_of(model, config)
     else:
         state = names.write_state(model.state_dict(), args.layout, fusion=config.head.fusion)
         content = {"state_dict": state} if args.layout == "mmdet" else {"model": _as_published(state)}
     save_atomically(content, args.target)
-    print(f"{args.target}: {len(model.state_dict())} tensors, {found} to {args.layout} layout")
+    print(f"{args.target}: {len(model.state_dict())} tensors in {args.layout} layout")
     return 0
 
 

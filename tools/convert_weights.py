@@ -8,34 +8,14 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from open_clip.factory import add_model_config, build_model, get_model_config, list_models
+from open_clip.weight_files import save_weights
 from open_clip.weights import LAYOUTS, export_state_dict, load_weights
 from training.engine.errors import UserError, as_user_error, run_program
 from training.engine.flags import Parser
-
-
-def save_weights(state: dict[str, torch.Tensor], path: Path, name: str) -> None:
-    """Write a state dict to ``path`` (.safetensors, or a torch file with ``epoch``, ``name`` and ``state_dict``).
-
-    The file appears complete or not at all: it is written beside its place and renamed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".safetensors":
-            save_file({k: v.contiguous() for k, v in state.items()}, str(temporary), metadata={"format": "pt"})
-        else:
-            torch.save({"epoch": 0, "name": name, "state_dict": state}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from ovseg.classes import ClassList
 from ovseg.protocols import Protocol
 from ovseg.segment import segment
 from training.engine.data.images import read_image
-from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.errors import UserError, as_user_error, reason_of, run_program
 from training.engine.flags import Parser
 from training.engine.pictures import distinct_colours
 
@@ -44,7 +44,7 @@ def read_results(folder: Path) -> tuple[dict, dict]:
     try:
         records = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no results to read ({error}); run scripts/quickstart.sh") from None
+        raise UserError(f"{path}: no results to read ({reason_of(error)}); run scripts/quickstart.sh") from None
     if len(records) < 2 or records[0]["step"] != 0:
         raise UserError(f"{path}: it needs an evaluation before and one after training; run scripts/quickstart.sh")
     return records[0], records[-1]

@@ -245,16 +245,16 @@ def run(args: argparse.Namespace) -> list[Path]:
         raise UserError(f"--opacity {args.opacity} --similar {args.similar}: from 0 to 1, and 0 or more")
     files = list_images(args.images)
     targets = _targets(args.output, files)
+    first = _read(files[0][0])  # before the models are loaded
+    if query:
+        query_box(query, *first.shape[-2:])
     titles = short_names(args.pretrained)
     variants = variants_from(protocol_from(args, "images"), args.readouts, args.refine)
     device = init_distributed(args.device).device
     # All checkpoints side by side need each image again, so the models stay in memory together.
     segmenters = [build_segmenter(args, classes, variants, device, pretrained=p) for p in args.pretrained]
     for (path, _), target in zip(tqdm(files, "pictures", unit="img", disable=len(files) < 3), targets, strict=True):
-        try:
-            image = read_image(str(path))
-        except ImageError as error:
-            raise UserError(str(error)) from None
+        image = _read(path)
         box = query_box(query, *image.shape[-2:]) if query else None
         rows = make_rows(segmenters, titles, image, classes=with_classes, similar=args.similar, query=box)
         figure = draw(image, rows, classes if with_classes else None, box, args.opacity)
@@ -262,6 +262,14 @@ def run(args: argparse.Namespace) -> list[Path]:
         figure.savefig(target, dpi=110)
         plt.close(figure)
     return targets
+
+
+def _read(path: Path) -> Tensor:
+    """A photograph, uint8 ``[3, H, W]``; UserError where it is none."""
+    try:
+        return read_image(str(path))
+    except ImageError as error:
+        raise UserError(str(error)) from None
 
 
 def _targets(output: str, files: Sequence[tuple[Path, Path]]) -> list[Path]:

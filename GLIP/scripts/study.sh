@@ -23,7 +23,7 @@ train=4000 val=400 steps=2400 train_b=600 val_b=150 tune_steps=160 shots="1 3 10
 if [ -n "$smoke" ]; then train=40 val=12 steps=4 train_b=24 val_b=8 tune_steps=2 shots="1 0" seeds="0"; fi
 
 source scripts/_venv.sh
-ensure_venv fvit
+ensure_venv glip
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
 start="$quickstart/logs/clipself/checkpoints/clipself.pt"
 known="$quickstart/data/annotations/instances_train2017.json"
@@ -33,6 +33,7 @@ if [ ! -f "$start" ] || [ ! -f "$known" ]; then
 fi
 begin=$SECONDS
 mkdir -p "$out"
+out="$(cd "$out" && pwd)"
 stage() { printf '\n== %s (%d:%02d since the start)\n' "$1" $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60)); }
 
 scenes() {  # scenes FOLDER ARGUMENTS...: generated scenes, made once
@@ -58,15 +59,15 @@ novel="$("$PY" -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]
 cat >"$out/captions.toml" <<END
 [set]
 kind = "grounding"
-annotations = "$PWD/$out/a/glip/train.json"
-images = "$PWD/$out/a/train2017"
+annotations = "$out/a/glip/train.json"
+images = "$out/a/train2017"
 packing = true
 END
 cat >"$out/detection.toml" <<END
 [set]
 kind = "detection"
-annotations = "$PWD/$out/a/glip/detection.json"
-images = "$PWD/$out/a/train2017"
+annotations = "$out/a/glip/detection.json"
+images = "$out/a/train2017"
 negatives = 8
 END
 
@@ -82,8 +83,8 @@ ground() {  # ground NAME SEED OVERRIDES...: train on domain A, and test phrases
     shift 2
     rm -rf "$folder"
     "$PY" GLIP/train.py "$config" --work-dir "$folder" --max-steps "$steps" "${common[@]}" train.epochs=1000 \
-        "train.seed=$seed" "data.train_sets=[\"$PWD/$out/captions.toml\", \"$PWD/$out/detection.toml\"]" "$@"
-    "$PY" GLIP/test.py "$folder/model_last.pt" --out "$folder/phrases" --device cpu "${phrases[@]}"
+        "train.seed=$seed" "data.train_sets=[\"$out/captions.toml\", \"$out/detection.toml\"]" "$@" &&
+    "$PY" GLIP/test.py "$folder/model_last.pt" --out "$folder/phrases" --device cpu "${phrases[@]}" &&
     "$PY" GLIP/test.py "$folder/model_last.pt" --out "$folder/names" --device cpu "${names[@]}"
 }
 
@@ -94,14 +95,14 @@ tune() {  # tune MODE SHOTS SEED: from the model of the seed, on domain B
     "$PY" GLIP/train.py "$config" --work-dir "$folder" --max-steps "$tune_steps" "${common[@]}" train.epochs=1000 \
         "model.weights=$out/trained_$seed/whole.pt" "train.mode=$mode" "train.lr=$rate" "train.seed=$seed" \
         "data.shots=$shot" "data.shot_seed=$((3 * 10 ** seed))" data.negatives=8 train.warmup_steps=10 \
-        "data.train_annotations=$out/b/annotations/instances_train2017.json" "data.train_images=$out/b/train2017"
+        "data.train_annotations=$out/b/annotations/instances_train2017.json" "data.train_images=$out/b/train2017" &&
     "$PY" GLIP/test.py "$folder/model_last.pt" --out "$folder/test" --device cpu data.protocol=coco \
         "data.val_annotations=$out/b/annotations/instances_val2017.json" "data.val_images=$out/b/val2017"
 }
 
 whole() {  # whole SEED: the trained model with its towers in one file, and how well it does on domain B untuned
     "$PY" tools/convert_glip.py "$out/trained_$1/model_last.pt" "$out/trained_$1/whole.pt" --config "$config" --force \
-        "clip.pretrained=$start"
+        "clip.pretrained=$start" &&
     "$PY" GLIP/test.py "$out/trained_$1/model_last.pt" --out "$out/trained_$1/domain_b" --device cpu data.protocol=coco \
         "data.val_annotations=$out/b/annotations/instances_val2017.json" "data.val_images=$out/b/val2017"
 }

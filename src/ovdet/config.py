@@ -144,7 +144,9 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"config {path}{by} inherits itself: remove one of the inherit lines")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, ValueError, RecursionError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {path} is no text: the CONFIG (.toml) comes first, then the CHECKPOINT") from error
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"config {path} is not TOML: {str(error)[:200]}") from error
     except OSError as error:
         raise ValueError(f"config {path} cannot be read: {error.strerror}") from error

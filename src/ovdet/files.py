@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from training.engine.checkpoint import read_file, save_atomically, weights_hash
 from training.engine.errors import UserError
 
 FORMAT = "fvit"
+_ENTRIES = ("detector", "vit", "config", "base", "novel")
+NEEDED = {"fvit": _ENTRIES, "vild": _ENTRIES}  # entries of a file, by format
 VERSION = 1  # of the names and the config; files written before there were versions have none
 _RENAMED = {"box_head.log_temperature": "classifier.log_temperature"}  # in files without a version
 
@@ -42,7 +44,7 @@ def load(path: str | Path, kinds: tuple[str, ...] = (FORMAT,)) -> dict[str, Any]
         if isinstance(content, dict) and "state_dict" in content:
             hint = f"a published .pth is converted by tools/convert_detector.py CONFIG {path} OUT.pt, and {hint}"
         raise UserError(f"checkpoint {path} is no detector file: {hint}")
-    missing = [key for key in ("detector", "vit", "config", "base", "novel") if key not in content]
+    missing = [key for key in NEEDED.get(content["format"], ()) if key not in content]
     if missing:
         raise UserError(f"checkpoint {path} has no {', '.join(missing)}: it is damaged, use another one")
     if version_of(content) > VERSION:
@@ -71,15 +73,17 @@ def detector_content(
     config: dict[str, Any],
     names: Sequence[str],
     novel: Sequence[bool],
+    kind: str = FORMAT,
 ) -> dict[str, Any]:
     """A small detector file: the trained parts, the ViT by name and hash, the config, the class names in label order.
 
     Args:
+        vit: of the frozen ViT, or of the teacher.
         names: of the classes, in label order; novel: which of them had no labels in training.
     """
     sides = {side: [n for n, own in zip(names, novel, strict=True) if bool(own) == side] for side in (False, True)}
     return {
-        "format": FORMAT,
+        "format": kind,
         "version": VERSION,
         "detector": detector.trainable_state_dict(),
         "vit": vit,
@@ -88,6 +92,23 @@ def detector_content(
         "base": sides[False],
         "novel": sides[True],
     }
+
+
+def check_state(own: Mapping[str, torch.Tensor], state: Mapping[str, torch.Tensor]) -> None:
+    """ValueError where a detector's state lacks entries, has unknown ones, or some of another shape."""
+    problems = {
+        "lacks": sorted(own.keys() - state.keys()),
+        "has unknown": sorted(state.keys() - own.keys()),
+        "has other shapes of": sorted(
+            name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
+        ),
+    }
+    for what, names in problems.items():
+        if names:
+            raise ValueError(
+                f"the detector's state {what} {', '.join(names[:3])} ({len(names)} in all): "
+                "use the config that it was trained with"
+            )
 
 
 def class_order(content: dict[str, Any]) -> list[str]:

@@ -28,7 +28,7 @@ from ovdet.precision import choose_precision
 from ovdet.testing import detect
 
 # Format of a detector file -> module whose ``open_detector(content, path, device, config, overrides)``.
-OPENERS = {"fvit": "ovdet.fvit.assemble"}
+OPENERS = {"fvit": "ovdet.fvit.assemble", "glip": "ovdet.glip.assemble"}
 
 Picture = str | Path | Tensor | np.ndarray | Image.Image
 

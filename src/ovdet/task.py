@@ -112,11 +112,9 @@ class DetectionTask(Task):
         self.warmup = train.warmup_steps
         self.source = f"data.train_annotations {dataset.annotations.file}"
         self.metrics: dict[str, dict[str, float]] = {}
-        where = {"batch_size": train.batch_size, "rank": dist.rank, "world_size": dist.world_size, "seed": train.seed}
-        if data.by_orientation:
-            self.sampler: EpochBatchSampler = OrientedSampler(dataset.higher_than_wide(), **where)
-        else:
-            self.sampler = EpochBatchSampler(size=len(dataset), **where)
+        self.sampler = self.make_sampler(
+            batch_size=train.batch_size, rank=dist.rank, world_size=dist.world_size, seed=train.seed
+        )
         check_shared_memory(
             train.batch_size * 3 * data.image_size**2, workers=data.workers * min(dist.world_size, _on_this_machine()),
             flags="data.workers or train.batch_size",
@@ -128,6 +126,16 @@ class DetectionTask(Task):
             log.info("batch norm is not synchronised on CPUs: each process normalises by its own images")
 
     # -- data ---------------------------------------------------------------------------------------------------------
+
+    def make_sampler(self, **where: int) -> EpochBatchSampler:
+        """The order of the data, for this process.
+
+        Args:
+            where: ``batch_size``, ``rank``, ``world_size`` and ``seed``.
+        """
+        if self.data.by_orientation:
+            return OrientedSampler(self.dataset.higher_than_wide(), **where)
+        return EpochBatchSampler(size=len(self.dataset), **where)
 
     @property
     def batches_per_epoch(self) -> int:

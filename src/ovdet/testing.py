@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from training.engine.skips import SkipPolicy
 log = logging.getLogger(__name__)
 
 Found = list[dict[str, Tensor]]
+RESULTS = ("boxes", "scores", "labels", "attributes")
 
 
 def to_original(result: dict[str, Tensor], size: Sequence[int], original: Sequence[int]) -> dict[str, Tensor]:
@@ -58,8 +61,8 @@ def detect(
     """Detections of images, one dict each, as numpy arrays in pixels of the file.
 
     ``index``, ``original`` (height, width of the upright image), ``boxes`` float32 ``[N, 4]`` xyxy, ``scores``,
-    ``labels``, with masks ``masks``: N run-length dicts, and what else the data set gives of an image (``pixels``,
-    ``crops``).
+    ``labels``, with masks ``masks``: N run-length dicts, with attributes ``attributes``, and what else the data set
+    gives of an image (``pixels``, ``crops``).
 
     Args:
         detector: in eval mode. ``prepare(images, sizes)`` makes its input of uint8 images, ``detector(input, sizes)``
@@ -84,7 +87,7 @@ def detect(
                 "index": batch["indices"][i],
                 "original": batch["originals"][i],
                 **{key: batch[key][i] for key in ("pixels", "crops") if key in batch},
-                **{key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels") if key in result},
+                **{key: result[key].cpu().numpy() for key in RESULTS if key in result},
             }
             if "masks" in result:
                 found["masks"] = encode_pasted(
@@ -105,13 +108,29 @@ def count_skips(policy: SkipPolicy) -> Callable[[list[tuple[str, str]], int], No
 
 
 def read_truth(path: str, protocol: str, annotations: Annotations) -> Truth:
-    """What detections are judged by: of the annotations at hand, or of the file where these do not tell all.
+    """What detections are judged by: the annotations at hand, or the file where these do not tell all.
 
-    LVIS's lists of absent classes and VOC's difficult objects are in the file alone.
+    LVIS's lists of absent classes and VOC's difficult objects are in the file alone, which is read once in a run; masks
+    are those of the annotations.
     """
-    if protocol != "coco":
-        return Truth.from_json(read_json(path, "data.val_annotations"), path)
-    return Truth.of(annotations)
+    if protocol == "coco":
+        return Truth.of(annotations)
+    told = _truth_of_file(path, os.stat(path).st_mtime_ns if os.path.isfile(path) else 0)
+    if protocol == "voc":
+        return told
+    truth, rows = Truth.of(annotations), {int(i): row for row, i in enumerate(told.image_ids)}
+    if told.absent is not None and told.unsure is not None:
+        order = [rows[int(i)] for i in truth.image_ids]
+        truth.absent, truth.unsure = [told.absent[i] for i in order], [told.unsure[i] for i in order]
+    return truth
+
+
+@lru_cache(maxsize=1)
+def _truth_of_file(path: str, changed: int) -> Truth:
+    """Truth of a file as it was when it last changed, without masks."""
+    truth = Truth.from_json(read_json(path, "data.val_annotations"), path)
+    truth.masks = ()
+    return truth
 
 
 def test(
@@ -123,6 +142,7 @@ def test(
     dist: Dist,
     kinds: Sequence[str],
     folder: Path | None = None,
+    level: int = logging.INFO,
 ) -> dict[str, dict[str, float]]:
     """Detect on the validation set and compute AP; every process calls it and gets the metrics.
 
@@ -132,6 +152,7 @@ def test(
         annotations: of the validation set; for mask AP read with their masks.
         kinds: ``"bbox"``, ``"segm"``.
         folder: where process 0 writes ``results.{kind}.json`` (COCO results) and ``metrics.json``; None: nowhere.
+        level: of the table in the log, for a program that prints it itself.
 
     Raises:
         UserError: too many unusable images, or masks asked of a detector or file that has none.
@@ -151,14 +172,39 @@ def test(
     was_training = detector.training
     detector.eval()
     bar = tqdm(loader, desc="detecting", unit="batch", disable=not dist.is_master, mininterval=1, dynamic_ncols=True)
-    mine = Detections.gather(
-        detect(
-            detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
-            mask_threshold=options.mask_threshold, repeat_edges=options.mask_edges == "repeated",
-            on_skipped=count_skips(policy),
-        )
+    images = detect(
+        detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
+        mask_threshold=options.mask_threshold, repeat_edges=options.mask_edges == "repeated",
+        on_skipped=count_skips(policy),
     )  # fmt: skip
+    metrics = score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder)
     detector.train(was_training)
+    return metrics
+
+
+test.__test__ = False
+
+
+def score(
+    config: Any,
+    images: Iterable[dict[str, Any]],
+    policy: SkipPolicy,
+    annotations: Annotations,
+    vocabulary: Vocabulary,
+    *,
+    kinds: Sequence[str],
+    folder: Path | None = None,
+) -> dict[str, dict[str, float]]:
+    """AP of the detections of all processes; every process calls it with its own and gets the metrics.
+
+    Args:
+        images: as :func:`detect` gives them; policy: has counted this process's images once they are through.
+        annotations, vocabulary, kinds, folder: see :func:`test`.
+
+    Raises:
+        UserError: too many unusable images.
+    """
+    mine = Detections.gather(images)
     parts = gather_to_master((mine, policy.usable, policy.skipped))
     outcome: dict[str, dict[str, float]] | str = {}
     if parts is not None:
@@ -167,16 +213,13 @@ def test(
             policy.count(sum(part[1] for part in parts), sum(part[2] for part in parts))
             policy.judge(at_end=True)
             found = Detections.merge([part[0] for part in parts])
-            outcome = _score(config, found, annotations, vocabulary, kinds, folder)
+            outcome = _score(config, found, annotations, vocabulary, kinds, folder, level)
         except UserError as error:
             outcome = str(error)
     outcome = from_master(outcome)
     if isinstance(outcome, str):
         raise UserError(outcome)
     return outcome
-
-
-test.__test__ = False
 
 
 def _score(
@@ -186,6 +229,7 @@ def _score(
     vocabulary: Vocabulary,
     kinds: Sequence[str],
     folder: Path | None,
+    level: int,
 ) -> dict[str, dict[str, float]]:
     path, protocol = config.locate(config.data.val_annotations), config.data.protocol
     truth = read_truth(path, protocol, annotations)
@@ -199,5 +243,5 @@ def _score(
         )
     if folder is not None:
         write_json(folder / "metrics.json", metrics)
-    log.info("AP in %% on %s\n%s", path, format_table(metrics, protocol))
+    log.log(level, "AP in %% on %s\n%s", path, format_table(metrics, protocol))
     return metrics

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from open_clip.prompts import class_prompts
 from training.class_embeddings import load_or_compute
-from training.engine.errors import UserError
+from training.engine.errors import UserError, reason_of
 
 IGNORE = 255  # the label of pixels that count for nothing
 MAX_CLASSES = 255  # labels are bytes, and one of them is IGNORE
@@ -166,7 +166,7 @@ def read_classes(path: str | Path) -> ClassList:
         else:
             entries = text.splitlines()
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"no key {error}" if isinstance(error, KeyError) else str(error).split("\n")[0]
+        reason = f"no key {error}" if isinstance(error, KeyError) else reason_of(error)
         raise UserError(f"{path}: no class names could be read ({reason})") from None
     words = [tuple(w.strip() for w in entry.split("|") if w.strip()) for entry in entries]
     words = [w for w in words if w]

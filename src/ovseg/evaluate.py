@@ -40,7 +40,7 @@ from training.engine.checkpoint import weights_hash
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import COUNT, NATURAL, SHARE, Parser
 from training.engine.journal import setup_logging, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -199,8 +199,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--data-root", required=True, help="folder that the data set was unpacked into")
     group.add_argument("--split", default="val", help="part of the data set")
     group.add_argument("--image-root", default=None, help="photographs of a panoptic set, where they lie elsewhere")
-    group.add_argument("--max-images", type=int, default=None, help="only the first so many")
-    group.add_argument("--max-skipped", type=float, default=0.0, help="share of unusable images that is put up with")
+    group.add_argument("--max-images", type=COUNT, default=None, help="only the first so many")
+    group.add_argument("--max-skipped", type=SHARE, default=0.0, help="share of unusable images that is put up with")
     add_protocol_options(parser)
     group = parser.add_argument_group("what is compared")
     group.add_argument("--readouts", nargs="+", default=None, help="dense readings; by default the protocol's")
@@ -211,8 +211,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--out", "--output", dest="output", metavar="DIR", default="",
         help="folder of results.json; a run that was cut short goes on there",
     )  # fmt: skip
-    group.add_argument("--batch-size", type=int, default=4, help="images at a time")
-    group.add_argument("--workers", type=int, default=2, help="processes that read images, per process")
+    group.add_argument("--batch-size", type=COUNT, default=4, help="images at a time")
+    group.add_argument("--workers", type=NATURAL, default=2, help="processes that read images, per process")
     return parser.parse_args(argv)
 
 
@@ -222,11 +222,11 @@ def run(args: argparse.Namespace, dist: Dist) -> dict[str, Any]:
     Raises:
         UserError: anything for the user to mend.
     """
-    if args.batch_size < 1 or args.workers < 0:
-        raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: at least 1, and at least 0")
     protocol = protocol_from(args, args.dataset)
     variants = variants_from(protocol, args.readouts, args.refine)
     with together():
+        if args.output and Path(args.output).is_file():
+            raise UserError(f"--out {args.output}: is a file; give a folder")
         data = open_dataset(args.dataset, args.data_root, args.split, words=protocol.words, image_root=args.image_root)
     segmenter = build_segmenter(args, data.classes, variants, dist.device, progress=dist.is_master)
     with together():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import open_clip
 from open_clip import CLIP
+from open_clip.readouts import build_readout
 from ovseg.classes import TEMPLATE_NAMES, ClassList, embed_words, parse_classes, read_classes
 from ovseg.external import load_external
 from ovseg.protocols import PROTOCOLS, Protocol, preset
@@ -171,13 +172,15 @@ def build_segmenter(
         UserError: anything for the user to mend.
     """
     precision = make_precision(args.precision, device)
+    protocols = [variants] if isinstance(variants, Protocol) else list(variants.values())
     with together():
         model, name = load_model(args, args.pretrained if pretrained is None else pretrained, device)
+        for readout in {p.readout for p in protocols if p.readout}:
+            as_user_error(build_readout, readout, model.visual)  # a wrong name, before minutes of prompts
         external = load_external(args.external, device) if args.external else None
         tokenizer = tokenizer_of(args, name)
-    protocol = variants if isinstance(variants, Protocol) else next(iter(variants.values()))
     embeddings = embed_words(
-        model, tokenizer, classes, templates=protocol.templates, embed_path=args.embed_path, device=device,
+        model, tokenizer, classes, templates=protocols[0].templates, embed_path=args.embed_path, device=device,
         progress=progress,
     )  # fmt: skip
     model.visual.to(precision.param_dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.engine.errors import UserError
+from training.engine.errors import UserError, reason_of
 from training.engine.journal import write_atomically
 
 
@@ -36,7 +36,7 @@ class Counts:
                 write_atomically(settings, json.dumps(fingerprint, indent=1) + "\n")
             before = json.loads(settings.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"--out {folder}: {error}") from None
+            raise UserError(f"--out {folder}: {reason_of(error)}") from None
         other = sorted(key for key in {*before, *fingerprint} if before.get(key) != fingerprint.get(key))
         if other:
             raise UserError(

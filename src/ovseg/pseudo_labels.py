@@ -43,8 +43,8 @@ from training.engine.checkpoint import weights_hash
 from training.engine.data.images import ImageError, read_image
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
-from training.engine.errors import Flags, UserError, run_program
-from training.engine.flags import Parser
+from training.engine.errors import Flags, UserError, reason_of, run_program
+from training.engine.flags import COUNT, NATURAL, Parser
 from training.engine.journal import setup_logging, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -158,8 +158,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--keep-seen", action="store_true", help="zero-shot setting: keep annotations, fill in the unseen classes only"
     )
     parser.add_argument("--out", "--output", dest="output", metavar="DIR", required=True, help="folder of the PNGs")
-    parser.add_argument("--batch-size", type=int, default=4, help="images at a time")
-    parser.add_argument("--workers", type=int, default=2, help="processes that read images, per process")
+    parser.add_argument("--batch-size", type=COUNT, default=4, help="images at a time")
+    parser.add_argument("--workers", type=NATURAL, default=2, help="processes that read images, per process")
     return parser.parse_args(argv)
 
 
@@ -200,6 +200,8 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         protocol = replace(protocol, readout=args.readout)
     output = Path(args.output)
     with together():
+        if output.exists() and not output.is_dir():
+            raise UserError(f"--out {output}: is a file; give a folder")
         files, classes, data = _sources(args)
     segmenter = build_segmenter(args, classes, protocol, dist.device, progress=dist.is_master)
     with together():
@@ -244,7 +246,7 @@ def _record(output: Path, args: argparse.Namespace, segmenter: Segmenter) -> Non
             write_atomically(file, json.dumps(record) + "\n")
         before = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--out {output}: {error}") from None
+        raise UserError(f"--out {output}: {reason_of(error)}") from None
     other = sorted(key for key in record if before.get(key) != record[key])
     if other:
         raise UserError(f"--out {output}: holds label maps with other {', '.join(other)}; choose another folder")

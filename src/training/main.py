@@ -24,7 +24,7 @@ from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
-from training.models import load_model, model_name
+from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args
 from training.trainer import Distillation, loop_options
@@ -45,18 +45,26 @@ class Evaluation:
             crop_size=visual.image_size, batch_size=data.batch_size, workers=data.workers, max_skipped=data.max_skipped,
             rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
-        # Embeddings of a model whose text tower trains are computed anew each time.
-        self.embeddings = None if options.entry.trains_texts and options.trains else self._embed(model)
+        # Embeddings of a model whose text tower trains are computed anew each time, and never asked for again.
+        self.lasting = not (options.entry.trains_texts and options.trains)
+        self.embeddings = self._embed(model) if self.lasting else None
 
     def _embed(self, model: CLIP) -> torch.Tensor:
         return load_or_compute(
             self.options.eval, model, as_user_error(open_clip.get_tokenizer, self.options.model.model),
             self.data.class_names, names_file=self.options.eval.val_data, device=self.dist.device,
-            progress=self.dist.is_master,
+            progress=self.dist.is_master, **({} if self.lasting else {"cache_folder": None}),
         )  # fmt: skip
 
-    def __call__(self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student") -> dict:
-        """Evaluate, show the table, and keep the numbers."""
+    def __call__(
+        self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student", alpha: float = 1.0
+    ) -> dict:
+        """Evaluate, show the table, and keep the numbers.
+
+        Args:
+            alpha: share of the student in the weights; below 1 they are recorded as an ensemble.
+        """
+        kind = kind if alpha == 1 else "ensemble"
         embeddings = self._embed(model) if self.embeddings is None else self.embeddings
         options, reading = self.options, model.visual.readout
         per_class = None
@@ -71,6 +79,7 @@ class Evaluation:
             print(format_table(results), flush=True)
             journal.scalars({f"val/{k}": v for k, v in results.items() if "macc" in k}, step)
             read = {"readout": reading.name, "cells_normalized": reading.normalized, "sizes": self.data.image_sizes}
+            read |= {"alpha": alpha} if alpha < 1 else {}
             trained = {"method": options.entry.name, "learned_from": options.learned_from} if options.trains else {}
             journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **trained, **results})
         return results
@@ -102,6 +111,7 @@ def run(options: Options, dist: Dist) -> int:
         if dist.is_master:
             check_folder(folder, resume, FLAGS)
         model = load_model(options)
+        alpha = ensemble_loaded(options, model)
     with together():
         evaluation = Evaluation(options, model, dist, precision) if options.eval.val_data else None
     with together():
@@ -128,7 +138,7 @@ def run(options: Options, dist: Dist) -> int:
             as_user_error(model.visual.set_readout, options.readout)
         model.visual.to(dist.device, precision.param_dtype)
         journal = Journal(folder if dist.is_master else None, report_to=options.run.report_to)
-        evaluation(model, journal, epoch=0, step=0, kind="checkpoint")
+        evaluation(model, journal, epoch=0, step=0, kind="checkpoint", alpha=alpha)
         journal.close()
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import open_clip
 from open_clip import CLIP, ImageTower
 from open_clip.readouts import build_readout
 from open_clip.weights import export_state_dict, reference_layout
-from training.engine.checkpoint import weights_hash
+from training.engine.checkpoint import mapped_checkpoint, weights_hash
 from training.engine.distributed import Dist
 from training.engine.errors import UserError, as_user_error
 from training.engine.optim import adamw, decay_groups
@@ -22,6 +23,8 @@ from training.engine.sharding import is_sharded
 from training.ensemble import ensemble_state
 from training.options import ModelOptions, OptimOptions, Options
 from training.teachers.build import Teacher, build_teacher
+
+log = logging.getLogger(__name__)
 
 
 def model_name(name: str) -> str:
@@ -51,7 +54,8 @@ def load_model(options: Options) -> CLIP:
     name, size, patch = model_options.model, options.data.det_image_size, model.visual.patch_size
     if model_options.downsample_factor not in (None, patch):
         raise UserError(
-            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; leave it out"
+            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; give {patch}, or "
+            "leave it out"
         )
     if options.data.dataset_type != "contrastive" and size % patch:
         near = max(round(size / patch), 1) * patch
@@ -59,6 +63,50 @@ def load_model(options: Options) -> CLIP:
     if getattr(options.own, "extract_type", "v2") == "v1" and reference_layout(model) != "openai":
         raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {name} is none: use v2")
     return model
+
+
+def ensemble_loaded(options: Options, model: CLIP) -> float:
+    """Make a model that was loaded from a training checkpoint what the run would have released at that point.
+
+    Such a file (``epoch_N.pt``) holds the student alone. Where its run had an ``--alpha`` below 1, the model becomes
+    ``alpha * student + (1 - alpha) * start model``. For an evaluation, ``--alpha`` may ask for another one.
+
+    Returns:
+        alpha; 1 where the weights are as they are in the file.
+
+    Raises:
+        UserError: the start model is not where the run found it, or is another one.
+    """
+    given = options.model
+    path = Path((given.cache_dir if given.pretrained == "eva" else given.pretrained) or "")
+    content = mapped_checkpoint(path) if path.is_file() else None
+    before = (content or {}).get("args", {})
+    asked = options.optim.alpha if "alpha" in options.given and not options.trains else None
+    alpha = before.get("alpha", 1.0) if asked is None or not before else asked
+    if alpha == 1:
+        return 1.0
+    source = before["cache_dir"] if before["pretrained"] == "eva" else before["pretrained"]
+    source = source or f"random weights of --seed {before['seed']}"
+    otherwise = "evaluate clipself.pt, use tools/ensemble_weights.py, or give --alpha 1 for the student alone"
+    try:
+        torch.manual_seed(before["seed"])
+        start = open_clip.create_model(
+            given.model, pretrained=before["pretrained"] or None, cache_dir=before["cache_dir"],
+            force_quick_gelu=given.force_quick_gelu,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise UserError(
+            f"{path} holds the student of a run with --alpha {alpha:g}, whose start model {source} cannot be loaded "
+            f"({' '.join(str(error).split())}): {otherwise}"
+        ) from error
+    if weights_hash(start.state_dict()) != content["start_hash"]:
+        raise UserError(f"{path} began from other weights than those of {source} now: {otherwise}")
+    model.load_state_dict(ensemble_state(model.state_dict(), start.state_dict(), alpha))
+    log.warning(
+        "%s holds the student alone: used is %g x student + %g x %s, as its run releases it (for an evaluation, "
+        "--alpha changes this)", path, alpha, 1 - alpha, source,
+    )  # fmt: skip
+    return alpha
 
 
 def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Precision) -> dict[str, Teacher]:

@@ -70,7 +70,7 @@ class Distillation(Task):
         options: the program's.
         model: the start model on the CPU; becomes the student.
         dist, precision: where and how to compute.
-        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=)``; None for none.
+        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=, alpha=)``; None for none.
 
     Raises:
         UserError: wrong data, embeddings or options.
@@ -234,8 +234,9 @@ class Distillation(Task):
         if start:
             self.inside(partial(run, kind="start"))
             return
-        with self.start.ensembled(self.student, self.choices.optim.alpha):
-            self.inside(run)
+        alpha = self.choices.optim.alpha
+        with self.start.ensembled(self.student, alpha):
+            self.inside(partial(run, alpha=alpha))
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -15,9 +15,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ovdet.data.annotations import load_annotations
 from ovdet.evaluation.arrays import Detections, Truth
-from ovdet.evaluation.coco import evaluate_detections, format_table, write_results
+from ovdet.evaluation.coco import evaluate, evaluate_detections, format_table, write_results
 from ovdet.evaluation.lvis import best_per_image
+from ovdet.testing import read_truth
 from training.engine.errors import UserError
 
 
@@ -170,3 +172,20 @@ def test_arrays_and_files(tmp_path: Path):
         mine = np.flatnonzero(detections.image == image)
         wanted = sorted(mine[np.argsort(-detections.scores[mine], kind="stable")][:3])
         assert [r for r in best if detections.image[r] == image] == wanted
+
+
+def test_lvis_from_annotations_that_were_read_before(tmp_path: Path):
+    """The arrays at hand, with the lists that the file alone has, score as the file itself; it is read once."""
+    file = Path(__file__).parents[1] / "golden" / "fvit" / "lvis.json.gz"
+    content = json.loads(gzip.decompress(file.read_bytes()))
+    for image in content["truth"]["images"]:
+        image.setdefault("file_name", f"{image['id']}.jpg")
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(content["truth"]))
+    annotations = load_annotations(str(path), key="k", masks=True)
+    for kind in ("bbox", "segm"):
+        truth = read_truth(str(path), "lvis", annotations)
+        found = Detections.from_results(content[kind]["detections"], truth)
+        result = evaluate(truth, found, kind=kind, protocol="lvis")
+        expected = content[kind]["expected"]
+        assert {k: result[k] for k in expected} == pytest.approx(expected, abs=1e-6)

@@ -8,6 +8,9 @@ import json
 import os
 import random
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -204,3 +207,38 @@ def test_malformed_annotations(scenes: Path, tmp_path: Path):
             assert target["masks"].flatten(1).any(1).all()
         used += any(not isinstance(s, Skipped) for s in samples)
     assert used > 80 and refused > 10
+
+
+def test_a_disk_that_is_full(scenes: Path, run_folder: Path, tmp_path: Path):
+    """Writing fails in the middle of a checkpoint: one line, status 2, and everything that was there is as it was."""
+    folder = tmp_path / "run"
+    shutil.copytree(run_folder, folder)
+    kept = {f: f.read_bytes() for f in (*folder.glob("*.pt"), *(folder / "checkpoints").glob("*.pt"))}
+    limit = max(len(content) for content in kept.values()) // 2
+    arguments = command(scenes, folder, "data.workers=0")
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); import runpy, sys; "
+    code += f"sys.argv = {arguments[1:]!r}; runpy.run_path(sys.argv[0], run_name='__main__')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
+    errors = re.findall(r"^error: .*$", done.stderr, re.MULTILINE)
+    assert done.returncode == 2 and len(errors) == 1 and "Traceback" not in done.stderr, done.stderr[-2000:]
+    assert "cannot be written" in errors[0] and "--work-dir" in errors[0]
+    assert {f: f.read_bytes() for f in kept} == kept and not list(folder.rglob(".*.pt.*"))
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_continue_by_themselves(scenes: Path, tmp_path: Path):
+    """A process that is killed is started anew by torchrun, and goes on from its checkpoint."""
+    start = module_of("faults", ROOT / "tests" / "training" / "faults" / "conftest.py").Run
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "2",
+              "--monitor-interval", "0.1", "--"]  # fmt: skip
+    python, *rest = command(scenes, tmp_path / "run", "data.workers=0", "train.batch_size=2")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = start([python, *launch, *[a for a in rest if a != "--resume"]], tmp_path / "log", environment)
+    try:
+        run.until(lambda: progress(tmp_path / "run") >= 6, "checkpoint")
+        os.kill(run.ranks()[1], signal.SIGKILL)
+        assert run.wait(600) == 0, run.text[-3000:]
+    finally:
+        run.kill()
+    assert "resumed" in run.text and find_latest(tmp_path / "run" / "checkpoints")[1]["step"] == STEPS

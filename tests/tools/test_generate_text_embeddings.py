@@ -40,8 +40,7 @@ def run(tool, tmp_path):
             names.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
         torch.manual_seed(0)
         arguments = ["--model", "ViT-Ti-8-64", "--classes-from", str(names), "--out", str(tmp_path / out)]
-        arguments += ["--device", "cpu"]
-        return tool.main([*arguments, *args]), tmp_path / out
+        return tool.main([*arguments, "--device", "cpu", *args]), tmp_path / out
 
     return call
 

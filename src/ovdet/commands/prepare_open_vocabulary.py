@@ -56,7 +56,7 @@ def keep_categories(content: dict[str, Any], wanted: Callable[[dict[str, Any]], 
 def read_split(path: Path) -> dict[str, list[str]]:
     """Base and novel class names of a json. UserError unless both are lists of distinct names."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
         split = {side: [str(n) for n in content[side]] for side in ("base", "novel")}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f'--split {path}: not a json with lists "base" and "novel" ({type(error).__name__})') from None

@@ -146,7 +146,16 @@ class TrainDataset(Dataset):
         if self.masks:
             kept = [windows[i] for i in keep.nonzero()[:, 0].tolist()]
             sample["masks"] = MaskWindows.of([mask for mask, _ in kept], [corner for _, corner in kept])
-        return sample | {"boxes": boxes[keep], "labels": torch.from_numpy(self.labels[chosen])[keep]}
+        sample |= {"boxes": boxes[keep], "labels": torch.from_numpy(self.labels[chosen])[keep]}
+        return sample | self.extras(row, view, original)
+
+    def extras(self, row: int, view: View, original: tuple[int, int]) -> dict[str, Any]:
+        """What a detector wants to know of an image besides its objects; becomes part of its targets.
+
+        Args:
+            row: of the image; view: drawn for it; original: (height, width) of the upright image.
+        """
+        return {}
 
     def _masks(
         self, chosen: np.ndarray, original: tuple[int, int], view: View

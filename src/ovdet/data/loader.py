@@ -73,13 +73,14 @@ class TestSampler(Sampler):
 def collate_train(samples: list[dict[str, Any] | Skipped]) -> dict[str, Any]:
     """``images`` uint8 ``[B, 3, S, S]`` or None, ``sizes`` int32 ``[B, 2]``, ``targets``, ``image_ids``, ``skipped``.
 
-    ``targets`` are dicts of boxes, labels and, where samples have them, masks (:class:`~ovdet.data.masks.MaskWindows`).
+    ``targets`` are dicts of boxes, labels and what else samples have, such as masks
+    (:class:`~ovdet.data.masks.MaskWindows`).
     """
     good = [s for s in samples if not isinstance(s, Skipped)]
     return {
         "images": stack([s["image"] for s in good]),
         "sizes": [s["size"] for s in good],
-        "targets": [{k: s[k] for k in ("boxes", "labels", "masks") if k in s} for s in good],
+        "targets": [{k: v for k, v in s.items() if k not in ("image", "size", "image_id")} for s in good],
         "image_ids": [s["image_id"] for s in good],
         "skipped": [(s.file, s.reason) for s in samples if isinstance(s, Skipped)],
         "samples": len(good),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from open_clip import CLIP, ImageTower
+from ovdet.files import check_state
 from ovdet.fvit.backbone import FrozenViT
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.fusion import vlm_probabilities
@@ -19,7 +20,7 @@ from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import classification_loss
 from ovdet.parts.mask_head import MaskHead
 from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
-from ovdet.parts.rois import sample_rois
+from ovdet.parts.rois import check_labels, sample_rois
 from ovdet.parts.rpn import RPN
 from ovdet.parts.scores import class_probabilities, fuse, select_detections
 
@@ -119,22 +120,9 @@ class Detector(nn.Module):
         Raises:
             ValueError: entries are missing, left over or of another shape.
         """
-        own = self.trainable_state_dict()
         if self.mask_head is None:
             state = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
-        problems = {
-            "lacks": sorted(own.keys() - state.keys()),
-            "has unknown": sorted(state.keys() - own.keys()),
-            "has other shapes of": sorted(
-                name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
-            ),
-        }
-        for what, names in problems.items():
-            if names:
-                raise ValueError(
-                    f"the detector's state {what} {', '.join(names[:3])} ({len(names)} in all): "
-                    "use the config that it was trained with"
-                )
+        check_state(self.trainable_state_dict(), state)
         self.load_state_dict(state, strict=False)
 
     # -- running ----------------------------------------------------------------------------------------------------
@@ -210,16 +198,10 @@ class Detector(nn.Module):
     def check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
         """See that targets can be trained on.
 
-        Labels are looked at where they are on the host; those on a GPU would make it wait in every step.
-
         Raises:
             ValueError: labels of novel classes, or no masks where they are needed.
         """
-        on_host = [target["labels"] for target in targets if target["labels"].device.type == "cpu"]
-        if on_host:
-            labels, base = torch.cat(on_host), self.base_mask.cpu()
-            if not ((labels >= 0) & (labels < len(base))).all() or not base[labels].all():
-                raise ValueError("targets hold labels that are not base classes: train on base-class annotations only")
+        check_labels(targets, self.base_mask)
         if self.mask_head is not None and any("masks" not in target for target in targets):
             raise ValueError("targets hold no masks: give them, or set model.masks=false")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from ovdet.config import config_from_dict, load_config
 from ovdet.glip import files
 from ovdet.glip.build import build_glip, load_clip, load_start_weights, make_tokenizer
 from ovdet.glip.config import GlipConfig
+from ovdet.glip.library import Grounder
 from ovdet.glip.model import GLIP
 from training.engine.errors import UserError, as_user_error
 
@@ -86,16 +88,29 @@ def _build(config: GlipConfig) -> GLIP:
     return build_glip(config, tokenizer, clip=clip)
 
 
-def load_detector(checkpoint: str | Path, config: str | Path | None = None, overrides: Sequence[str] = ()) -> GLIP:
-    """A trained GLIP for use in other programs: :mod:`ovdet.glip.inference` finds classes and phrases with it.
+def open_detector(
+    content: dict[str, Any], path: str, device: torch.device, config_file: str | None, overrides: Sequence[str] = ()
+) -> Grounder:
+    """A file of this program as :func:`ovdet.load_detector` gives it.
+
+    Raises:
+        UserError: a faulty config, or weights that are missing or others.
+    """
+    config = read_config(config_file, overrides) if config_file else config_of_checkpoint(path, overrides)
+    return Grounder(load_model(config, path).to(device), config, device)
+
+
+def load_published(
+    path: str | Path, config: str | Path, overrides: Sequence[str] = (), *, device: str | None = None
+) -> Grounder:
+    """A released GLIP, or one of MMDetection, ready to use.
 
     Args:
-        checkpoint: a file in any layout.
-        config: of the variant; None for files of this program, which hold theirs.
-        overrides: ``section.key=value``.
+        path: the ``.pth`` file; config: of its variant, see ``GLIP/configs``.
 
     Raises:
         UserError: see :func:`load_model`.
     """
-    made = config_of_checkpoint(checkpoint, overrides) if config is None else read_config(config, overrides)
-    return load_model(made, checkpoint)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    made = read_config(config, overrides)
+    return Grounder(load_model(made, path).to(place), made, place)

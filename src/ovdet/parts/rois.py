@@ -20,6 +20,21 @@ class Samples(NamedTuple):
     positives: list[Tensor]  # indices of true boxes that the first of each K_i answer for, int64 [P_i]
 
 
+def check_labels(targets: Sequence[dict[str, Tensor]], base_mask: Tensor) -> None:
+    """ValueError for targets with labels that are not those of base classes.
+
+    They are looked at where they are on the host; those on a GPU would make it wait in every step.
+
+    Args:
+        targets: with ``labels``, int64 ``[M_i]``; base_mask: bool ``[C]``.
+    """
+    on_host = [target["labels"] for target in targets if target["labels"].device.type == "cpu"]
+    if on_host:
+        labels, base = torch.cat(on_host), base_mask.cpu()
+        if not ((labels >= 0) & (labels < len(base))).all() or not base[labels].all():
+            raise ValueError("targets hold labels that are not base classes: train on base-class annotations only")
+
+
 @torch.no_grad()
 def sample_rois(
     proposals: Padded | Sequence[Tensor],

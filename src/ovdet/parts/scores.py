@@ -33,7 +33,8 @@ def fuse(detector: Tensor, vlm: Tensor, base_mask: Tensor, *, weight_base: float
 
 
 def select_detections(boxes: Tensor, scores: Tensor, *, score: float, iou: float, most: int) -> dict[str, Tensor]:
-    """Class-wise NMS over boxes that all classes share: ``boxes``, ``scores``, ``labels`` by falling score.
+    """Class-wise NMS over boxes that all classes share: ``boxes``, ``scores``, ``labels`` by falling score, and
+    ``rows``, of which box each is.
 
     Args:
         boxes: ``[K, 4]``; scores: ``[K, C]``.
@@ -48,5 +49,5 @@ def select_detections(boxes: Tensor, scores: Tensor, *, score: float, iou: float
     while True:
         best = batched_nms(boxes[row[:number]], value[:number], label[:number], iou)[:most]
         if len(best) == most or number >= len(value):
-            return {"boxes": boxes[row[best]], "scores": value[best], "labels": label[best]}
+            return {"boxes": boxes[row[best]], "scores": value[best], "labels": label[best], "rows": row[best]}
         number *= 4

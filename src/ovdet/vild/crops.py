@@ -27,8 +27,7 @@ def grow(boxes: np.ndarray, scale: float) -> np.ndarray:
 def crop_pixels(boxes: np.ndarray, scale: float, height: int, width: int) -> np.ndarray:
     """Whole pixels of crops, int64 ``[N, 4]``, right and bottom behind the last.
 
-    Boxes are grown ``scale`` times, clipped to the image and rounded outwards. At least one pixel each way, inside the
-    image.
+    Boxes are grown ``scale`` times, clipped to the image and rounded outwards; at least one pixel each way.
     """
     bounds = np.array([width, height, width, height])
     grown = np.clip(grow(np.asarray(boxes, np.float64), scale), 0, bounds)

@@ -124,7 +124,7 @@ def build_train_data(
         dataset, workers=options.workers, seed=seed + rank, batch_sampler=sampler, collate_fn=collate,
         pin_memory=pin_memory,
     )  # fmt: skip
-    log.info("%s: %d images for %s", options.train_data, len(dataset), options.dataset_type)
+    log.debug("%s: %d images for %s", options.train_data, len(dataset), options.dataset_type)
     return TrainData(dataset, sampler, loader, annotations)
 
 

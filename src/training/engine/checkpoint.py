@@ -57,6 +57,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def mapped_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Content of a training checkpoint, its tensors read from disk when they are used; None for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # of a dozen kinds; whoever reads the file as a whole says what is wrong
+        return None
+    return content if isinstance(content, dict) and all(k in content for k in NEEDED) else None
+
+
 def peek_checkpoint(path: Path) -> None:
     """See, without reading it all, that a file is a training checkpoint; damage inside it shows when it is read.
 

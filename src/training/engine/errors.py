@@ -63,14 +63,20 @@ def as_user_error(function: Callable | None = None, *args: Any, **kwargs: Any) -
 _PATHS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line; of one that the system reports, without its number and the file's name."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield
     except _PATHS as error:
-        known = error.filename and error.strerror
-        text = f"{error.filename}: {error.strerror}; check the path" if known else str(error)
-        raise UserError(" ".join(text.split())) from error
+        bare = error.filename and error.strerror  # the system's own error, without a remedy
+        text = f"{error.filename}: {error.strerror}; check the path" if bare else " ".join(str(error).split())
+        raise UserError(text) from error
     except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
 

@@ -62,6 +62,19 @@ class SceneOptions:
     pair_size: int = 64
     exchange_colors: bool = False
 
+    def __post_init__(self) -> None:
+        if min(self.size, self.pair_size) < 16:
+            raise ValueError(f"size {self.size}, pair_size {self.pair_size}: scenes have at least 16 pixels")
+        if not 0 < self.min_object <= self.max_object <= 1:
+            raise ValueError(
+                f"min_object {self.min_object:g}, max_object {self.max_object:g}: shares of the image, the first no "
+                "more than the second"
+            )
+        if not 0 < self.min_aspect <= 1 or self.max_objects < 1:
+            raise ValueError(
+                f"min_aspect {self.min_aspect:g}, max_objects {self.max_objects}: above 0 to 1, and 1 or more"
+            )
+
 
 @dataclass
 class Segment:

@@ -234,8 +234,8 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--max-objects", type=int, default=d.max_objects, help="objects per scene")
     parser.add_argument("--min-aspect", type=float, default=d.min_aspect, help="smallest ratio of the sides")
     args = vars(parser.parse_args(argv))
-    options = SceneOptions(**{k: args[k] for k in asdict(d)})
     with as_user_error():
+        options = SceneOptions(**{k: args[k] for k in asdict(d)})
         classes = write_dataset(
             args["out"], train=args["train"], val=args["val"], pairs=args["pairs"], seed=args["seed"], options=options,
             novel=args["novel"], workers=args["workers"], suffix="." + args["format"],

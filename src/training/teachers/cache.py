@@ -92,7 +92,7 @@ def fill(
             store.create()
     asked = 0
     with together():
-        missing = [s for s in range(dist.rank, store.num_shards, dist.world_size) if not store.is_complete(s)]
+        missing = store.missing(range(dist.rank, store.num_shards, dist.world_size), read=True)
         for shard, array, answers in _shards(store, missing, dataset, teacher, dist, precision, workers):
             store.write(shard, array)
             asked += answers

@@ -11,12 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
+import ovdet
+from ovdet.config import format_config
 from ovdet.glip import files
+from ovdet.glip.assemble import load_published
 from ovdet.glip.commands import ground, label, odinw
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.captions import load_captions
 from ovdet.glip.draw import draw
 from ovdet.glip.model import GLIP
+from ovdet.glip.names import write_state
 from ovdet.glip.phrases import noun_phrases
 
 
@@ -77,7 +81,8 @@ def test_grounding_draws_and_lists(checkpoint: Path, photo: Path, tmp_path: Path
         (["--caption", "a dog", "--tagger", "spacy"], "needs the package spacy"),
         (["--classes", "dog", "--phrases", "dog"], "--phrases belongs to --caption"),
         (["--classes", "absent.txt"], "no such file"),
-        (["--classes", " , "], "names nothing"),
+        (["--classes", " , "], "give names separated by commas"),
+        (["--classes", " . ."], "names nothing"),
         (["--classes", "dog", "--score", "5"], "give a number between 0 and 1"),
         (["--classes", "dog", "--prompts", "/nowhere.json"], "/nowhere.json cannot be read"),
         (["--classes", "dog", "--set", "text.vocabulary=/nowhere"], "/nowhere does not exist"),
@@ -102,7 +107,8 @@ def test_images_that_cannot_be_read(checkpoint: Path, photo: Path, tmp_path: Pat
     images = [str(photo), str(tmp_path / "other" / "a.png"), "absent.png"]
     assert ground.run([*images, *arguments]) == 0
     assert "skipped absent.png: no such file" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"a.png", "a_2.png", "results.json"}
+    written = sorted(p.name for p in (tmp_path / "out").rglob("*.*"))
+    assert written == ["a.png", "a.png", "results.json"]  # images of one name, in folders of their own
     assert ground.run(["absent.png", *arguments]) == 2
 
 
@@ -236,3 +242,24 @@ def test_many_data_sets_are_tested_and_tuned(
     capsys.readouterr()
     assert odinw.run([*common, "--shots", "1"]) == 2 and "--shots needs --mode" in capsys.readouterr().err
     assert odinw.run([*common, "--sets", "Seas"]) == 2 and "lacks Seas" in capsys.readouterr().err
+
+
+def test_a_file_is_a_detector(checkpoint: Path, photo: Path, tiny: Callable[..., GLIP], config_of_tiny, tmp_path: Path):
+    detector = ovdet.load_detector(checkpoint, device="cpu", overrides=["test.score=0.0"])
+    found = detector([photo, np.asarray(Image.open(photo))], ["dog", "red_ball"], batch_size=2)
+    assert len(found) == 2 and found[0]["size"] == (48, 80) and set(found[0]["names"]) == {"dog", "red ball"}
+    for key in ("boxes", "scores", "labels"):
+        assert np.allclose(found[0][key], found[1][key], atol=1e-5)
+    texts = detector.model.encoded_texts
+    detector(photo, ["dog", "red_ball"])
+    assert detector.model.encoded_texts == texts, "the same classes are encoded once"
+    grounded = detector.ground(photo, "a dog near a red ball", ["dog", "red ball"])
+    assert [p.text for p in grounded["phrases"]] == ["dog", "red ball"] and (np.diff(grounded["scores"]) <= 0).all()
+    # A released file has no config of its own.
+    released = {"model": write_state(tiny(seed=3).state_dict(), "glip", fusion=True)}
+    torch.save(released, tmp_path / "released.pth")
+    config = config_of_tiny()
+    config.data.test_size, config.data.longest, config.train.precision, config.test.score = 64, 128, "fp32", 0.0
+    (tmp_path / "config.toml").write_text(format_config(config))
+    same = load_published(tmp_path / "released.pth", tmp_path / "config.toml", device="cpu")
+    assert np.allclose(same(photo, ["dog", "red_ball"])[0]["scores"], found[0]["scores"], atol=1e-5)

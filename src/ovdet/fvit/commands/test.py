@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     kinds = [value for value in args.eval if "=" not in value]
     if not kinds or set(kinds) - set(KINDS):
         raise UserError(f"--eval {' '.join(args.eval)}: use {' or '.join(KINDS)}, or both")
+    checkpoint = Path(args.checkpoint)
+    if not checkpoint.is_file():
+        raise UserError(f"checkpoint {checkpoint} does not exist: give a detector file that train.py wrote")
     config = read_config(args.config, [*args.overrides, *(value for value in args.eval if "=" in value)])
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
@@ -41,10 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         vit = load_vit(config)
     detector = make_detector(config, vit, vocabulary, device=dist.device, progress=dist.is_master)
     load_into(args.checkpoint, detector, config, vit)
-    checkpoint = Path(args.checkpoint)
     metrics = test(
         config, detector, annotations, vocabulary, dist=dist, kinds=kinds,
-        folder=args.out or checkpoint.parent / f"{checkpoint.stem}_test",
+        folder=args.out or checkpoint.parent / f"{checkpoint.stem}_test", level=logging.DEBUG,
     )  # fmt: skip
     if dist.is_master:
         print(format_table(metrics, config.data.protocol))

@@ -10,32 +10,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ovdet.data.images import read_image
 from ovdet.evaluation.coco import write_json
 from ovdet.glip import phrases as ph
 from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
-from ovdet.glip.config import GlipConfig
-from ovdet.glip.data.dataset import pad_images
-from ovdet.glip.data.transforms import resized_view, target_size
 from ovdet.glip.decode import AGGREGATIONS
 from ovdet.glip.draw import draw
-from ovdet.glip.inference import Query, encode_prompts, find
-from ovdet.glip.model import GLIP
-from ovdet.glip.prompts import ClassPrompt, clean_name, make_prompts, read_class_prompts
+from ovdet.glip.inference import Query
+from ovdet.glip.library import Grounder, Phrases
+from ovdet.glip.prompts import ClassPrompt, clean_name, read_class_prompts
 from ovdet.glip.task import FLAGS
-from ovdet.glip.testing import selection
-from ovdet.precision import choose_precision
-from training.engine.data.images import ImageError, read_image
+from ovdet.listing import list_images, place_pictures
+from ovdet.listing import read_names as listed_names
+from training.engine.data.images import ImageError
 from training.engine.distributed import init_distributed
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="ground.py", description="Find what a caption or a list of names says.")
-    parser.add_argument("images", nargs="+", help="image files")
+    parser = Parser(prog="ground.py", description="Find what a caption or a list of names says.")
+    parser.add_argument("images", nargs="+", help="image files, or folders of them")
     parser.add_argument("--checkpoint", required=True, help="a file of this program, of the published code, ...")
     text = parser.add_mutually_exclusive_group(required=True)
     text.add_argument("--caption", help="a sentence; its phrases are looked for")
@@ -69,16 +67,9 @@ def read_names(text: str) -> list[str]:
     Raises:
         UserError: none, or a file that is not there.
     """
-    path = Path(text)
-    if len(text) < 255 and path.is_file():
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--classes {text}: cannot be read as utf-8 text ({error}); save it so") from error
-        return ph.split_list("\n".join(lines), "\n")
-    if re.search(r"\.(txt|json|csv|names)$", text):
-        raise UserError(f"--classes {text}: no such file; give one, or names separated by commas")
-    return ph.split_list(text, "," if "," in text else ".")
+    if "," not in text and " ." in text and not Path(text).is_file():  # "cat . dog .", as GLIP's own texts are
+        return ph.split_list(text)
+    return listed_names(text, once=False)
 
 
 def read_spans(text: str) -> list[list[tuple[int, int]]]:
@@ -101,7 +92,7 @@ class Wanted:
     query: Query
 
 
-def understand(args: argparse.Namespace, config: GlipConfig, model: GLIP) -> Wanted:
+def understand(args: argparse.Namespace, grounder: Grounder) -> Wanted:
     """Phrases or classes of the command line, encoded.
 
     Raises:
@@ -110,44 +101,18 @@ def understand(args: argparse.Namespace, config: GlipConfig, model: GLIP) -> Wan
     if args.caption is None:
         names = read_names(args.classes)
         entries: list[str | ClassPrompt] = list(read_class_prompts(args.prompts, names)) if args.prompts else [*names]
-        prompts = make_prompts(entries, model.tokenizer, chunk=config.test.chunk, separator=config.test.separator)
-        return Wanted([clean_name(name).strip() for name in names], [], encode_prompts(model, prompts))
+        return Wanted([clean_name(name).strip() for name in names], [], grounder.classes(entries))
     caption = " ".join(args.caption.split())
+    given: Phrases = None
     if args.spans is not None:
-        phrases = ph.phrases_of_spans(caption, read_spans(args.spans))
+        given = read_spans(args.spans)
     elif args.phrases is not None:
-        phrases = ph.phrases_of_texts(caption, [p for p in args.phrases.split(";") if p.strip()])
-    else:
-        phrases = ph.noun_phrases(caption, args.tagger, args.tagger_data)
-        if not phrases:
-            how = "the built-in rule" if args.tagger == "rule" else args.tagger
-            raise UserError(f'{how} finds no noun phrase in "{caption[:60]}": name them with --phrases or --spans')
-    prompt = ph.caption_prompt(caption, phrases, model.tokenizer)
-    return Wanted([p.text for p in phrases], phrases, encode_prompts(model, [prompt]))
-
-
-@torch.no_grad()
-def ground(model: GLIP, image: Tensor, wanted: Wanted, config: GlipConfig) -> dict[str, Tensor]:
-    """Detections in an image uint8 ``[3, H, W]``: boxes within it, scores, labels, by falling score."""
-    original = (image.shape[-2], image.shape[-1])
-    size = target_size(*original, config.data.test_size, config.data.longest)
-    resized, _ = resized_view(image, torch.zeros(0, 4), size, flip=False)
-    batch, sizes = pad_images([resized], model.image.divisor)
-    device = model.head.bias0.device
-    with choose_precision(config.train, device, training=False).autocast():
-        (found,) = find(model, batch.to(device), sizes, [original], wanted.query, selection(config))
-    found = {key: value.cpu() for key, value in found.items()}
-    limit = torch.tensor([original[1], original[0]] * 2)
-    return found | {"boxes": torch.minimum(found["boxes"].clamp(min=0), limit)}
-
-
-def _target(out: Path, image: Path, used: set[str]) -> Path:
-    """Where an image's picture goes; images of the same name get numbers."""
-    name, number = image.stem, 2
-    while name in used:
-        name, number = f"{image.stem}_{number}", number + 1
-    used.add(name)
-    return out / f"{name}.png"
+        given = [p for p in args.phrases.split(";") if p.strip()]
+    elif not ph.noun_phrases(caption, args.tagger, args.tagger_data):
+        how = "the built-in rule" if args.tagger == "rule" else args.tagger
+        raise UserError(f'{how} finds no noun phrase in "{caption[:60]}": name them with --phrases or --spans')
+    phrases, query = grounder.caption(caption, given, tagger=args.tagger, tagger_data=args.tagger_data)
+    return Wanted([p.text for p in phrases], phrases, query)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,33 +124,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = read_config(args.config, changes) if args.config else config_of_checkpoint(args.checkpoint, changes)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
+    images = list_images(args.images)
+    targets = place_pictures(images, args.out)
     model = load_model(config, args.checkpoint, ema=args.ema).to(dist.device)
-    wanted = understand(args, config, model)
-    args.out.mkdir(parents=True, exist_ok=True)
-    used: set[str] = set()
+    grounder = Grounder(model, config, dist.device)
+    wanted = understand(args, grounder)
     results: list[dict[str, Any]] = []
     failed = 0
-    for name in args.images:
+    for name, target in zip(images, targets, strict=True):
         try:
             image = read_image(name)
         except ImageError as error:
             print(f"skipped {error}")
             failed += 1
             continue
-        found = ground(model, image, wanted, config)
+        (found,) = grounder.find([image], wanted.query)
         shown = found["scores"] >= args.score
-        found = {key: value[shown] for key, value in found.items()}
-        target = _target(args.out, Path(name), used)
-        labels, scores = found["labels"].tolist(), found["scores"].tolist()
+        boxes, scores = found["boxes"][shown], found["scores"][shown].tolist()
+        labels = found["labels"][shown].astype(int).tolist()
+        target.parent.mkdir(parents=True, exist_ok=True)
         draw(
-            image, found["boxes"], labels, scores, wanted.names,
+            image, torch.from_numpy(boxes), labels, scores, wanted.names,
             caption=" ".join((args.caption or "").split()), phrases=wanted.phrases,
         ).save(target)  # fmt: skip
         print(f"{name} -> {target}")
-        for box, label, score in zip(found["boxes"].tolist(), labels, scores, strict=True):
+        for box, label, score in zip(boxes.tolist(), labels, scores, strict=True):
             print(f"  {wanted.names[label]:<24} {score:.3f}  {' '.join(f'{v:.0f}' for v in box)}")
             results.append({"image": name, "name": wanted.names[label], "score": score, "box": box})
-    if failed == len(args.images):
+    if failed == len(images):
         raise UserError("none of the images could be read: see the reasons above")
     write_json(args.out / "results.json", results)
     return 0

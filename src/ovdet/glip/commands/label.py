@@ -17,12 +17,13 @@ from ovdet.precision import choose_precision
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import barrier, init_distributed, together
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="label.py", description="Boxes of a teacher for the noun phrases of captions, for a student to train on."
     )
     parser.add_argument("captions", help="a COCO captions json, or json lines of image and caption")

@@ -21,6 +21,7 @@ from ovdet.glip.testing import open_test
 from ovdet.precision import choose_precision
 from training.engine.distributed import Dist, barrier, init_distributed, together
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ PATIENCE, PATIENCE_ALL = (3, 8), (2, 4)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="odinw.py", description="Detection in the wild: many data sets, averaged.")
+    parser = Parser(prog="odinw.py", description="Detection in the wild: many data sets, averaged.")
     parser.add_argument("root", type=Path, help="folder of data sets, each with train, valid and test in COCO's form")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--checkpoint", required=True, help="the model that is tested or tuned")

@@ -12,12 +12,13 @@ from ovdet.glip.testing import format_metrics, open_test
 from ovdet.precision import choose_precision
 from training.engine.distributed import init_distributed, together
 from training.engine.errors import run_program
+from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="test.py", description="Detect on a validation set, and say how well.")
+    parser = Parser(prog="test.py", description="Detect on a validation set, and say how well.")
     parser.add_argument("checkpoint", help="a file of this program, of the published code, or of MMDetection")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--config", help="the variant and the data; default: the config in the checkpoint")

@@ -16,6 +16,7 @@ from ovdet.glip.testing import open_test
 from ovdet.precision import choose_precision
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import UserError, run_program
+from training.engine.flags import Parser
 from training.engine.folder import open_folder, resume_after_restart
 from training.engine.journal import setup_logging
 from training.engine.loop import Loop
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="train.py", description="Train or tune a GLIP.")
+    parser = Parser(prog="train.py", description="Train or tune a GLIP.")
     parser.add_argument("config", help="one of configs/*.toml, or your own")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--work-dir", type=Path, required=True, help="folder of the run")

@@ -7,16 +7,15 @@ region that training may meet (an embedding of its crop), or one for each cell o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from training.engine.data.annotations import Annotations
-from training.engine.data.images import first_line
+from training.engine.data.keyed import check_key, write_key, writing
 from training.engine.errors import UserError
 
 FORMAT = 2
@@ -36,6 +35,7 @@ class TeacherStore:
         key: everything that the answers depend on, as plain values (see :func:`annotations_key`).
         unit: ``"region"`` (a row answers for a region) or ``"image"`` (all rows of an image are one answer, a map).
         shard_images: images of a shard.
+        flag: the option that names the folder, for messages.
 
     Raises:
         UserError: the folder holds a store of another key, or something else.
@@ -43,15 +43,17 @@ class TeacherStore:
 
     def __init__(
         self, folder: str | Path, offsets: np.ndarray, width: int, key: dict[str, Any], *, unit: str = "region",
-        shard_images: int = SHARD_IMAGES,
+        shard_images: int = SHARD_IMAGES, flag: str = "--cache-teacher",
     ) -> None:  # fmt: skip
         self.folder, self.offsets, self.width, self.unit = Path(folder), np.asarray(offsets), int(width), unit
+        self.where = f"{flag} {folder}"
         self.key = {"format": FORMAT, "shard_images": shard_images, "width": self.width, "unit": unit, **key}
         self.shard_images = shard_images
         self.num_images = len(self.offsets) - 1
         self.num_shards = -(-self.num_images // shard_images)
         self._maps: dict[int, np.ndarray] = {}
-        self._check()
+        self._files: dict[int, Path] = {}
+        check_key(self.folder, self.key, self.where)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_maps": {}}  # a worker opens its own
@@ -78,43 +80,78 @@ class TeacherStore:
     def answers(self, image: int, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """float16 ``[K, D]``, answers of an image by their numbers; NaN where the image could not be read."""
         shard, places = self.rows(image, rows)
-        if shard not in self._maps:
-            self._maps[shard] = np.load(self._file(shard), mmap_mode="r")
-        return self._maps[shard][places]  # a copy
+        return self._map(shard)[places]  # a copy
 
     def of_image(self, image: int) -> np.ndarray:
         """float16 ``[N, D]``, all answers of an image."""
-        return self.answers(image, np.arange(self.offsets[image + 1] - self.offsets[image]))
+        shard, _ = self.rows(image, ())
+        start = self.offsets[self.images_of(shard).start]
+        return np.array(self._map(shard)[self.offsets[image] - start : self.offsets[image + 1] - start])
 
-    def _file(self, shard: int) -> Path | None:
-        """Newest file of a shard, None when there is none."""
-        files = sorted(self.folder.glob(f"shard-{shard:05d}-*.npy"), key=lambda f: f.stat().st_mtime_ns)
-        return files[-1] if files else None
+    def _map(self, shard: int) -> np.ndarray:
+        """A shard as a memory map.
 
-    def is_complete(self, shard: int) -> bool:
-        """Whether a shard is there and undamaged (its bytes are read). A damaged one is deleted."""
-        file = self._file(shard)
+        Raises:
+            UserError: it is not there, or cannot be read.
+        """
+        if shard not in self._maps:
+            if shard not in self._files:
+                self.look()
+            try:
+                self._maps[shard] = np.load(self._files[shard], mmap_mode="r")
+            except (KeyError, OSError, ValueError) as error:
+                raise UserError(f"{self.where}: shard {shard} is missing or damaged ({error}): fill it again") from None
+        return self._maps[shard]
+
+    def look(self) -> None:
+        """See which shards are there now; of several files of one, the newest counts."""
+        found: dict[int, tuple[int, Path]] = {}
+        for file in self.folder.glob("shard-*-*.npy"):
+            number = file.stem.split("-")[1]
+            if number.isdigit():
+                found[int(number)] = max(found.get(int(number), (-1, file)), (file.stat().st_mtime_ns, file))
+        self._files = {shard: file for shard, (_, file) in found.items()}
+
+    def missing(self, shards: Iterable[int] | None = None, *, read: bool = False) -> list[int]:
+        """Shards, of all or of some, that are not there. Damaged ones are deleted, and so missing.
+
+        Args:
+            read: see :meth:`is_complete`.
+        """
+        self.look()
+        return [s for s in (range(self.num_shards) if shards is None else shards) if not self._is_good(s, read)]
+
+    def is_complete(self, shard: int, *, read: bool = True) -> bool:
+        """Whether a shard is there and undamaged. A damaged one is deleted.
+
+        Args:
+            read: its bytes are read and compared with its checksum; otherwise its size and shape must do.
+        """
+        self.look()
+        return self._is_good(shard, read)
+
+    def _is_good(self, shard: int, read: bool) -> bool:
+        file = self._files.get(shard)
         if file is None:
             return False
         try:
-            good = _digest(file) == file.stem.split("-")[2] and np.load(file, mmap_mode="r").shape == self.shape(shard)
+            content = np.load(file, mmap_mode="r")
+            good = content.shape == self.shape(shard) and content.dtype == np.float16
+            good = good and file.stat().st_size == content.offset + content.nbytes
+            good = good and (not read or _digest(file) == file.stem.split("-")[2])
         except (OSError, ValueError):
             good = False
         if not good:
             file.unlink(missing_ok=True)
+            self._files.pop(shard)
         return good
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def create(self) -> None:
         """Make the folder and say in it what it is for, if that has not been done."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.folder / f".key.{os.getpid()}"
-            temporary.write_text(json.dumps(self.key, indent=1) + "\n", encoding="utf-8")
-            os.replace(temporary, self.folder / "key.json")
-        except OSError as error:
-            raise self._unwritable(error) from error
+        with writing(self.where):
+            write_key(self.folder, self.key)
 
     def write(self, shard: int, array: np.ndarray) -> None:
         """Write a shard, float16 of :meth:`shape`.
@@ -126,45 +163,16 @@ class TeacherStore:
             raise ValueError(f"shard {shard} must be float16 {self.shape(shard)}, not {array.dtype} {array.shape}")
         temporary = self.folder / f".shard-{shard:05d}.{os.getpid()}"
         try:
-            with open(temporary, "wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.folder / f"shard-{shard:05d}-{_digest(temporary)}.npy")
-        except OSError as error:
-            raise self._unwritable(error) from error
+            with writing(self.where):
+                with open(temporary, "wb") as file:
+                    np.save(file, array)
+                    file.flush()
+                    os.fsync(file.fileno())
+                target = self.folder / f"shard-{shard:05d}-{_digest(temporary)}.npy"
+                os.replace(temporary, target)
+                self._files[shard] = target
         finally:
             temporary.unlink(missing_ok=True)
-
-    def _unwritable(self, error: OSError) -> UserError:
-        return UserError(
-            f"--cache-teacher {self.folder} cannot be written ({first_line(error)}): free some space or choose another"
-        )
-
-    def _check(self) -> None:
-        """UserError when the folder is no store, or one of another key."""
-        where, remedy = f"--cache-teacher {self.folder}", "give another folder, or delete this one"
-        if not self.folder.exists():
-            return
-        if not self.folder.is_dir():
-            raise UserError(f"{where} is a file: give a folder")
-        try:
-            found = json.loads((self.folder / "key.json").read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError("no dictionary")
-        except FileNotFoundError:
-            if any(f for f in self.folder.iterdir() if not f.name.startswith(".")):
-                raise UserError(f"{where} holds something else (it has no key.json): give another folder") from None
-            return
-        except (OSError, ValueError) as error:
-            raise UserError(f"{where}: key.json is damaged ({first_line(error)}); {remedy}") from None
-        differs = [n for n in sorted({*found, *self.key}) if found.get(n) != self.key.get(n)]
-        if differs:
-            name = differs[0]
-            raise UserError(
-                f"{where} was made with other {', '.join(differs)} ({name}: {found.get(name)}, now "
-                f"{self.key.get(name)}); {remedy}"
-            )
 
 
 def annotations_key(annotations: Annotations, indices: np.ndarray) -> str:
