@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import open_clip
+from open_clip.identity import architecture_hash
 from ovdet.config import Config
 from ovdet.files import vit_hash
 from training.engine.errors import as_user_error
@@ -52,4 +53,7 @@ def load_clip(config: Config, name: str, pretrained: str, cache_dir: str, *, see
         clip = open_clip.create_model(name, pretrained=pretrained or None, cache_dir=folder).eval()
         tokenizer = open_clip.get_tokenizer(name)
     weights = str(folder) if pretrained == "eva" else str(pretrained) or f"random, seed {seed}"
-    return Clip(clip, tokenizer, {"name": name, "weights": weights, "hash": vit_hash(clip)})
+    return Clip(
+        clip, tokenizer,
+        {"name": name, "weights": weights, "hash": vit_hash(clip), "architecture": architecture_hash(clip.visual)}
+    )

@@ -152,6 +152,11 @@ def check_vit(content: dict[str, Any], vit: dict[str, str], clip: CLIP, path: st
         raise UserError(
             f"checkpoint {path} was trained on {trained['name']}, but model.name is {vit['name']}: use its own config"
         )
+    if trained.get("architecture", vit.get("architecture")) != vit.get("architecture"):
+        raise UserError(
+            f"checkpoint {path} was trained on {trained['name']} of another architecture (activation, heads, norms, "
+            "positions): use the model config that it was trained with"
+        )
     at_hand = vit["hash"] if version_of(content) else former_vit_hash(clip)
     if trained["hash"] != at_hand:
         raise UserError(

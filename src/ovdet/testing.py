@@ -177,7 +177,7 @@ def test(
         mask_threshold=options.mask_threshold, repeat_edges=options.mask_edges == "repeated",
         on_skipped=count_skips(policy),
     )  # fmt: skip
-    metrics = score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder)
+    metrics = score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
     detector.train(was_training)
     return metrics
 
@@ -194,12 +194,13 @@ def score(
     *,
     kinds: Sequence[str],
     folder: Path | None = None,
+    level: int = logging.INFO,
 ) -> dict[str, dict[str, float]]:
     """AP of the detections of all processes; every process calls it with its own and gets the metrics.
 
     Args:
         images: as :func:`detect` gives them; policy: has counted this process's images once they are through.
-        annotations, vocabulary, kinds, folder: see :func:`test`.
+        annotations, vocabulary, kinds, folder, level: see :func:`test`.
 
     Raises:
         UserError: too many unusable images.

@@ -24,6 +24,7 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+from open_clip.identity import identity
 from ovseg.data.sets import DATASETS, SegmentationSet, Unusable, open_dataset
 from ovseg.metrics import Confusion
 from ovseg.options import (
@@ -36,7 +37,6 @@ from ovseg.options import (
 )
 from ovseg.progress import Counts
 from ovseg.segment import Segmenter
-from training.engine.checkpoint import weights_hash
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
@@ -250,7 +250,7 @@ def fingerprint(args: argparse.Namespace, data: SegmentationSet, segmenter: Segm
     return {
         "dataset": args.dataset, "split": args.split, "images": len(data), "first": data.files(0)[0],
         "max_images": args.max_images, "model": args.model,
-        "weights": weights_hash(segmenter.model.visual.state_dict()),
+        "weights": identity(segmenter.model.visual),
         "external": args.external, "precision": args.precision, "embed_path": args.embed_path,
         "settings": json.loads(json.dumps({n: asdict(p) for n, p in segmenter.variants.items()})),
     }  # fmt: skip

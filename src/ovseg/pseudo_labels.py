@@ -26,6 +26,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from open_clip.identity import identity
 from ovseg.classes import IGNORE, ClassList
 from ovseg.data.label_files import LabelError
 from ovseg.data.sets import DATASETS, SegmentationSet, Unusable, open_dataset
@@ -39,7 +40,6 @@ from ovseg.options import (
 )
 from ovseg.pictures import class_colours, list_images, write_label_png
 from ovseg.segment import Segmenter
-from training.engine.checkpoint import weights_hash
 from training.engine.data.images import ImageError, read_image
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
@@ -236,7 +236,7 @@ def _record(output: Path, args: argparse.Namespace, segmenter: Segmenter) -> Non
     record = {
         "classes": list(segmenter.classes.names), "words": [list(w) for w in segmenter.classes.words], "ignore": IGNORE,
         "colours": class_colours(segmenter.classes).tolist(), "confidence": args.confidence,
-        "keep_seen": args.keep_seen, "model": args.model, "weights": weights_hash(segmenter.model.visual.state_dict()),
+        "keep_seen": args.keep_seen, "model": args.model, "weights": identity(segmenter.model.visual),
         "external": args.external, "settings": json.loads(json.dumps(asdict(protocol))),
     }  # fmt: skip
     file = output / RECORD

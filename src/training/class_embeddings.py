@@ -16,9 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import open_clip
+from open_clip.identity import identity
 from open_clip.prompts import class_embeddings as compute_class_embeddings
 from open_clip.prompts import class_prompts
 from open_clip.weights import load_torch_file
+from training.engine.checkpoint import weights_hash
 from training.engine.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -188,12 +191,13 @@ def _compute_on_one(
 def cache_key(
     model: nn.Module, tokenizer: Tokenizer, class_names: Sequence[str], prompts: Prompts = class_prompts
 ) -> str:
-    """Hash of what the embeddings depend on: the text tower's weights, the names, their tokens and their prompts."""
+    """Hash of what the embeddings depend on: the text tower, the names, their tokens and their prompts."""
     digest = hashlib.sha256(json.dumps([list(class_names), [prompts(name) for name in class_names]]).encode())
     digest.update(tokenizer(list(class_names)).numpy().tobytes())
-    for name, tensor in sorted(model.text.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if isinstance(model.text, open_clip.TextTower):
+        digest.update(identity(model.text).encode())
+    else:  # a text encoder of somebody's own: its weights are all that is known of it
+        digest.update(weights_hash(model.text.state_dict()).encode())
     return digest.hexdigest()[:32]
 
 

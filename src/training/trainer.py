@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP
+from open_clip.identity import architecture_hash
 from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
 from training.class_embeddings import load_or_compute
@@ -112,6 +113,7 @@ class Distillation(Task):
         for teacher in self.teachers.values():
             teacher.forget_texts()
         self.start = StartWeights(self.student)
+        self.architecture = architecture_hash(self.student)
         self.undecayed = undecayed_names(self.student)
 
     def _views(self, model: CLIP) -> dict[str, View]:
@@ -257,7 +259,10 @@ class Distillation(Task):
         """What a resumed run must have in common with this one."""
         flat = self.choices.flat()
         values = {f"--{name.replace('_', '-')}": flat[name] for name in _IDENTITY if name in flat}
-        return {**values, "the number of training images": self.data.num_images}
+        return {
+            **values, "the model's architecture": self.architecture,
+            "the number of training images": self.data.num_images,
+        }  # fmt: skip
 
     def options(self) -> dict[str, Any]:
         """All options."""

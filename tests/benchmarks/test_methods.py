@@ -76,13 +76,13 @@ def test_rows_are_command_lines_of_the_program(tmp_path):
 
     for row, flags in methods.METHODS.items():
         filled = [f.format(data=tmp_path, trunk="t", out=tmp_path, teacher="w") for f in flags]
-        assert parse_args(filled, check=False).entry.name in row.replace("mixrc, ", "mixrc ") or row.startswith("clipself")
+        assert row.startswith(parse_args(filled, check=False).entry.name)
 
 
 @pytest.mark.slow
 def test_smoke(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks/methods.py"), "--out", str(tmp_path / "r"), "--smoke", "--seeds", "1",
-               "--methods", "sc", "fineclip", "--jobs", "1"]  # fmt: skip
+    flags = ["--out", str(tmp_path / "r"), "--smoke", "--seeds", "1", "--methods", "sc", "fineclip", "--jobs", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks/methods.py"), *flags]
     for _ in range(2):  # the second time everything is there
         done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]

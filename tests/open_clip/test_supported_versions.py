@@ -1,7 +1,7 @@
 """The releases of torch, torchvision and timm that are declared: the oldest, and the newest there is.
 
 Each goes into a folder of its own, in front of the installed ones, and the model tests run with it. The oldest torch
-takes 3 GB to fetch and 6 GB of disk; ``PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu`` makes it 200 MB.
+takes 3 GB to fetch and 6 GB of disk; an index of CPU builds in ``PIP_EXTRA_INDEX_URL`` makes that 200 MB.
 """
 
 from __future__ import annotations

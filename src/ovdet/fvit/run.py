@@ -61,7 +61,10 @@ def make_task(config: FViTConfig, dist: Dist, folder: Path) -> DetectionTask:
         kinds = ["bbox", "segm"] if config.model.masks else ["bbox"]
         return test(config, task.detector, validation, vocabulary, dist=dist, kinds=kinds, folder=place)
 
-    identity = {"the ViT": vit.identity["name"], "its weights": vit.identity["hash"], "train.seed": config.train.seed}
+    identity = {
+        "the ViT": vit.identity["name"], "its weights": vit.identity["hash"],
+        "its architecture": vit.identity["architecture"], "train.seed": config.train.seed,
+    }  # fmt: skip
     task = DetectionTask(
         detector, dataset, data=data, train=config.train, dist=dist, content=content,
         validate=validate if validation is not None else None, folder=folder, identity=identity,

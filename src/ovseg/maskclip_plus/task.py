@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from open_clip.identity import identity
 from open_clip.transform import normalize
 from ovseg.dense import DenseReader
 from ovseg.maskclip_plus.data import TrainingData
@@ -16,7 +17,6 @@ from ovseg.maskclip_plus.fill import fill_labels, mark_unlabelled
 from ovseg.maskclip_plus.losses import distillation_loss, segmentation_loss
 from ovseg.maskclip_plus.network import Student, class_logits, release_of
 from ovseg.refine import key_smoothing, prompt_denoising
-from training.engine.checkpoint import weights_hash
 from training.engine.distributed import Dist, average_batch_norm
 from training.engine.errors import UserError
 from training.engine.journal import Journal
@@ -161,7 +161,7 @@ class MaskClipPlus(Task):
         if dist.distributed and dist.device.type == "cuda":
             teaching = nn.SyncBatchNorm.convert_sync_batchnorm(teaching)
         self.module = teaching
-        self.teacher_hash = weights_hash(teaching._teacher[0].visual.state_dict())
+        self.teacher_hash = identity(teaching._teacher[0].visual)
 
     @property
     def batches_per_epoch(self) -> int:

@@ -137,8 +137,8 @@ def _annotations(options: DataOptions) -> Annotations:
 
 
 def _image_root(options: DataOptions) -> str:
-    """``--train-image-root``, or the folder of images that the training data is."""
-    return options.train_image_root or options.train_data
+    """``--train-image-root``; a folder of images as training data is its own, whatever a recipe says of the root."""
+    return options.train_data if Path(options.train_data).is_dir() else options.train_image_root
 
 
 def _share(count: int, ratio: float, seed: int) -> np.ndarray:
