@@ -79,6 +79,17 @@ def test_rows_are_command_lines_of_the_program(tmp_path):
         assert row.startswith(parse_args(filled, check=False).entry.name)
 
 
+def test_cost_of_a_step(tmp_path):
+    """Each in a process of its own; a method without a teacher does fewer operations than CLIPSelf."""
+    command = [sys.executable, str(ROOT / "benchmarks/method_cost.py"), "--model", "ViT-Ti-8-64", "--size", "64",
+               "--crops", "2", "--rounds", "1", "--device", "cpu", "--methods", "regionclip", "fineclip"]  # fmt: skip
+    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert rows["regionclip"]["tflop"] < rows["clipself"]["tflop"] < rows["fineclip"]["tflop"]
+    assert all(row["seconds"] > 0 and row["memory_gb"] > 0 for row in rows.values())
+
+
 @pytest.mark.slow
 def test_smoke(tmp_path):
     flags = ["--out", str(tmp_path / "r"), "--smoke", "--seeds", "1", "--methods", "sc", "fineclip", "--jobs", "1"]
