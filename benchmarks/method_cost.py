@@ -36,7 +36,7 @@ METHODS: dict[str, list[str]] = {
     "fineclip": ["--method", "fineclip"],
     "clim": ["--method", "clim"],
 }
-CLASSES, WORDS = 133, 77
+CLASSES = 133
 
 
 def part(name: str, args: argparse.Namespace) -> dict:
@@ -53,13 +53,14 @@ def part(name: str, args: argparse.Namespace) -> dict:
     device = torch.device(args.device)
     step = OurStep(["--model", args.model, *flags], size=args.size, device=device,
                    pictures=regions(args.batch, args.crops), classes=CLASSES)  # fmt: skip
+    words = step.method.student.context_length
     if name == "clim":  # as many images as there are crops, which is what its mosaics are made of
         n, side = args.batch * args.crops, step.crop_size
         given = {"images": torch.randn(n, 3, side, side, device=device), "samples": n, "skipped": []}
-        given["texts"] = torch.randint(1, 1000, (n, WORDS), device=device)
+        given["texts"] = torch.randint(1, 1000, (n, words), device=device)
     else:
         given = step.prepare(step.batch)
-        given |= _extras(given, device)
+        given |= _extras(given, words, device)
 
     def run() -> float:
         batch = dict(given)
@@ -81,12 +82,12 @@ def part(name: str, args: argparse.Namespace) -> dict:
     return {"seconds": seconds, "memory_gb": memory, "tflop": counter.get_total_flops() / 1e12}
 
 
-def _extras(batch: dict, device) -> dict:
+def _extras(batch: dict, length: int, device) -> dict:
     """What some methods ask for besides: captions, classes, labels."""
     import torch
 
     images, total = len(batch["boxes"]), sum(map(len, batch["boxes"]))
-    words = torch.randint(1, 1000, (images + total, WORDS), device=device)
+    words = torch.randint(1, 1000, (images + total, length), device=device)
     return {
         "captions": words[:images], "captions_of": torch.arange(images, device=device),
         "region_captions": words[images:], "region_captions_of": torch.arange(total, device=device),

@@ -63,7 +63,8 @@ class OurStep:
         teachers = prepare_teachers(options, model, dist, self.precision)
         student = prepare_student(options, model, dist, self.precision)
         setting = Setting(
-            student, teachers, options.readout, class_names=[f"class {i}" for i in range(classes)],
+            student, teachers, options.model.readout or options.entry.readout,
+            class_names=[f"class {i}" for i in range(classes)],
             embed=lambda names, teacher=None, plain=False: torch.randn(
                 classes, (teachers[teacher].model if teacher else student).embed_dim, device=device
             ),
@@ -74,6 +75,8 @@ class OurStep:
         self.visual = student.visual
         pixels = (self.visual.image_mean, self.visual.image_std, self.precision.input_dtype)
         self.views = {"images": View("images", size, *pixels)} | {n: t.view for n, t in teachers.items()}
+        if "crops" in options.entry.fields(options.own):  # of the student itself, where no teacher looks at them
+            self.views.setdefault("crops", View("crops", self.crop_size, *pixels))
         self.batch = self._collated(pictures)
 
     def _collated(self, pictures: list) -> dict:

@@ -1,0 +1,103 @@
+"""The ranking of methods: its statistics by closed forms, and (slow) the whole of it at smoke size."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import methods  # noqa: E402
+import ranking  # noqa: E402
+import segments  # noqa: E402
+
+
+def write_run(folder: Path, boxes: float, unseen: float) -> None:
+    folder.mkdir(parents=True)
+    record = {"kind": "student", "step": 7, "count.images": 3}
+    for name in ("128.rois", "128.maskpool"):
+        record |= {f"{name}.thing.macc1": boxes, f"{name}.stuff.macc1": 0.5}
+    classes = [{"class": "dotted star", "kind": "thing", "segments": 4, "top1": unseen, "top5": 1.0},
+               {"class": "waved moon", "kind": "thing", "segments": 4, "top1": 0.9, "top5": 1.0}]  # fmt: skip
+    (folder / "results.json").write_text(json.dumps([record]))
+    content = {n: classes for n in ("rois", "maskpool", "128.rois", "128.maskpool")}
+    (folder / "per_class_student_7.json").write_text(json.dumps(content))
+    for name in ("rois", "maskpool"):
+        record |= {f"{name}.thing.macc1": boxes, f"{name}.stuff.macc1": 0.5}
+    (folder / "results.json").write_text(json.dumps([record]))
+
+
+def test_scores_and_paired_differences(tmp_path):
+    for seed, (base, other) in enumerate([(0.2, 0.25), (0.3, 0.36), (0.4, 0.37)]):
+        write_run(tmp_path / f"clipself-{seed}", base, 0.1)
+        write_run(tmp_path / f"declip-{seed}", other, 0.3)
+    runs = {
+        row: {s: ranking.scores_of(tmp_path / f"{row}-{s}", [128], ["dotted star"]) for s in range(3)}
+        for row in ("clipself", "declip")
+    }
+    assert runs["declip"][0]["128 boxes things"] == pytest.approx(25) and runs["declip"][0]["128 masks unseen"] == 30
+    assert ranking.scores_of(tmp_path / "none", [128], []) is None
+    differences = np.array([5.0, 6.0, -3.0])
+    mean, error, wins, seeds = ranking.compare(runs["declip"], runs["clipself"], "128 boxes things")
+    assert mean == pytest.approx(differences.mean()) and (wins, seeds) == (2, 3)
+    assert error == pytest.approx(differences.std(ddof=1) / math.sqrt(3))
+    assert all(math.isnan(v) for v in ranking.compare({}, runs["clipself"], "128 boxes things")[:2])
+    names = ranking.metrics([128])
+    text = ranking.table(runs, {"value": runs["clipself"][0]}, names, "clipself", {"declip": 1e-3})
+    assert "| untrained, value |" in text and "+2.7 ± 2.8 (2/3)" in text and text.count("\n") == 6
+    ranking.picture(runs, names, "clipself", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 1000
+
+
+def test_auc_and_cells():
+    rng = np.random.default_rng(0)
+    scores, positive = rng.integers(0, 6, 60).astype(float), rng.random(60) < 0.4
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+    assert segments.auc(scores, positive) == pytest.approx(np.mean(pairs))
+    ids = np.kron(np.array([[1, 1], [2, 7]]), np.ones((4, 4), int))
+    assert segments.pure_cells(ids, 2).tolist() == [0, 0, 1, 2]
+    ids[0, :4] = 9
+    assert segments.pure_cells(ids, 2).tolist() == [-1, 0, 1, 2]
+
+
+def test_flags_that_are_given_replace_the_common_ones():
+    kept = methods._without(["--a", 1, "--b", 2, 3, "--switch", "--c", 4], {"--b", "--switch"})
+    assert kept == ["--a", 1, "--c", 4]
+
+
+def test_rows_are_command_lines_of_the_program(tmp_path):
+    from training.params import parse_args
+
+    for row, flags in methods.METHODS.items():
+        filled = [f.format(data=tmp_path, trunk="t", out=tmp_path, teacher="w") for f in flags]
+        assert row.startswith(parse_args(filled, check=False).entry.name)
+
+
+def test_cost_of_a_step(tmp_path):
+    """Each in a process of its own; a method without a teacher does fewer operations than CLIPSelf."""
+    command = [sys.executable, str(ROOT / "benchmarks/method_cost.py"), "--model", "ViT-Ti-8-64", "--size", "64",
+               "--crops", "2", "--rounds", "1", "--device", "cpu", "--methods", "regionclip", "fineclip"]  # fmt: skip
+    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert rows["regionclip"]["tflop"] < rows["clipself"]["tflop"] < rows["fineclip"]["tflop"]
+    assert all(row["seconds"] > 0 and row["memory_gb"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path):
+    flags = ["--out", str(tmp_path / "r"), "--smoke", "--seeds", "1", "--methods", "sc", "fineclip", "--jobs", "1"]
+    command = [sys.executable, str(ROOT / "benchmarks/methods.py"), *flags]
+    for _ in range(2):  # the second time everything is there
+        done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "**fineclip**" in done.stdout and "untrained, multi-v:3" in done.stdout
+    record = json.loads((tmp_path / "r/results.json").read_text())
+    assert set(record["runs"]) == {"clipself", "sc", "fineclip"} and not record["seconds_a_run"]
+    assert (tmp_path / "r/picture.png").is_file()
