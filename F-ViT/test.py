@@ -1,62 +1,13 @@
 """Test a detector: python test.py CONFIG CHECKPOINT --eval bbox [segm] [section.key=value ...]."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    import open_clip  # noqa: F401
+    from ovdet.fvit.commands import test as command
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
-from ovdet.config import resolve_path
-from ovdet.data.annotations import check_image_root, load_annotations
-from ovdet.distributed import join, leave, together
-from ovdet.errors import UserError, run
-from ovdet.evaluation.coco import KINDS, format_table
-from ovdet.fvit.assemble import load_detector, load_vit, make_detector, read_config
-from ovdet.journal import setup_logging
-from ovdet.testing import test
-from ovdet.vocabulary import make_vocabulary
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line, detect and print AP. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description="Detect on the validation set and compute AP.")
-    parser.add_argument("config", help="one of configs/*.toml, or your own")
-    parser.add_argument("checkpoint", help="a detector file: epoch_N.pt or latest.pt")
-    parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
-    parser.add_argument("--eval", nargs="+", default=["bbox"], metavar="KIND", help="bbox, segm, or both")
-    parser.add_argument("--out", type=Path, help="folder of results.*.json and metrics.json; default: by CHECKPOINT")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    args = parser.parse_intermixed_args(argv)
-    # "--eval bbox data.workers=0": what follows may be an override.
-    kinds = [value for value in args.eval if "=" not in value]
-    if not kinds or set(kinds) - set(KINDS):
-        raise UserError(f"--eval {' '.join(args.eval)}: use {' or '.join(KINDS)}, or both")
-    config = read_config(args.config, [*args.overrides, *(value for value in args.eval if "=" in value)])
-    process = join(args.device)
-    setup_logging(process.rank)
-    with together():
-        path = resolve_path(config.data.val_annotations)
-        annotations = load_annotations(path, key="data.val_annotations")
-        check_image_root(annotations, resolve_path(config.data.val_images), key="data.val_images")
-        vocabulary = make_vocabulary(config, annotations)
-        vit = load_vit(config)
-    detector = make_detector(config, vit, vocabulary, device=process.device, progress=process.is_master)
-    load_detector(args.checkpoint, detector, vit)
-    checkpoint = Path(args.checkpoint)
-    metrics = test(
-        config, detector, annotations, vocabulary, process=process, kinds=kinds,
-        folder=args.out or checkpoint.parent / f"{checkpoint.stem}_test",
-    )  # fmt: skip
-    if process.is_master:
-        print(format_table(metrics, config.data.protocol))
-    leave()
-
+    from ovdet.fvit.commands import test as command
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(command.run())

@@ -1,45 +1,13 @@
 """Train a detector: python train.py CONFIG --work-dir DIR [--resume] [section.key=value ...]."""
 
-from __future__ import annotations
-
-import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    import open_clip  # noqa: F401
+    from ovdet.fvit.commands import train as command
 except ImportError:  # run from a clone that is not installed
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
-
-from ovdet.distributed import join, leave
-from ovdet.engine import Trainer
-from ovdet.errors import run
-from ovdet.fvit.assemble import read_config
-from ovdet.journal import setup_logging
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train. UserError for faulty input."""
-    parser = argparse.ArgumentParser(description="Train an open-vocabulary detector on a frozen ViT.")
-    parser.add_argument("config", help="one of configs/*.toml, or your own")
-    parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--resume", action="store_true", help="go on from latest.pt in the work dir")
-    parser.add_argument("--max-steps", type=int, default=0, help="end after so many steps in all (0: train.epochs)")
-    parser.add_argument("--save-every-steps", type=int, default=1000, help="save inside epochs as well (0: never)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    args = parser.parse_intermixed_args(argv)
-    config = read_config(args.config, args.overrides)
-    process = join(args.device)
-    setup_logging(process.rank)
-    trainer = Trainer(
-        config, process, args.work_dir, resume=args.resume, max_steps=args.max_steps,
-        save_every_steps=args.save_every_steps,
-    )  # fmt: skip
-    trainer.run()
-    leave()
-
+    from ovdet.fvit.commands import train as command
 
 if __name__ == "__main__":
-    run(main)
+    sys.exit(command.run())

@@ -94,13 +94,14 @@ def deliver(path: str, images: str, cache: str, workers: int, seconds: float) ->
     """Images/s of the loader of proposals (crops left to the device: the loader does little else than look up
     annotations and decode) and the largest memory of a worker."""
     from training.data import build_train_data
-    from training.params import make_parser
+    from training.params import parse_args
 
     flags = [
         "--dataset-type", "proposals_distill", "--train-data", path, "--train-image-root", images, "--crop-on",
         "device", "--annotation-cache", cache, "--workers", str(workers),
     ]  # fmt: skip
-    data = build_train_data(make_parser().parse_args(flags), image_size=1024, crop_size=224)
+    options = parse_args(flags, check=False)
+    data = build_train_data(options.data, options.regions, image_size=1024, crop_size=224)
     rates: list[float] = []
     batches = epochs(data)
     for _ in islice(batches, 8 * workers):  # workers start and fill their queues

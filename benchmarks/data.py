@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -26,9 +27,9 @@ from common import Clock, add_data_flags, dataset_of, print_table  # noqa: E402
 from conventional import GridPatches, Panoptic  # noqa: E402
 
 from open_clip.image_tower import OPENAI_MEAN, OPENAI_STD  # noqa: E402
-from training.data import build_train_data, prepare_batch  # noqa: E402
+from training.data import View, build_train_data, prepare_batch  # noqa: E402
 from training.evaluation.panoptic import build_eval_data  # noqa: E402
-from training.params import make_parser  # noqa: E402
+from training.params import parse_args  # noqa: E402
 
 
 def bytes_of(value: object) -> int:
@@ -70,7 +71,7 @@ def loaders(args: argparse.Namespace, data: dict[str, str]) -> dict[str, Callabl
         "--val-image-root", data["images"], "--val-segm-root", data["segments"], "--det-image-size", str(args.size),
         "--batch-size", str(args.batch_size), "--workers", str(args.workers),
     ]  # fmt: skip
-    options = make_parser().parse_args(flags)
+    options = parse_args(flags, check=False)
     sizes = {"image_size": args.size, "crop_size": args.crop_size}
 
     def conventional(dataset: torch.utils.data.Dataset) -> DataLoader:
@@ -79,7 +80,7 @@ def loaders(args: argparse.Namespace, data: dict[str, str]) -> dict[str, Callabl
         )
 
     def ours(crop_on: str) -> Iterable:
-        return build_train_data(argparse.Namespace(**{**vars(options), "crop_on": crop_on}), **sizes)
+        return build_train_data(replace(options.data, crop_on=crop_on), options.regions, **sizes)
 
     return {
         "grid conventional": lambda: conventional(
@@ -91,7 +92,10 @@ def loaders(args: argparse.Namespace, data: dict[str, str]) -> dict[str, Callabl
             Panoptic(data["images"], data["annotations"], data["segments"], args.size, args.patch, args.crop_size)
         ),
         "panoptic": lambda: (
-            build_eval_data(options, image_sizes=[args.size], patch_size=args.patch, crop_size=args.crop_size).loader
+            build_eval_data(
+                options.eval, image_sizes=[args.size], patch_size=args.patch, crop_size=args.crop_size,
+                batch_size=args.batch_size, workers=args.workers,
+            ).loader
         ),
     }
 
@@ -104,12 +108,12 @@ def preparation_rate(loader: Iterable, args: argparse.Namespace) -> float:
     if device.type == "cuda":
         batches = [{k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in b.items()} for b in batches]
 
+    pixels = (OPENAI_MEAN, OPENAI_STD, dtype)
+    views = {"images": View("images", args.size, *pixels), "crops": View("crops", args.crop_size, *pixels)}
+
     def prepare() -> None:
         for batch in batches:
-            prepare_batch(
-                batch, device=device, dtype=dtype, mean=OPENAI_MEAN, std=OPENAI_STD, image_size=args.size,
-                crop_size=args.crop_size,
-            )  # fmt: skip
+            prepare_batch(batch, views, device)
         if device.type == "cuda":
             torch.cuda.synchronize()
 

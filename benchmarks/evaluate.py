@@ -33,8 +33,8 @@ from conventional import Panoptic, use_eager_attention  # noqa: E402
 import open_clip  # noqa: E402
 from training.evaluation.evaluate import CROP_CHUNK, CROP_CHUNK_DEFAULT, evaluate  # noqa: E402
 from training.evaluation.metrics import KINDS, TOP_K  # noqa: E402
+from training.evaluation.options import EvalOptions  # noqa: E402
 from training.evaluation.panoptic import build_eval_data  # noqa: E402
-from training.params import make_parser  # noqa: E402
 
 KINDS_OF_PREDICTION = ("rois", "maskpool", "crops")
 
@@ -180,10 +180,11 @@ def run(args: argparse.Namespace, data: dict[str, str]) -> None:
     del model.text  # class embeddings come from elsewhere
     model = model.to(device).eval()
     patch, crop_size = model.visual.patch_size, model.visual.image_size
-    flags = ["--val-data", data["annotations"], "--val-image-root", data["images"], "--val-segm-root", data["segments"]]
-    flags += ["--batch-size", str(args.batch_size), "--workers", str(args.workers)]
-    options = make_parser().parse_args(flags)
-    eval_data = build_eval_data(options, image_sizes=[args.size], patch_size=patch, crop_size=crop_size)
+    options = EvalOptions(
+        val_data=data["annotations"], val_image_root=data["images"], val_segm_root=data["segments"]
+    )
+    loading = {"batch_size": args.batch_size, "workers": args.workers, "patch_size": patch, "crop_size": crop_size}
+    eval_data = build_eval_data(options, image_sizes=[args.size], **loading)
     classes = class_embeddings(model, eval_data.loader, len(eval_data.class_names), device)
     alone = [
         tuple(open_clip.transform.normalize(t.to(device), model.visual.image_mean, model.visual.image_std)
@@ -194,7 +195,7 @@ def run(args: argparse.Namespace, data: dict[str, str]) -> None:
     seconds: dict[str, list[float]] = {"conventional": [], "ours": [], "limit": []}
     for _ in range(args.rounds):  # in turns, so that a slow spell of the machine meets all of them
         clock = Clock()
-        eval_data = build_eval_data(options, image_sizes=[args.size], patch_size=patch, crop_size=crop_size)
+        eval_data = build_eval_data(options, image_sizes=[args.size], **loading)
         ours = evaluate(model, eval_data, classes, device=device, progress=False)
         seconds["ours"].append(clock())
         seconds["limit"].append(limit(model, alone, device))

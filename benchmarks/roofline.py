@@ -133,7 +133,7 @@ def count_step(model: str, size: int, batch: int, regions: float, *, teacher: bo
         regions: boxes, and crops where there is a teacher, of an image on average.
     """
     half = torch.bfloat16
-    student = open_clip.create_model(model, device="meta").to(dtype=half)
+    student = open_clip.create_model(model, device="meta", load_weights=False).to(dtype=half)
     frozen = sum(p.numel() for p in student.visual.parameters()) if teacher else 0
     crops = max(round(batch * regions), 1)
     native = student.visual.image_size

@@ -20,17 +20,13 @@ from common import photograph  # noqa: E402
 import open_clip  # noqa: E402
 from open_clip.image_tower import ImageTower  # noqa: E402
 from open_clip.transform import crop_region, resize_longest  # noqa: E402
-from training.data import prepare_batch  # noqa: E402
+from training.data import View, prepare_batch  # noqa: E402
 from training.data.collate import Collate  # noqa: E402
 from training.engine.distributed import Dist  # noqa: E402
 from training.engine.precision import make_precision  # noqa: E402
-from training.methods import build_method  # noqa: E402
-from training.models import (  # noqa: E402
-    build_optimizer,  # noqa: E402
-    load_model,
-    prepare_models,
-)
-from training.params import make_parser  # noqa: E402
+from training.methods import Setting  # noqa: E402
+from training.models import build_optimizer, load_model, prepare_student, prepare_teachers  # noqa: E402
+from training.params import parse_args  # noqa: E402
 
 
 def regions(images: int, crops: int, seed: int = 0) -> list[tuple[Image.Image, Tensor]]:
@@ -51,21 +47,33 @@ class OurStep:
     Args:
         flags: further flags of the program.
         pictures: see :func:`regions`.
+        classes: of methods that want some; their embeddings are random.
     """
 
-    def __init__(self, flags: list[str], *, size: int, device: torch.device, pictures: list) -> None:
+    def __init__(
+        self, flags: list[str], *, size: int, device: torch.device, pictures: list, classes: int = 2
+    ) -> None:
         blocks = "1000"  # every group that there is
-        args = make_parser().parse_args(["--lock-image", "--lock-image-unlocked-groups", blocks, *flags])
-        args.det_image_size = size
+        locked = ["--lock-image", "--lock-image-unlocked-groups", blocks, "--det-image-size", str(size)]
+        options = parse_args([*locked, *flags], check=False)
         dist = Dist(0, 1, 0, device, False)
-        self.precision = make_precision(args.precision, device)
-        model = load_model(args)
+        self.precision = make_precision(options.machine.precision, device)
+        model = load_model(options)
         self.size, self.crop_size, self.device = size, model.visual.image_size, device
-        student, teacher = prepare_models(args, model, dist, self.precision)
-        self.method = build_method(args, student=student, teacher=teacher)
-        self.optimizer = build_optimizer(args, self.method.student)
+        teachers = prepare_teachers(options, model, dist, self.precision)
+        student = prepare_student(options, model, dist, self.precision)
+        setting = Setting(
+            student, teachers, options.readout, class_names=[f"class {i}" for i in range(classes)],
+            embed=lambda names, teacher=None, plain=False: torch.randn(
+                classes, (teachers[teacher].model if teacher else student).embed_dim, device=device
+            ),
+        )  # fmt: skip
+        self.method = options.entry.build(options.own, setting)
+        self.optimizer = build_optimizer(options.optim, options.model.model, student)
         self.method.train()
         self.visual = student.visual
+        pixels = (self.visual.image_mean, self.visual.image_std, self.precision.input_dtype)
+        self.views = {"images": View("images", size, *pixels)} | {n: t.view for n, t in teachers.items()}
         self.batch = self._collated(pictures)
 
     def _collated(self, pictures: list) -> dict:
@@ -75,7 +83,7 @@ class OurStep:
             crops = [crop_region(image, box, self.crop_size) for box in boxes.tolist()]
             sample = {"image": resize_longest(image, self.size), "boxes": boxes / 640, "image_id": index}
             samples.append({**sample, "index": index, **({"crops": crops} if crops else {})})
-        collate = Collate(image_size=self.size, crop_size=self.crop_size, crop_on="worker", kind="grid_distill")
+        collate = Collate(image_size=self.size, crop_size=self.crop_size)
         batch = collate(samples)
         if self.device.type == "cuda":
             batch = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -83,10 +91,7 @@ class OurStep:
 
     def prepare(self, batch: dict) -> dict:
         """A collated batch on the device."""
-        return prepare_batch(
-            batch, device=self.device, dtype=self.precision.input_dtype, mean=self.visual.image_mean,
-            std=self.visual.image_std, image_size=self.size, crop_size=self.crop_size,
-        )  # fmt: skip
+        return prepare_batch(batch, self.views, self.device)
 
     def __call__(self, prepared: dict | None = None) -> Tensor:
         """One step on the fixed batch, or on a prepared one. Returns the loss, detached."""
@@ -112,17 +117,18 @@ class ConventionalStep:
     device, a teacher under ``no_grad`` in the student's precision, AdamW as it comes."""
 
     def __init__(self, flags: list[str], *, size: int, device: torch.device, pictures: list) -> None:
-        args = make_parser().parse_args(flags)
-        self.device, self.precision = device, make_precision(args.precision, device)
-        torch.manual_seed(args.seed)
-        self.student = open_clip.create_model(args.model, pretrained=args.pretrained or None).to(device)
+        options = parse_args(flags, check=False)
+        self.device, self.precision = device, make_precision(options.machine.precision, device)
+        torch.manual_seed(options.run.seed)
+        model = options.model
+        self.student = open_clip.create_model(model.model, pretrained=model.pretrained or None).to(device)
         self.student.lock_image_tower(1000)
         self.student.text.requires_grad_(False)
         self.teacher = copy.deepcopy(self.student).eval().requires_grad_(False)
         for model in (self.student, self.teacher):
             conventional.use_eager_attention(model)
         trained = [p for p in self.student.visual.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=args.lr, weight_decay=args.wd)
+        self.optimizer = torch.optim.AdamW(trained, lr=options.optim.lr, weight_decay=options.optim.wd)
         crop_size = self.student.visual.image_size
         self.images = torch.stack([conventional.resize_and_pad(p, size, centre=False) for p, _ in pictures])
         self.boxes = torch.stack([boxes / 640 for _, boxes in pictures])

@@ -125,7 +125,7 @@ def part_loader(args: argparse.Namespace) -> dict:
     from steps import OurStep, regions
 
     from training.data import DevicePrefetcher, build_train_data
-    from training.params import make_parser as program_parser
+    from training.params import parse_args
 
     device = torch.device(args.device)
     size, batch = args.sizes[0], args.batches[0]
@@ -134,8 +134,11 @@ def part_loader(args: argparse.Namespace) -> dict:
         data = dataset_of(args, Path(folder), count=32, entries=(args.loader_steps + 5) * batch)
         flags = ["--train-data", data["annotations"], "--train-image-root", data["images"], "--batch-size", str(batch)]
         flags += ["--workers", str(args.workers), "--crop-on", args.crop_on, "--max-boxes", str(args.crops)]
-        options = program_parser().parse_args([*flags, "--det-image-size", str(size), "--device", args.device])
-        loader = build_train_data(options, image_size=size, crop_size=step.crop_size).loader
+        options = parse_args([*flags, "--det-image-size", str(size)], check=False)
+        loader = build_train_data(
+            options.data, options.regions, image_size=size, crop_size=step.crop_size,
+            pin_memory=device.type == "cuda",
+        ).loader
         batches = iter(DevicePrefetcher(loader, step.prepare, device))
         for _ in range(2):
             step(next(batches)).item()

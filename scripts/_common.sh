@@ -4,12 +4,20 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, as for torchrun
 #   DATA           folder of COCO (default data/coco);  LVIS: folder of LVIS annotations (default data/lvis_v1)
 #   CHECKPOINTS    folder of the start models (default checkpoints)
-#   PYTHON         interpreter; by default that of .venv if there is one
+#   PYTHON         interpreter; by default that of the virtual environment, if there is one
+#   CLIPSELF_DOCS_SMOKE  when set, two steps on small inputs instead of the schedule: to see that a command runs
+#   CLIPSELF_VENV  folder of that environment (default .venv)
 
+# A relative one is meant from where the command was given.
+if [ -n "${CLIPSELF_VENV:-}" ] && [ -d "$CLIPSELF_VENV" ]; then CLIPSELF_VENV="$(cd "$CLIPSELF_VENV" && pwd)"; fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ -z "${PYTHON:-}" ]; then
-    if [ -x .venv/bin/python ]; then PYTHON=.venv/bin/python; else PYTHON=python; fi
+    PYTHON="${CLIPSELF_VENV:-.venv}/bin/python"
+    if [ ! -x "$PYTHON" ]; then
+        if [ -n "${CLIPSELF_VENV:-}" ]; then echo "error: CLIPSELF_VENV: there is no $PYTHON" >&2; exit 2; fi
+        PYTHON=python
+    fi
 fi
 DATA="${DATA:-data/coco}"
 LVIS="${LVIS:-data/lvis_v1}"
@@ -36,6 +44,9 @@ run_training() {
         where=(--nnodes "$nodes" --node_rank "${NODE_RANK:?NODE_RANK is not set: the number of this machine}"
             --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set: the address of machine 0}"
             --master_port "${MASTER_PORT:-29500}")
+    fi
+    if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
+        set -- "$@" --max-steps 2 --max-boxes 4 --workers 0 --det-image-size 112 --eval-image-sizes 112
     fi
     # Processes share the cores of the machine.
     if [ -z "${OMP_NUM_THREADS:-}" ]; then

@@ -8,36 +8,18 @@ Examples:
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-
 from open_clip.factory import add_model_config, build_model, get_model_config, list_models
+from open_clip.weight_files import save_weights
 from open_clip.weights import LAYOUTS, export_state_dict, load_weights
-
-
-def save_weights(state: dict[str, torch.Tensor], path: Path, name: str) -> None:
-    """Write a state dict to ``path`` (.safetensors, or a torch file with ``epoch``, ``name`` and ``state_dict``).
-
-    The file appears complete or not at all: it is written beside its place and renamed.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        if path.suffix == ".safetensors":
-            save_file({k: v.contiguous() for k, v in state.items()}, str(temporary), metadata={"format": "pt"})
-        else:
-            torch.save({"epoch": 0, "name": name, "state_dict": state}, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.flags import Parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="checkpoint in any layout (.pt, .bin, .safetensors)")
     parser.add_argument("target", type=Path, help="file to write (.safetensors or .pt)")
     parser.add_argument("--model", required=True, help="name of the model, or the path of its config json")
@@ -54,28 +36,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     args = parse_args(argv)
-    try:
+    with as_user_error():
         name = args.model
         if name.endswith(".json"):
             name = Path(args.model).stem
             add_model_config(args.model, name)
         config = get_model_config(name)
         if config is None:
-            raise ValueError(f'model "{name}" is unknown: use one of {", ".join(list_models())}, or a config file')
+            raise UserError(f'model "{name}" is unknown: use one of {", ".join(list_models())}, or a config file')
         if args.target.exists() and not args.force:
-            raise ValueError(f"{args.target} exists: choose another name or add --force")
+            raise UserError(f"{args.target} exists: choose another name or add --force")
         model = build_model(config)
         load_weights(model, args.source)
         state = export_state_dict(model, None if args.layout == "reference" else args.layout)
         if args.half:
             state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
         save_weights(state, args.target, name)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f"convert_weights: {error}", file=sys.stderr)
-        return 2
     print(f"{args.target}: {len(state)} tensors, {args.target.stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Examples:
     python tools/generate_text_embeddings.py --model EVA02-CLIP-B-16 --pretrained eva \\
-        --cache-dir checkpoints/EVA02_CLIP_B_psz16_s8B.pt --names data/coco/annotations/panoptic_val2017.json \\
+        --cache-dir checkpoints/EVA02_CLIP_B_psz16_s8B.pt --classes-from data/coco/annotations/panoptic_val2017.json \\
         --out metadata/coco_panoptic_clip_hand_craft_EVACLIP_ViTB16.npy
-    python tools/generate_text_embeddings.py --model ViT-B-16 --pretrained openai --names my_classes.txt --background \\
+    python tools/generate_text_embeddings.py --model ViT-B-16 --pretrained openai --classes dog,cat --background \\
         --out my_classes.pt
 """
 
@@ -21,6 +21,9 @@ import torch
 
 import open_clip
 from open_clip.prompts import class_embeddings
+from training.engine.distributed import init_distributed
+from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.flags import COUNT, Parser
 
 
 def read_names(path: Path) -> list[str]:
@@ -28,9 +31,10 @@ def read_names(path: Path) -> list[str]:
 
     Raises:
         ValueError: no text in UTF-8, no json, or no names in it.
+        OSError: it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is no text in UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
@@ -69,50 +73,73 @@ def save(path: Path, names: list[str], features: torch.Tensor) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="name of the model, or its config json")
     parser.add_argument("--pretrained", default="", help='tag, checkpoint file, or "eva" with --cache-dir')
     parser.add_argument("--cache-dir", default=None, help="download cache; with --pretrained eva the checkpoint file")
-    parser.add_argument("--names", required=True, type=Path, help="annotation json, json list, or text file of names")
+    parser.add_argument("--classes", nargs="+", default=[], help="names, divided by spaces or commas")
+    # --names is what this flag was called first.
+    parser.add_argument(
+        "--classes-from", "--names", type=Path, metavar="FILE", help="annotation json, json list, or text file of names"
+    )
     parser.add_argument("--background", action="store_true", help='add a last class "background" (for the detector)')
     parser.add_argument("--out", required=True, type=Path, help=".npy (array in the order of the names) or .pt (dict)")
-    parser.add_argument("--batch-size", type=int, default=256, help="prompts embedded at a time (default 256)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--batch-size", type=COUNT, default=256, help="prompts embedded at a time (default 256)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if there is one, by default")
     args = parser.parse_args(argv)
     if args.out.suffix not in (".npy", ".pt"):
-        parser.error(f"--out {args.out}: use a name that ends in .npy or .pt")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size {args.batch_size}: use at least 1")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {args.device}: no CUDA device here; use cpu")
+        raise UserError(f"--out {args.out}: use a name that ends in .npy or .pt")
+    if bool(args.classes) == bool(args.classes_from):
+        raise UserError("give names with --classes, or a file of them with --classes-from")
     return args
 
 
+def chosen_names(args: argparse.Namespace) -> list[str]:
+    """The class names that the flags give.
+
+    Raises:
+        UserError: none.
+    """
+    if args.classes:
+        names = [name.strip() for text in args.classes for name in text.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--classes {' '.join(args.classes)}: holds no name")
+    else:
+        if not args.classes_from.is_file():
+            hint = "; names themselves go to --classes" if "," in str(args.classes_from) else ": check the path"
+            raise UserError(f"--classes-from {args.classes_from}: no such file{hint}")
+        names = read_names(args.classes_from)
+    return names + (["background"] if args.background else [])
+
+
 def main(argv: list[str] | None = None) -> int:
+    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: list[str] | None) -> None:
     args = parse_args(argv)
-    try:
+    device = init_distributed(args.device).device
+    with as_user_error():
         if args.model.endswith(".json"):
             open_clip.add_model_config(args.model, Path(args.model).stem)
             args.model = Path(args.model).stem
-        names = read_names(args.names) + (["background"] if args.background else [])
+        names = chosen_names(args)
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated and args.out.suffix == ".pt":
             raise ValueError(
-                f'{args.names}: the name "{repeated[0]}" stands there more than once (with --background, "background" '
-                "counts too), and a dict keeps one of each: rename it, or write an array (.npy)"
+                f'{args.classes_from or "--classes"}: the name "{repeated[0]}" stands there more than once (with '
+                '--background, "background" counts too), and a dict keeps one of each: rename it, or write an array '
+                "(.npy)"
             )
-        args.out.parent.mkdir(parents=True, exist_ok=True)  # now rather than after minutes of work
-        model = open_clip.create_model(args.model, args.pretrained, device=args.device, cache_dir=args.cache_dir).eval()
+        model = open_clip.create_model(args.model, args.pretrained, device=device, cache_dir=args.cache_dir).eval()
         tokenizer = open_clip.get_tokenizer(args.model)
+        args.out.parent.mkdir(parents=True, exist_ok=True)  # now rather than after minutes of work
         features = class_embeddings(model, tokenizer, names, batch_size=args.batch_size, progress=True)
         save(args.out, names, features)
-    except (ValueError, RuntimeError, OSError, ImportError) as error:
-        print(f"generate_text_embeddings: {error}", file=sys.stderr)
-        return 2
     if not args.pretrained:
         print("note: random weights (no --pretrained)", file=sys.stderr)
     print(f"{args.out}: {features.shape[0]} classes, {features.shape[1]} dimensions")
-    return 0
 
 
 if __name__ == "__main__":

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from show_dense_map import class_colours, dense_class_map  # noqa: E402
-
-from open_clip import create_model, get_tokenizer  # noqa: E402
-from training.class_embeddings import load_or_compute  # noqa: E402
-from training.engine.data.images import read_image  # noqa: E402
-from training.engine.errors import UserError  # noqa: E402
+from open_clip import create_model, get_tokenizer
+from ovseg.classes import ClassList
+from ovseg.protocols import Protocol
+from ovseg.segment import segment
+from training.engine.data.images import read_image
+from training.engine.errors import UserError, as_user_error, reason_of, run_program
+from training.engine.flags import Parser
+from training.engine.pictures import distinct_colours
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (after the choice of a backend without a screen)
@@ -43,7 +44,7 @@ def read_results(folder: Path) -> tuple[dict, dict]:
     try:
         records = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no results to read ({error}); run scripts/quickstart.sh") from None
+        raise UserError(f"{path}: no results to read ({reason_of(error)}); run scripts/quickstart.sh") from None
     if len(records) < 2 or records[0]["step"] != 0:
         raise UserError(f"{path}: it needs an evaluation before and one after training; run scripts/quickstart.sh")
     return records[0], records[-1]
@@ -112,15 +113,12 @@ def choose_scenes(panoptic: dict, count: int) -> list[dict]:
     return sorted(records, key=lambda r: not rich(r))[:count]  # the sort is stable
 
 
-def maps_of(
-    model_name: str, weights: Path, images: list[Tensor], names: list[str], size: int, val: Path
-) -> list[Tensor]:
+def maps_of(model_name: str, weights: Path, images: list[Tensor], names: list[str], size: int) -> list[Tensor]:
     """Dense class map of each image under the weights of one checkpoint."""
     model = create_model(model_name, str(weights)).eval()
-    embeddings = load_or_compute(
-        argparse.Namespace(embed_path=""), model, get_tokenizer(model_name), names, names_file=str(val)
-    )
-    return [dense_class_map(model, image, embeddings, size) for image in images]
+    classes = ClassList(tuple(names), tuple((name,) for name in names))
+    protocol, tokenizer = Protocol(long_side=size, short_side=size), get_tokenizer(model_name)
+    return [segment(image, model, classes, tokenizer=tokenizer, protocol=protocol).labels for image in images]
 
 
 def draw(losses: dict, before: dict, after: dict, rows: list[list[np.ndarray]], names: list[str]):
@@ -144,7 +142,7 @@ def draw(losses: dict, before: dict, after: dict, rows: list[list[np.ndarray]], 
     axes[2].set(title="top-1 mean accuracy (%)", ylim=(0, 108))
     axes[2].legend(loc="upper left", ncols=2, fontsize=8)
     if rows:
-        colours = class_colours(len(names))
+        colours = distinct_colours(len(names)) / 255
         titles = ("scene", "true classes", "dense map before", "dense map after CLIPSelf")
         grid = bottom.subplots(len(rows), len(titles), squeeze=False)
         for axes_row, (image, *maps) in zip(grid, rows, strict=True):
@@ -176,7 +174,7 @@ def run(args: argparse.Namespace) -> None:
     scenes = choose_scenes(panoptic, args.scenes)
     images = [read_image(str(data / "val2017" / files[s["image_id"]])) for s in scenes]
     maps = [
-        maps_of(args.model, folder / "checkpoints" / "clipself.pt", images, names, args.size, val)
+        maps_of(args.model, folder / "checkpoints" / "clipself.pt", images, names, args.size)
         for folder in (start, distilled)
     ]
     rows = [
@@ -189,21 +187,16 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", required=True, help="experiment of the contrastive training")
     parser.add_argument("--distilled", required=True, help="experiment of the distillation, evaluated before and after")
     parser.add_argument("--data", required=True, help="the generated dataset")
     parser.add_argument("--model", default="ViT-Ti-8-64")
     parser.add_argument("--size", type=int, default=128, help="input size of the dense maps")
     parser.add_argument("--scenes", type=int, default=5, help="rows of the picture")
-    parser.add_argument("--output", required=True, help="picture to write")
+    parser.add_argument("--out", "--output", dest="output", metavar="FILE", required=True, help="picture to write")
     torch.set_num_threads(min(4, torch.get_num_threads()))
-    try:
-        run(parser.parse_args(argv))
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(lambda: as_user_error(lambda: run(parser.parse_args(argv))))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Does a dense CLIP help an open-vocabulary detector? Two detectors are trained alike on the base classes of generated scenes,
-# one on the start model of the quick start and one on its CLIPSelf model, and tested on base and held-out classes.
+# Does a dense CLIP help an open-vocabulary detector? Detectors are trained alike on the base classes of generated scenes, on
+# the start model of the quick start and on its CLIPSelf model, and tested on base and held-out classes.
 # Within 30 minutes on 2 CPU cores, after the quick start (run first where its models are missing).
 #
 #   bash F-ViT/scripts/demo.sh            results in F-ViT/work_dirs/demo
-#   bash F-ViT/scripts/demo.sh --smoke    the same with a handful of images, to see that everything runs
+#   bash F-ViT/scripts/demo.sh --full     three seeds of both, and a row for each of our own choices alone (19 runs)
+#   bash F-ViT/scripts/demo.sh --smoke    a few rows with a handful of images, to see that everything runs
 #   QUICKSTART=DIR OUT=DIR                the quick start's folder; another folder for the results
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-smoke=
+smoke= full=
 case "${1:-}" in
     "") ;;
+    --full) full=1 ;;
     --smoke) smoke=1 ;;
-    *) echo "error: unknown argument $1; the only one is --smoke" >&2; exit 2 ;;
+    *) echo "error: unknown argument $1; use --full or --smoke" >&2; exit 2 ;;
 esac
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-F-ViT/work_dirs/demo${smoke:+_smoke}}"
@@ -50,29 +52,11 @@ fi
     --val "$data/annotations/instances_val2017.json" --split "$data/annotations/split.json"
 novel="$("$PY" -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]))["novel"]))' "$data/annotations/split.json")"
 
-one() {  # one NAME: train and test the detector on weights[NAME]
-    local name="$1" config=(F-ViT/scripts/demo.toml)
-    local values=(
-        "model.pretrained=${weights[$name]}" "train.epochs=$epochs" "data.novel=$novel"
-        "data.train_annotations=$data/annotations/instances_train2017_base.json" "data.train_images=$data/train2017"
-        "data.val_annotations=$data/annotations/instances_val2017_ov16.json" "data.val_images=$data/val2017"
-    )
-    rm -rf "${out:?}/$name"
-    "$PY" F-ViT/train.py "${config[@]}" --work-dir "$out/$name" --device cpu "${values[@]}"
-    "$PY" F-ViT/test.py "${config[@]}" "$out/$name/latest.pt" --out "$out/$name/test" --device cpu "${values[@]}"
-}
-
-echo "== train and test both detectors"
-if [ "$cores" -ge 2 ]; then  # side by side, on half of the cores each
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores / 2 > 4 ? 4 : cores / 2))}"
-    one start >"$out/start.log" 2>&1 &
-    first=$!
-    one clipself
-    wait "$first" || { tail -n 20 "$out/start.log" >&2; echo "error: the detector on the start model failed, see $out/start.log" >&2; exit 1; }
-else
-    one start
-    one clipself
-fi
-
-"$PY" F-ViT/scripts/demo_report.py --start "$out/start" --clipself "$out/clipself" --out "$out/result.md"
+echo "== train and test the detectors"
+jobs=$((cores >= 2 ? 2 : 1))  # side by side, on half of the cores each
+threads=$((cores / jobs > 4 ? 4 : cores / jobs))
+"$PY" F-ViT/scripts/demo_runs.py --start "${weights[start]}" --clipself "${weights[clipself]}" --out "$out" ${full:+--full} \
+    ${smoke:+--only start clipself refined former} --jobs "$jobs" --threads "${OMP_NUM_THREADS:-$threads}" "train.epochs=$epochs" "data.novel=$novel" \
+    "data.train_annotations=$data/annotations/instances_train2017_base.json" "data.train_images=$data/train2017" \
+    "data.val_annotations=$data/annotations/instances_val2017_ov16.json" "data.val_images=$data/val2017"
 printf '%d:%02d minutes\n' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60))

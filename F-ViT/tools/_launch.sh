@@ -7,7 +7,10 @@ launch() {
         "" | *[!0-9]* | 0) echo "error: the number of processes is \"$processes\"; give 1 or more" >&2; exit 2 ;;
     esac
     root="$(cd "$(dirname "$program")/.." && pwd)"
-    python="${PYTHON:-$root/.venv/bin/python}"
+    if [ -n "${CLIPSELF_VENV:-}" ] && [ -z "${PYTHON:-}" ] && [ ! -x "$CLIPSELF_VENV/bin/python" ]; then
+        echo "error: CLIPSELF_VENV: there is no $CLIPSELF_VENV/bin/python" >&2; exit 2
+    fi
+    python="${PYTHON:-${CLIPSELF_VENV:-$root/.venv}/bin/python}"
     [ -x "$python" ] || python="$(command -v "$python" || command -v python3)"
     export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
     cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)"

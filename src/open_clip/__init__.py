@@ -30,6 +30,7 @@ from .pretrained import (
 )
 from .prompts import class_embeddings, read_class_names
 from .push_to_hf_hub import push_pretrained_to_hf_hub, push_to_hf_hub, save_pretrained
+from .readouts import Readout, build_readout, list_readouts
 from .text_tower import TextTower
 from .tokenizer import HFTokenizer, SimpleTokenizer, decode, tokenize
 from .version import __version__ as __version__
@@ -57,11 +58,13 @@ __all__ = [
     "OPENAI_DATASET_STD",
     "OPENAI_IMAGENET_TEMPLATES",
     "PreprocessCfg",
+    "Readout",
     "SIMPLE_IMAGENET_TEMPLATES",
     "SigLipLoss",
     "SimpleTokenizer",
     "TextTower",
     "add_model_config",
+    "build_readout",
     "build_zero_shot_classifier",
     "build_zero_shot_classifier_legacy",
     "class_embeddings",
@@ -90,6 +93,7 @@ __all__ = [
     "list_pretrained",
     "list_pretrained_models_by_tag",
     "list_pretrained_tags_by_model",
+    "list_readouts",
     "load_checkpoint",
     "load_openai_model",
     "push_pretrained_to_hf_hub",

@@ -78,11 +78,12 @@ def _check_lists(regions: Sequence[Tensor], count: int, kind: str, shape: str) -
             )
 
 
-def check_boxes(normed_boxes: Sequence[Tensor], count: int | None = None) -> None:
+def check_boxes(normed_boxes: Sequence[Tensor], count: int | None = None, *, values: bool = True) -> None:
     """Refuse what is not one ``[K, 4]`` of xyxy in 0..1 per image.
 
     Args:
         count: number of images.
+        values: whether coordinates are looked at; a detector's own proposals may lie anywhere.
     """
     _check_lists(normed_boxes, len(normed_boxes) if count is None else count, "boxes", "[K, 4]")
     for i, boxes in enumerate(normed_boxes):
@@ -90,7 +91,7 @@ def check_boxes(normed_boxes: Sequence[Tensor], count: int | None = None) -> Non
             raise ValueError(
                 f"the boxes of image {i} have shape {tuple(boxes.shape)}: give [K, 4] for each image, K may be 0"
             )
-        if not len(boxes) or not values_are_at_hand(boxes):
+        if not values or not len(boxes) or not values_are_at_hand(boxes):
             continue
         if not boxes.isfinite().all():
             raise ValueError(f"the boxes of image {i} are not all finite: leave those out")

@@ -156,7 +156,12 @@ def _weights_file(
         if cache_dir is None:
             raise ValueError('pretrained="eva" takes the checkpoint file in cache_dir: give cache_dir=FILE')
         if not Path(cache_dir).is_file():
-            raise FileNotFoundError(f'checkpoint {cache_dir} (cache_dir of pretrained="eva") does not exist')
+            tags = pretrained_weights.list_pretrained_tags_by_model(source.place)
+            tag = f', or download it by its tag: pretrained="{tags[0]}"' if tags else ""
+            raise FileNotFoundError(
+                f'checkpoint {cache_dir} (cache_dir of pretrained="eva") does not exist: checkpoints/README.md says '
+                f"where to get it{tag}"
+            )
         return Path(cache_dir)
     name = source.place
     if not source.scheme and pretrained_weights.is_pretrained_cfg(name, str(pretrained)):

@@ -44,6 +44,11 @@ def architecture(module: nn.Module) -> dict[str, Any]:
     return facts
 
 
+def architecture_hash(module: nn.Module) -> str:
+    """Fingerprint of :func:`architecture` alone, 16 hexadecimal digits: to stand beside a hash of weights."""
+    return hashlib.sha256(json.dumps(architecture(module), sort_keys=True).encode()).hexdigest()[:16]
+
+
 def identity(module: nn.Module) -> str:
     """Fingerprint of a CLIP or one of its towers, 32 hexadecimal digits: :func:`architecture` and all weights.
 

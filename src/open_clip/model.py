@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import check_boxes
 from .image_tower import ImageTower
 from .readouts import Readout
 from .regions import box_masks, mask_features, roi_features
@@ -128,6 +129,7 @@ class CLIP(CLIPAPI, nn.Module):
         Raises:
             ValueError: another extract type, "v1" with a trunk that is not a CLIP ViT, or with a dense reading.
         """
+        check_boxes(normed_boxes)
         if extract_type == "v2":
             features = roi_features(self.visual.encode_dense(image, readout=readout), normed_boxes)
         elif extract_type == "v1":
@@ -172,6 +174,8 @@ class CLIP(CLIPAPI, nn.Module):
         readout: str | Readout | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Boxes and masks from one dense pass: (``[sum K_i, D]`` or None, ``[sum M_i, D]`` or None)."""
+        if normed_boxes is not None:
+            check_boxes(normed_boxes)
         dense = self.visual.encode_dense(image, readout=readout)
         boxes = None if normed_boxes is None else roi_features(dense, normed_boxes)
         pooled = None if masks is None else mask_features(dense, masks)

@@ -78,6 +78,7 @@ def class_embeddings(
     device: torch.device | str | None = None,
     batch_size: int = 256,
     templates: Sequence[str] = PROMPT_TEMPLATES,
+    prompts: Callable[[str], list[str]] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Class embeddings from a model's text tower.
@@ -86,6 +87,8 @@ def class_embeddings(
         model: anything with ``encode_text``; its text tower is used where it is, or moved to ``device`` and back.
         names: class names, in the order of the rows.
         batch_size: prompts embedded at a time.
+        templates: filled in by :func:`class_prompts`.
+        prompts: name -> its prompts, in place of :func:`class_prompts` with ``templates``.
         progress: show a bar.
 
     Returns:
@@ -98,9 +101,14 @@ def class_embeddings(
     check_names(names)
     if not len(names) or not len(templates):
         raise ValueError(f"class embeddings of {len(names)} names and {len(templates)} templates: give at least one")
-    prompts = [p for name in names for p in class_prompts(name, templates)]
-    features = embed_texts(model, tokenizer, prompts, device=device, batch_size=batch_size, progress=progress)
-    return average_prompts(features.unflatten(0, (len(names), len(templates))))
+    texts = [class_prompts(name, templates) if prompts is None else prompts(name) for name in names]
+    features = embed_texts(
+        model, tokenizer, [p for own in texts for p in own], device=device, batch_size=batch_size, progress=progress
+    )
+    counts = [len(own) for own in texts]
+    if len(set(counts)) == 1:
+        return average_prompts(features.unflatten(0, (len(names), -1)))
+    return torch.cat([average_prompts(own[None]) for own in features.split(counts)])
 
 
 def read_class_names(path: str | Path) -> list[str]:

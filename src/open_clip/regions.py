@@ -29,7 +29,7 @@ def roi_features(dense_map: Tensor, normed_boxes: Sequence[Tensor]) -> Tensor:
         ``[sum K_i, D]``, images one after the other, float32 (float64 for a float64 map): boxes in bfloat16 would move
         by more than a pixel at 1024, and the cosine that follows deserves the precision.
     """
-    check_boxes(normed_boxes, len(dense_map))
+    check_boxes(normed_boxes, len(dense_map), values=False)
     boxes = [_in_cells(b.to(dense_map.device, non_blocking=True), dense_map.shape[-2:]) for b in normed_boxes]
     if not boxes:
         return dense_map.new_zeros(0, dense_map.shape[1]).to(torch.promote_types(dense_map.dtype, torch.float32))

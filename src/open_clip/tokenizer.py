@@ -160,6 +160,29 @@ class SimpleTokenizer:
         """Ids of a text, without start and end."""
         return [i for word in _pattern(self._special).findall(self.clean_fn(text)) for i in self._word_ids(word)]
 
+    def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, begin, end) of each token of a clean text: the characters ``text[begin:end]`` that it stands for.
+
+        Tokens that share a character of several bytes all name it. Letters whose lower case is longer than they are
+        stay as they are.
+
+        Raises:
+            ValueError: cleaning would change more of the text than its case, and characters be counted in another one.
+        """
+        if clean_text(text) != text.strip() or self.clean_fn not in (_lowered, clean_text):
+            raise ValueError(f'text "{text[:60]}" is not clean: give clean_text(text), to a tokenizer that keeps it so')
+        if self.clean_fn is _lowered:
+            text = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+        tokens = []
+        for found in _pattern(self._special).finditer(text):
+            # The character of each byte of the word.
+            owner = [found.start() + i for i, c in enumerate(found.group()) for _ in c.encode("utf-8")]
+            for token in self._word_ids(found.group()):
+                size = len(self.decoder[token].removesuffix(_WORD_END))
+                tokens.append((token, owner[0], owner[size - 1] + 1))
+                owner = owner[size:]
+        return tokens
+
     def decode(self, tokens: list[int] | Tensor) -> str:
         """Text of ids; a word end becomes a space. Bytes that are no utf-8 become the replacement character."""
         symbols = "".join(self.decoder[int(i)] for i in tokens)

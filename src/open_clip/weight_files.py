@@ -1,15 +1,16 @@
-"""Checkpoint files to tensors: which kind of file it is, by its first bytes; nothing in it is executed."""
+"""Checkpoint files to tensors and back: which kind a file is, by its first bytes; nothing in it is executed."""
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .jit_archive import is_jit_archive, read_jit_archive
@@ -151,3 +152,20 @@ def without_wrappers(state: dict[str, Tensor]) -> dict[str, Tensor]:
     if state and all(k.startswith("module.") for k in state):
         state = {k[len("module.") :]: v for k, v in state.items()}
     return state
+
+
+def save_weights(state: dict[str, Tensor], path: Path, name: str) -> None:
+    """Write a state dict to ``path`` (.safetensors, or a torch file with ``epoch``, ``name`` and ``state_dict``).
+
+    The file appears complete or not at all: it is written beside its place and renamed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        if path.suffix == ".safetensors":
+            save_file({k: v.contiguous() for k, v in state.items()}, str(temporary), metadata={"format": "pt"})
+        else:
+            torch.save({"epoch": 0, "name": name, "state_dict": state}, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
-"""Configs: TOML files that inherit, read into typed sections; any value can be overridden as ``section.key=value``.
+"""Configs of detectors: TOML files that inherit, read into typed sections; ``section.key=value`` overrides a value.
 
-A file may start with ``inherit = "other.toml"`` (or a list of files), relative to itself; later values win.
+A detector's config is a dataclass that derives from :class:`Config` and whose fields are its sections, dataclasses of
+plain values. A file may start with ``inherit = "other.toml"`` (or a list of files), relative to itself; later values
+win.
 """
 
 from __future__ import annotations
@@ -8,156 +10,114 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 try:
     import tomllib
 except ImportError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class ModelConfig:
-    """The ViT and the parts trained on it."""
-
-    name: str = "EVA02-CLIP-B-16"  # one of open_clip.list_models()
-    pretrained: str = "eva"  # a tag, a checkpoint file, "eva" with cache_dir, or "" for random weights
-    cache_dir: str = ""  # checkpoint file when pretrained is "eva", else the download cache
-    blocks: list[int] = field(default_factory=lambda: [3, 5, 7])  # outputs of levels 1-3; level 4 is the value path
-    channels: int = 256  # of the feature pyramid
-    # Region proposals.
-    rpn_convs: int = 2
-    anchor_scale: float = 8.0  # anchor side in strides
-    anchor_ratios: list[float] = field(default_factory=lambda: [0.5, 1.0, 2.0])  # height / width
-    rpn_samples: int = 256  # anchors per image in the loss
-    rpn_positive_share: float = 0.5
-    rpn_positive_iou: float = 0.7
-    rpn_negative_iou: float = 0.3
-    rpn_pre_nms: int = 2000  # per level
-    rpn_post_nms: int = 1000  # per image
-    rpn_nms: float = 0.7
-    # Boxes and classes.
-    box_convs: int = 4
-    box_fcs: int = 2
-    box_width: int = 1024  # of the fully connected layers
-    box_size: int = 7  # RoIAlign side
-    roi_samples: int = 512  # RoIs per image in the loss
-    roi_positive_share: float = 0.25
-    roi_iou: float = 0.5
-    roi_sampling: int = 0  # RoIAlign points per cell and axis; 0 = as many as the RoI's size asks for
-    temperature: float = 50.0  # start value of the learned one
-    background_weight: float = 0.6  # in the classification loss
-    # Masks.
-    masks: bool = False
-    mask_convs: int = 4
-    mask_size: int = 14  # RoIAlign side; masks have twice that
-
-
-@dataclass
-class DataConfig:
-    """Images and annotations. Relative paths: see :func:`resolve_path`."""
-
-    protocol: str = "coco"  # how AP is computed: "coco", "lvis" or "voc"
-    train_annotations: str = ""  # COCO or LVIS json with base classes only
-    train_images: str = ""
-    val_annotations: str = ""  # COCO or LVIS json; its categories, sorted by id, are the classes evaluated
-    val_images: str = ""
-    novel: list[str] = field(default_factory=list)  # names of novel classes
-    novel_frequency: list[str] = field(default_factory=list)  # LVIS frequencies (r, c, f) that are novel
-    embeddings: str = ""  # .npy [C+1, D], background last; "" = computed with the text tower and cached
-    image_size: int = 640  # side of the padded square input, a multiple of the patch size
-    jitter: list[float] = field(default_factory=lambda: [0.1, 2.0])  # range of the large-scale jitter
-    flip: float = 0.5  # probability
-    min_box_side: float = 1.0  # boxes below it after jitter and crop are dropped, in pixels
-    keep_empty: bool = False  # train on images without boxes as well
-    workers: int = 4  # per process
-
-
-@dataclass
-class TrainConfig:
-    """Optimisation."""
-
-    epochs: int = 3
-    decay_epochs: list[int] = field(default_factory=list)  # rate * decay_factor after each of these
-    decay_factor: float = 0.1
-    lr: float = 1e-4  # at base_batch images per step
-    weight_decay: float = 0.1
-    clip: float = 1.0  # largest gradient norm
-    warmup_steps: int = 250
-    warmup_factor: float = 0.001  # first rate / base rate
-    batch_size: int = 8  # images per process
-    base_batch: int = 64
-    scale_lr: bool = True  # lr * (batch_size * processes) / base_batch
-    precision: str = "amp_bf16"  # "fp32", "amp_bf16" or "amp_fp16"
-    sync_batch_norm: bool = True  # when several processes train on GPUs
-    seed: int = 0
-    log_every: int = 50  # steps
-    save_every: int = 1  # epochs
-    eval_every: int = 1  # epochs; 0 = never while training
-
-
-@dataclass
-class TestConfig:
-    """Detection and score fusion: p = p_det^(1-w) * p_vlm^w."""
-
-    __test__ = False  # not a test class
-
-    batch_size: int = 1  # images per process
-    score: float = 0.01  # smallest score kept
-    nms: float = 0.4
-    per_image: int = 100  # most detections
-    vlm_weight_base: float = 0.1  # w of base classes (a)
-    vlm_weight_novel: float = 0.8  # w of novel classes (b)
-    vlm_temperature: float = 75.0
-    temperature: float = 0.0  # of the detector's classifier; 0 = the learned one
-    mask_threshold: float = 0.5
+_CHECKOUT = Path(__file__).resolve().parents[2]  # the repository, where the package is used from a clone
 
 
 @dataclass
 class Config:
-    """A whole config; ``path`` is the file it was read from."""
+    """What all configs have: the file that it was read from. Fields whose type is a dataclass are sections."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    test: TestConfig = field(default_factory=TestConfig)
     path: str = ""
 
+    @classmethod
+    def sections(cls) -> dict[str, type]:
+        """Sections by name."""
+        hints = typing.get_type_hints(cls)
+        return {f.name: hints[f.name] for f in dataclasses.fields(cls) if dataclasses.is_dataclass(hints[f.name])}
 
-SECTIONS = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig, "test": TestConfig}
+    def check(self) -> Iterable[tuple[str, Any, bool, str]]:
+        """Rules that the types do not say: (name of the value, value, whether it is right, what it must be)."""
+        return ()
+
+    def locate(self, path: str) -> str:
+        """Where a relative path of this config leads.
+
+        The path as it stands where it is empty, absolute, a URL or exists in the working folder; else below the first
+        folder, from the config file's own upwards, that holds it; else below the clone that the package is used from.
+        """
+        if not path or "://" in path or Path(path).is_absolute() or Path(path).exists():
+            return path
+        around = [*Path(self.path).resolve().parents] if self.path else []
+        for folder in (*around, _CHECKOUT):
+            if (folder / path).exists():
+                return str(folder / path)
+        return path
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+C = TypeVar("C", bound=Config)
+
+
+def load_config(kind: type[C], path: str | Path, overrides: Sequence[str] = ()) -> C:
     """Read a config file and apply overrides.
 
     Args:
+        kind: the detector's config, such as :class:`ovdet.fvit.config.FViTConfig`.
         path: a TOML file; ``inherit`` names files to start from.
         overrides: ``"section.key=value"``, value in TOML (``data.jitter=[0.5, 1.5]``); text needs no quotes.
 
     Raises:
         FileNotFoundError: the file, or one that it inherits, does not exist.
-        ValueError: not TOML, an unknown section or key (with close matches), or a value of another type.
+        ValueError: not TOML, an unknown section or key (with close matches), or a value of another type or range.
     """
-    config = config_from_dict(_read(Path(path), ()), source=str(path))
-    config.path = str(path)
-    for override in overrides:
-        _override(config, override)
-    _check(config)
-    return config
+    return _finish(_fill(kind(), _read(Path(path), ()), str(path)), str(path), overrides)
 
 
-def config_from_dict(values: dict[str, dict[str, Any]], *, source: str = "config") -> Config:
-    """A config from ``{section: {key: value}}``; ``source`` stands in messages. Raises as :func:`load_config`."""
-    config = Config()
+def config_from_dict(
+    kind: type[C],
+    values: dict[str, dict[str, Any]],
+    *,
+    source: str = "config",
+    near: str = "",
+    overrides: Sequence[str] = (),
+) -> C:
+    """A config from ``{section: {key: value}}``. Raises as :func:`load_config`.
+
+    Args:
+        source: stands in messages; near: the file around which relative paths are looked for.
+    """
+    return _finish(_fill(kind(), values, source), near, overrides, source)
+
+
+def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """``{section: {key: value}}`` of plain values, for checkpoints; :func:`config_from_dict` takes it back."""
+    return {section: dataclasses.asdict(getattr(config, section)) for section in config.sections()}
+
+
+def format_config(config: Config) -> str:
+    """The complete config as TOML text that :func:`load_config` reads."""
+    lines = []
+    for section, entries in config_to_dict(config).items():
+        lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in entries.items()), ""]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    """TOML of a plain value: json's, but for numbers that are not finite and control characters."""
+    if isinstance(value, list):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+    # Characters stand for themselves: json would write those beyond 16 bits as two halves, which TOML refuses.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007F")
+
+
+def _fill(config: C, values: dict[str, Any], source: str) -> C:
+    sections = config.sections()
     for section, entries in values.items():
-        if section not in SECTIONS:
-            raise ValueError(f'{source}: section "{section}" is unknown{_near(section, SECTIONS)}')
+        if section not in sections:
+            raise ValueError(f'{source}: section "{section}" is unknown{_near(section, sections)}')
         if not isinstance(entries, dict):
             raise ValueError(f"{source}: {section} must be a section ([{section}]), not a value")
         for key, value in entries.items():
@@ -165,50 +125,40 @@ def config_from_dict(values: dict[str, dict[str, Any]], *, source: str = "config
     return config
 
 
-def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    """``{section: {key: value}}`` of plain values, for checkpoints; :func:`config_from_dict` takes it back."""
-    return {section: dataclasses.asdict(getattr(config, section)) for section in SECTIONS}
-
-
-def format_config(config: Config) -> str:
-    """The complete config as TOML text that :func:`load_config` reads."""
-    lines = []
-    for section, entries in config_to_dict(config).items():
-        # json's text, numbers, true/false and lists are TOML's.
-        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items()), ""]
-    return "\n".join(lines)
-
-
-def resolve_path(path: str) -> str:
-    """A path as given when it is absolute, a URL or exists in the working folder; else relative to the repository."""
-    if not path or "://" in path or Path(path).is_absolute() or Path(path).exists():
-        return path
-    return str(REPOSITORY / path)
+def _finish(config: C, path: str, overrides: Sequence[str], source: str = "") -> C:
+    config.path = path
+    for override in overrides:
+        _override(config, override)
+    for name, value, good, wanted in config.check():
+        if not good:
+            raise ValueError(f"{source or path or 'config'}: {name} is {value!r}, but must be {wanted}")
+    return config
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """Values of a file over those it inherits; ``children`` are the files that led here."""
     by = f" (inherited by {children[-1]})" if children else ""
     if not path.is_file():
-        raise FileNotFoundError(f"config {path}{by} does not exist: the configs are in F-ViT/configs")
+        raise FileNotFoundError(f"config {path}{by} does not exist: give the path of a .toml file")
     if path.resolve() in children:
         raise ValueError(f"config {path}{by} inherits itself: remove one of the inherit lines")
     try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path} is not TOML: {error}") from error
+        values = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config {path} is no text: the CONFIG (.toml) comes first, then the CHECKPOINT") from error
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
+        raise ValueError(f"config {path} is not TOML: {str(error)[:200]}") from error
+    except OSError as error:
+        raise ValueError(f"config {path} cannot be read: {error.strerror}") from error
     parents = values.pop("inherit", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ValueError(f"config {path}: inherit is {parents!r}, but must be a file name or a list of them")
     merged: dict[str, Any] = {}
-    for layer in [
-        *(
-            _read(path.parent / parent, (*children, path.resolve()))
-            for parent in ([parents] if isinstance(parents, str) else parents)
-        ),
-        values,
-    ]:
+    for layer in [*(_read(path.parent / parent, (*children, path.resolve())) for parent in parents), values]:
         for section, entries in layer.items():
-            if isinstance(entries, dict):
-                merged.setdefault(section, {}).update(entries)
+            if isinstance(entries, dict) and isinstance(merged.setdefault(section, {}), dict):
+                merged[section].update(entries)
             else:
                 merged[section] = entries
     return merged
@@ -219,24 +169,27 @@ def _override(config: Config, override: str) -> None:
     section, dot, key = name.strip().partition(".")
     if not equals or not dot:
         raise ValueError(f'override "{override}" is not of the form section.key=value, such as train.lr=2e-4')
-    if section not in SECTIONS:
-        raise ValueError(f'override "{override}": section "{section}" is unknown{_near(section, SECTIONS)}')
+    sections = config.sections()
+    if section not in sections:
+        raise ValueError(f'override "{override}": section "{section}" is unknown{_near(section, sections)}')
     try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text.strip()
+    except (ValueError, RecursionError):
         value = text.strip()  # a word or path without quotes
     _assign(config, section, key, value, f'override "{override}"')
 
 
 def _assign(config: Config, section: str, key: str, value: Any, source: str) -> None:
-    types = typing.get_type_hints(SECTIONS[section])
-    types.pop("__test__", None)
+    kind = config.sections()[section]
+    hints = typing.get_type_hints(kind)
+    types = {f.name: hints[f.name] for f in dataclasses.fields(kind)}
     if key not in types:
         raise ValueError(f'{source}: key "{section}.{key}" is unknown{_near(key, types)}')
-    kind = types[key]
-    fitting, fits = _convert(value, kind)
+    fitting, fits = _convert(value, types[key])
     if not fits:
-        name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+        wanted = types[key]
+        name = wanted.__name__ if isinstance(wanted, type) and not typing.get_args(wanted) else str(wanted)
         raise ValueError(f"{source}: {section}.{key} is {value!r}, but must be of type {name}")
     setattr(getattr(config, section), key, fitting)
 
@@ -251,37 +204,10 @@ def _convert(value: Any, kind: Any) -> tuple[Any, bool]:
     if isinstance(value, bool) or kind is bool:
         return value, isinstance(value, bool) and kind is bool
     if kind is float and isinstance(value, int):
-        return float(value), True
+        return (float(value), True) if abs(value) < 2**1000 else (value, False)
     return value, isinstance(value, kind)
 
 
-def _near(name: str, known: typing.Iterable[str]) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f": did you mean {' or '.join(near)}?" if near else f": use one of {', '.join(known)}"
-
-
-def _check(config: Config) -> None:
-    """Values that are of the right type and still impossible."""
-    model, data, train, test = config.model, config.data, config.train, config.test
-    rules = [
-        ("model.blocks", model.blocks, len(model.blocks) == 3, "three block indices, one for each of levels 1 to 3"),
-        ("model.anchor_ratios", model.anchor_ratios, min(model.anchor_ratios, default=0) > 0, "positive numbers"),
-        ("data.protocol", data.protocol, data.protocol in ("coco", "lvis", "voc"), '"coco", "lvis" or "voc"'),
-        ("data.jitter", data.jitter, len(data.jitter) == 2 and 0 < data.jitter[0] <= data.jitter[1], "[low, high]"),
-        ("data.image_size", data.image_size, data.image_size > 0, "positive"),
-        (
-            "train.precision",
-            train.precision,
-            train.precision in ("fp32", "amp_bf16", "amp_fp16"),
-            '"fp32", "amp_bf16" or "amp_fp16"',
-        ),
-        ("train.batch_size", train.batch_size, train.batch_size > 0, "positive"),
-        ("test.batch_size", test.batch_size, test.batch_size > 0, "positive"),
-        *(
-            (f"test.{key}", getattr(test, key), 0 <= getattr(test, key) <= 1, "between 0 and 1")
-            for key in ("score", "nms", "vlm_weight_base", "vlm_weight_novel", "mask_threshold")
-        ),
-    ]
-    for name, value, good, wanted in rules:
-        if not good:
-            raise ValueError(f"{config.path or 'config'}: {name} is {value!r}, but must be {wanted}")

@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from open_clip.transform import normalize
-from ovdet.config import Config, resolve_path
-from ovdet.data.annotations import Annotations
+from ovdet.data.annotations import read_json
 from ovdet.data.dataset import TestDataset
 from ovdet.data.loader import test_loader
-from ovdet.data.masks import encode_mask
-from ovdet.distributed import Process, from_master, gather_to_master
-from ovdet.errors import UserError
-from ovdet.evaluation.coco import evaluate_detections, format_table, read_truth, write_json
-from ovdet.fvit.detector import Detector
-from ovdet.parts.mask_head import paste_masks
+from ovdet.evaluation.arrays import Detections, Truth
+from ovdet.evaluation.coco import evaluate, format_table, write_json, write_results
+from ovdet.parts.masks import encode_pasted
+from ovdet.precision import choose_precision
 from ovdet.vocabulary import Vocabulary
+from training.engine.data.records import Annotations
+from training.engine.distributed import Dist, from_master, gather_to_master
+from training.engine.errors import UserError
+from training.engine.precision import Precision
+from training.engine.skips import SkipPolicy
 
 log = logging.getLogger(__name__)
 
-NAMED_SKIPS = 20  # unusable images named in the log; the others are counted
-MAX_SKIPPED = 0.1  # share of unusable images that ends a run
-FEW = 32  # images before that share is judged
-
-
-def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Mixed precision of ``train.precision`` on a device; on a CPU float16 becomes bfloat16."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    half = torch.float16 if precision == "amp_fp16" and device.type == "cuda" else torch.bfloat16
-    return torch.autocast(device.type, dtype=half)
-
-
-def to_device(batch: dict[str, Any], detector: Detector, device: torch.device) -> Tensor:
-    """Normalised images ``[B, 3, S, S]`` of a batch, on the device."""
-    vit = detector.backbone.vit
-    images = batch["images"].to(device, non_blocking=True)
-    return normalize(images, vit.image_mean, vit.image_std)
+Found = list[dict[str, Tensor]]
+RESULTS = ("boxes", "scores", "labels", "attributes")
 
 
 def to_original(result: dict[str, Tensor], size: Sequence[int], original: Sequence[int]) -> dict[str, Tensor]:
@@ -63,137 +48,173 @@ def to_original(result: dict[str, Tensor], size: Sequence[int], original: Sequen
 
 @torch.inference_mode()
 def detect(
-    detector: Detector,
-    batches: Iterator[dict[str, Any]],
+    detector: nn.Module,
+    batches: Iterable[dict[str, Any]],
     *,
-    process: Process,
-    precision: str,
+    device: torch.device,
+    precision: Precision,
     mask_threshold: float = 0.5,
-    forward: Callable[[Tensor, list[tuple[int, int]]], list[dict[str, Tensor]]] | None = None,
+    repeat_edges: bool = False,
+    forward: Callable[[Tensor, list[tuple[int, int]]], Found] | None = None,
     on_skipped: Callable[[list[tuple[str, str]], int], None] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Detections of images, one dict each, as numpy arrays in pixels of the file.
 
-    ``index``, ``original`` (height, width of the file), ``boxes`` float32 ``[N, 4]`` xyxy, ``scores``, ``labels`` and,
-    with masks, ``masks``: N run-length dicts. The detector must be in eval mode.
+    ``index``, ``original`` (height, width of the upright image), ``boxes`` float32 ``[N, 4]`` xyxy, ``scores``,
+    ``labels``, with masks ``masks``: N run-length dicts, with attributes ``attributes``, and what else the data set
+    gives of an image (``pixels``, ``crops``).
 
     Args:
+        detector: in eval mode. ``prepare(images, sizes)`` makes its input of uint8 images, ``detector(input, sizes)``
+            gives its detections in pixels of the input.
         batches: of :func:`~ovdet.data.loader.test_loader`.
+        mask_threshold, repeat_edges: see :func:`ovdet.parts.masks.paste_masks`.
         forward: run in place of the detector, such as ``detector.proposals`` (no labels then).
-        on_skipped: told the unusable (file, reason) pairs of a batch and the number of its images.
+        on_skipped: told the unusable (file, reason) pairs of a batch and the number of its usable images.
     """
     for batch in batches:
         if on_skipped is not None:
-            on_skipped(batch["skipped"], len(batch["indices"]) + len(batch["skipped"]))
+            on_skipped(batch["skipped"], len(batch["indices"]))
         if batch["images"] is None:
             continue
-        with autocast(precision, process.device):
-            results = (forward or detector)(to_device(batch, detector, process.device), batch["sizes"])
+        sizes = batch["sizes"]
+        with precision.autocast():
+            images = detector.prepare(batch["images"].to(device, non_blocking=True), sizes)
+            results = (forward or detector)(images, sizes)
         for i, result in enumerate(results):
-            result = to_original(result, batch["sizes"][i], batch["originals"][i])
+            result = to_original(result, sizes[i], batch["originals"][i])
             found = {
                 "index": batch["indices"][i],
                 "original": batch["originals"][i],
-                **{key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels") if key in result},
+                **{key: batch[key][i] for key in ("pixels", "crops") if key in batch},
+                **{key: result[key].cpu().numpy() for key in RESULTS if key in result},
             }
             if "masks" in result:
-                found["masks"] = [
-                    # One at a time: 300 masks of a large photograph would be gigabytes.
-                    encode_mask(paste_masks(m[None], b[None], batch["originals"][i], mask_threshold)[0].cpu().numpy())
-                    for m, b in zip(result["masks"], result["boxes"], strict=True)
-                ]
+                found["masks"] = encode_pasted(
+                    result["masks"], result["boxes"], tuple(batch["originals"][i]), mask_threshold,
+                    repeat_edges=repeat_edges,
+                )  # fmt: skip
             yield found
 
 
-class SkipJudge:
-    """Counts unusable images, names some, and ends the run when they are too many."""
+def count_skips(policy: SkipPolicy) -> Callable[[list[tuple[str, str]], int], None]:
+    """For ``on_skipped`` of :func:`detect`: names and counts, and does not judge."""
 
-    def __init__(self, what: str) -> None:
-        self.what, self.skipped, self.seen = what, 0, 0
+    def note(skipped: list[tuple[str, str]], usable: int) -> None:
+        policy.name(skipped)
+        policy.count(usable, len(skipped))
 
-    def __call__(self, skipped: list[tuple[str, str]], seen: int) -> None:
-        for file, reason in skipped:
-            if self.skipped < NAMED_SKIPS:
-                log.warning("skipped %s: %s", file, reason)
-            self.skipped += 1
-        self.seen += seen
-
-    def check(self, skipped: float, seen: float) -> None:
-        """Judge counts of all processes. Raises UserError when more than a tenth of the images cannot be used."""
-        if skipped > MAX_SKIPPED * seen:
-            raise UserError(
-                f"{skipped:.0f} of {seen:.0f} images of {self.what} could not be used, more than "
-                f"{MAX_SKIPPED:.0%}: see the files named above"
-            )
+    return note
 
 
-def coco_results(
-    found: Sequence[dict[str, Any]], image_ids: np.ndarray, vocabulary: Vocabulary
-) -> list[dict[str, Any]]:
-    """COCO results of detections: image_id, category_id, bbox (xywh), score and, with masks, segmentation."""
-    results = []
-    for image in found:
-        corner, side = image["boxes"][:, :2], image["boxes"][:, 2:] - image["boxes"][:, :2]
-        boxes = np.concatenate([corner, side], axis=1).astype(np.float64).round(3)
-        for i in range(len(boxes)):
-            result = {
-                "image_id": int(image_ids[image["index"]]),
-                "category_id": vocabulary.category_ids[int(image["labels"][i])],
-                "bbox": boxes[i].tolist(),
-                "score": float(image["scores"][i]),
-            }
-            if "masks" in image:
-                result["segmentation"] = image["masks"][i]
-            results.append(result)
-    return results
+def read_truth(path: str, protocol: str, annotations: Annotations) -> Truth:
+    """What detections are judged by: the annotations at hand, or the file where these do not tell all.
+
+    LVIS's lists of absent classes and VOC's difficult objects are in the file alone, which is read once in a run; masks
+    are those of the annotations.
+    """
+    if protocol == "coco":
+        return Truth.of(annotations)
+    told = _truth_of_file(path, os.stat(path).st_mtime_ns if os.path.isfile(path) else 0)
+    if protocol == "voc":
+        return told
+    truth, rows = Truth.of(annotations), {int(i): row for row, i in enumerate(told.image_ids)}
+    if told.absent is not None and told.unsure is not None:
+        order = [rows[int(i)] for i in truth.image_ids]
+        truth.absent, truth.unsure = [told.absent[i] for i in order], [told.unsure[i] for i in order]
+    return truth
+
+
+@lru_cache(maxsize=1)
+def _truth_of_file(path: str, changed: int) -> Truth:
+    """Truth of a file as it was when it last changed, without masks."""
+    truth = Truth.from_json(read_json(path, "data.val_annotations"), path)
+    truth.masks = ()
+    return truth
 
 
 def test(
-    config: Config,
-    detector: Detector,
+    config: Any,
+    detector: nn.Module,
     annotations: Annotations,
     vocabulary: Vocabulary,
     *,
-    process: Process,
+    dist: Dist,
     kinds: Sequence[str],
     folder: Path | None = None,
+    level: int = logging.INFO,
 ) -> dict[str, dict[str, float]]:
     """Detect on the validation set and compute AP; every process calls it and gets the metrics.
 
     Args:
+        config: sections ``data``, ``train`` (the precision) and ``test`` are read.
+        detector: see :func:`detect`.
+        annotations: of the validation set; for mask AP read with their masks.
         kinds: ``"bbox"``, ``"segm"``.
         folder: where process 0 writes ``results.{kind}.json`` (COCO results) and ``metrics.json``; None: nowhere.
+        level: of the table in the log, for a program that prints it itself.
 
     Raises:
         UserError: too many unusable images, or masks asked of a detector or file that has none.
     """
-    if "segm" in kinds and detector.mask_head is None:
+    if "segm" in kinds and getattr(detector, "mask_head", None) is None:
         raise UserError("--eval segm needs a detector with masks: use a config with model.masks=true, or --eval bbox")
-    data = config.data
-    dataset = TestDataset(annotations.file_names, root=resolve_path(data.val_images), image_size=data.image_size)
-    loader = test_loader(
-        dataset, batch_size=config.test.batch_size, workers=data.workers, rank=process.rank,
-        world_size=process.world_size, pin=process.device.type == "cuda",
+    data, options = config.data, config.test
+    dataset = TestDataset(
+        annotations.file_names, root=config.locate(data.val_images), image_size=data.image_size, resize=data.resize,
+        exif=data.exif,
     )  # fmt: skip
-    judge = SkipJudge(annotations.file)
+    loader = test_loader(
+        dataset, batch_size=options.batch_size, workers=data.workers, rank=dist.rank, world_size=dist.world_size,
+        pin=dist.device.type == "cuda",
+    )  # fmt: skip
+    policy = SkipPolicy(annotations.file, data.max_skipped, "data.max_skipped")
     was_training = detector.training
     detector.eval()
-    bar = tqdm(loader, desc="detecting", unit="batch", disable=not process.is_master, mininterval=1, dynamic_ncols=True)
-    found = list(
-        detect(
-            detector, bar, process=process, precision=config.train.precision,
-            mask_threshold=config.test.mask_threshold, on_skipped=judge,
-        )
+    bar = tqdm(loader, desc="detecting", unit="batch", disable=not dist.is_master, mininterval=1, dynamic_ncols=True)
+    images = detect(
+        detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
+        mask_threshold=options.mask_threshold, repeat_edges=options.mask_edges == "repeated",
+        on_skipped=count_skips(policy),
     )  # fmt: skip
+    metrics = score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
     detector.train(was_training)
-    parts = gather_to_master((found, judge.skipped, judge.seen))
+    return metrics
+
+
+test.__test__ = False
+
+
+def score(
+    config: Any,
+    images: Iterable[dict[str, Any]],
+    policy: SkipPolicy,
+    annotations: Annotations,
+    vocabulary: Vocabulary,
+    *,
+    kinds: Sequence[str],
+    folder: Path | None = None,
+    level: int = logging.INFO,
+) -> dict[str, dict[str, float]]:
+    """AP of the detections of all processes; every process calls it with its own and gets the metrics.
+
+    Args:
+        images: as :func:`detect` gives them; policy: has counted this process's images once they are through.
+        annotations, vocabulary, kinds, folder, level: see :func:`test`.
+
+    Raises:
+        UserError: too many unusable images.
+    """
+    mine = Detections.gather(images)
+    parts = gather_to_master((mine, policy.usable, policy.skipped))
     outcome: dict[str, dict[str, float]] | str = {}
     if parts is not None:
         try:
-            judge.check(sum(p[1] for p in parts), sum(p[2] for p in parts))
-            everything = sorted((image for p in parts for image in p[0]), key=lambda image: image["index"])
-            results = coco_results(everything, annotations.image_ids, vocabulary)
-            outcome = _score(config, results, vocabulary, kinds, folder)
+            policy.reset()
+            policy.count(sum(part[1] for part in parts), sum(part[2] for part in parts))
+            policy.judge(at_end=True)
+            found = Detections.merge([part[0] for part in parts])
+            outcome = _score(config, found, annotations, vocabulary, kinds, folder, level)
         except UserError as error:
             outcome = str(error)
     outcome = from_master(outcome)
@@ -202,26 +223,26 @@ def test(
     return outcome
 
 
-test.__test__ = False
-
-
 def _score(
-    config: Config, results: list[dict[str, Any]], vocabulary: Vocabulary, kinds: Sequence[str], folder: Path | None
+    config: Any,
+    found: Detections,
+    annotations: Annotations,
+    vocabulary: Vocabulary,
+    kinds: Sequence[str],
+    folder: Path | None,
+    level: int,
 ) -> dict[str, dict[str, float]]:
-    path = resolve_path(config.data.val_annotations)
-    truth = read_truth(path)
+    path, protocol = config.locate(config.data.val_annotations), config.data.protocol
+    truth = read_truth(path, protocol, annotations)
     novel = [name for name, is_novel in zip(vocabulary.names, vocabulary.novel, strict=True) if is_novel]
     metrics = {}
     for kind in kinds:
-        field = {"bbox": "bbox", "segm": "segmentation"}[kind]
-        keys = ("image_id", "category_id", "score", field)
         if folder is not None:
-            write_json(folder / f"results.{kind}.json", [{k: r[k] for k in keys} for r in results])
-        metrics[kind] = evaluate_detections(
-            truth, results, kind=kind, protocol=config.data.protocol, file=path,
-            novel=novel if len(novel) < len(vocabulary.names) else (),
-        )  # fmt: skip
+            write_results(folder / f"results.{kind}.json", truth, found, kind=kind)
+        metrics[kind] = evaluate(
+            truth, found, kind=kind, protocol=protocol, novel=novel if len(novel) < len(vocabulary.names) else ()
+        )
     if folder is not None:
         write_json(folder / "metrics.json", metrics)
-    log.info("AP in %% on %s\n%s", path, format_table(metrics, config.data.protocol))
+    log.log(level, "AP in %% on %s\n%s", path, format_table(metrics, protocol))
     return metrics

@@ -10,6 +10,8 @@ from PIL import ImageFont
 from torch import Tensor
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
+LEGIBLE = 480  # pixels of the longer side from which on captions leave room for the image
+
 
 def class_colors(number: int) -> list[tuple[int, int, int]]:
     """Distinct colours, the same for a class in every image: hues by the golden ratio."""
@@ -25,17 +27,24 @@ def draw_detections(
     names: Sequence[str],
     masks: Tensor | None = None,
 ) -> Tensor:
-    """Boxes with "name 0.93", and masks, on an image.
+    """Boxes with "name 0.93", and masks, on an image; of what overlaps, the surest on top.
 
     Args:
         image: uint8 ``[3, H, W]``; boxes: ``[N, 4]`` xyxy in its pixels; labels: rows of ``names``; masks: bool
             ``[N, H, W]``.
 
     Returns:
-        uint8 ``[3, H, W]``.
+        uint8 ``[3, H', W']``: a small image is enlarged, lest captions cover it.
     """
     if not len(boxes):
         return image
+    factor = max(-(-LEGIBLE // max(image.shape[-2:])), 1)
+    if factor > 1:
+        image, boxes = _enlarged(image, factor), boxes * factor
+        masks = None if masks is None else _enlarged(masks, factor)
+    order = sorted(range(len(scores)), key=lambda i: scores[i])
+    boxes, labels, scores = boxes[order], [labels[i] for i in order], [scores[i] for i in order]
+    masks = None if masks is None else masks[order]
     palette = class_colors(len(names))
     colors = [palette[label] for label in labels]
     if masks is not None:
@@ -47,6 +56,10 @@ def draw_detections(
     texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
     image = draw_bounding_boxes(image, boxes, colors=colors, width=max(1, side // 300))
     return _draw_texts(image, boxes, texts, colors, font)
+
+
+def _enlarged(image: Tensor, factor: int) -> Tensor:
+    return image.repeat_interleave(factor, -1).repeat_interleave(factor, -2)
 
 
 def _draw_texts(

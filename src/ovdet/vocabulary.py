@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import os
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip.prompts import PROMPT_TEMPLATES, class_embeddings
-from ovdet.config import Config, resolve_path
-from ovdet.data.annotations import Annotations
-from ovdet.distributed import broadcast
-from ovdet.errors import UserError
+from ovdet.config import Config
+from training.class_embeddings import load_class_embeddings, load_or_compute
+from training.engine.data.records import Annotations
+from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 
 BACKGROUND = "background"
-CACHE_FOLDER = "~/.cache/open_clip/class_embeddings"
 Tokenizer = Callable[[list[str]], Tensor]
 
 
@@ -75,6 +69,13 @@ def make_vocabulary(config: Config, annotations: Annotations) -> Vocabulary:
     return Vocabulary(tuple(annotations.names), tuple(int(i) for i in annotations.category_ids), novel)
 
 
+def free_vocabulary(names: Sequence[str], base: Sequence[str] = ()) -> Vocabulary:
+    """A vocabulary of one's own; classes that the detector was trained on (``base``) count as base, others as novel."""
+    known = {name.lower().replace("_", " ") for name in base}
+    novel = tuple(name.lower().replace("_", " ") not in known for name in names)
+    return Vocabulary(tuple(names), tuple(range(1, len(names) + 1)), novel)
+
+
 def training_labels(annotations: Annotations, vocabulary: Vocabulary) -> np.ndarray:
     """Label of each annotated object in the vocabulary, int64 ``[A]``; -1 where it must not be learned.
 
@@ -111,136 +112,44 @@ def vocabulary_embeddings(
     names: Sequence[str],
     *,
     device: torch.device | str = "cpu",
-    cache_folder: str | Path = CACHE_FOLDER,
     progress: bool = False,
 ) -> Tensor:
     """Embeddings of classes and background, float32 ``[C+1, D]`` of unit length; every process must call it.
 
-    From ``data.embeddings`` when that is given, else from the model's text tower, on process 0, which keeps them in a
-    cache under a hash of the tower's weights, the names and the prompts.
+    From ``data.embeddings`` when that is given (see :func:`read_embeddings`), else from the model's text tower, and
+    kept; see :func:`training.class_embeddings.load_or_compute`.
 
     Raises:
         UserError: a file that is missing, unreadable, of another size, or without one of the classes.
     """
-    width = model.visual.embed_dim
     if config.data.embeddings:
-        return read_embeddings(resolve_path(config.data.embeddings), names, width)
-    return broadcast(
-        lambda: compute_embeddings(
-            model, tokenizer, [*names, BACKGROUND], device=device, cache_folder=cache_folder, progress=progress
-        ),
-        shape=(len(names) + 1, width),
-    )
+        return read_embeddings(config.locate(config.data.embeddings), names, model.visual.embed_dim)
+    return noun_embeddings(model, tokenizer, [*names, BACKGROUND], device=device, progress=progress)
 
 
 def read_embeddings(path: str, names: Sequence[str], width: int) -> Tensor:
-    """Read class embeddings ``[C+1, D]``, background last.
+    """Read class embeddings ``[C+1, D]``, background last, from a file.
 
     ``.npy`` (or a tensor in ``.pt``): ``[C+1, D]`` in label order. ``.pt`` with a dict from name to ``[D]``: any
-    classes, one of them "background"; names are compared without regard to case and ``_``.
+    classes, one of them "background".
 
     Raises:
         UserError: see :func:`vocabulary_embeddings`.
     """
-    where = f"data.embeddings {path}"
-    remedy = 'make one with the text tower of the same model, or give data.embeddings="" to compute and cache it'
-    if not os.path.isfile(path):
-        raise UserError(f"{where}: no such file; {remedy}")
-    try:
-        if path.endswith((".pt", ".pth")):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            content = torch.from_numpy(np.load(path, allow_pickle=False))
-    except Exception as error:  # numpy and torch raise many kinds for a damaged file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"{where}: not readable as embeddings ({reason}); {remedy}") from None
-    if isinstance(content, dict):
-        known = {_plain(name): torch.as_tensor(value).flatten() for name, value in content.items()}
-        missing = [name for name in (*names, BACKGROUND) if _plain(name) not in known]
-        if missing:
-            raise UserError(f"{where}: no embedding of {_some(missing)}; {remedy}")
-        rows = [known[_plain(name)] for name in (*names, BACKGROUND)]
-        if len({len(row) for row in rows}) > 1:
-            raise UserError(f"{where}: its embeddings are of different lengths; {remedy}")
-        content = torch.stack(rows)
-    if not isinstance(content, Tensor) or not content.is_floating_point() or content.ndim != 2:
-        raise UserError(f"{where}: holds no table of floats; {remedy}")
-    if tuple(content.shape) != (len(names) + 1, width):
-        raise UserError(
-            f"{where}: shape {tuple(content.shape)}, but {len(names)} classes and a last row for {BACKGROUND} of width "
-            f"{width} are needed; {remedy}"
-        )
-    content = content.float()
-    if not content.isfinite().all() or (content.norm(dim=1) == 0).any():
-        raise UserError(f"{where}: an embedding is zero or not finite; {remedy}")
-    return F.normalize(content, dim=-1)
+    return load_class_embeddings(path, [*names, BACKGROUND], width, flag="data.embeddings")
 
 
-def compute_embeddings(
+def noun_embeddings(
     model: nn.Module,
     tokenizer: Tokenizer,
     names: Sequence[str],
     *,
     device: torch.device | str = "cpu",
-    cache_folder: str | Path = CACHE_FOLDER,
     progress: bool = False,
 ) -> Tensor:
-    """Embeddings ``[len(names), D]`` by the prompt ensemble, from the cache when they are there."""
-    file = Path(cache_folder).expanduser() / f"{_cache_key(model, tokenizer, names)}.npy"
-    try:
-        cached = torch.from_numpy(np.load(file, allow_pickle=False))
-        if len(cached) == len(names) and cached.isfinite().all():
-            log.info("embeddings of %d classes from %s", len(names), file)
-            return cached
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, EOFError):
-        log.warning("%s is damaged: the class embeddings are computed anew", file)
-    log.info("computing the embeddings of %d classes", len(names))
-    embeddings = class_embeddings(
-        model, _trimmed(tokenizer, model.text), list(names), device=device, progress=progress
-    ).float().cpu()  # fmt: skip
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as stream:
-            np.save(stream, embeddings.numpy())
-        os.replace(temporary, file)
-    except OSError as error:
-        log.warning("the class embeddings are not cached: %s", error)
-    return embeddings
-
-
-def weights_hash(module: nn.Module) -> str:
-    """SHA-256 over names, types and values of a module's state."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _cache_key(model: nn.Module, tokenizer: Tokenizer, names: Sequence[str]) -> str:
-    digest = hashlib.sha256(json.dumps([list(names), list(PROMPT_TEMPLATES)]).encode())
-    digest.update(tokenizer(list(names)).numpy().tobytes())
-    digest.update(weights_hash(model.text).encode())
-    return digest.hexdigest()[:32]
-
-
-def _trimmed(tokenizer: Tokenizer, text_tower: nn.Module) -> Tokenizer:
-    """A tokenizer whose rows end with the longest text: a causal tower read at the end token never sees the rest."""
-    if not (getattr(text_tower, "causal", False) and getattr(text_tower, "pool", None) == "argmax"):
-        return tokenizer
-
-    def tokenize(texts: list[str]) -> Tensor:
-        tokens = tokenizer(texts)
-        return tokens[:, : int(tokens.argmax(1).max()) + 1]  # the end token has the largest id
-
-    return tokenize
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("_", " ")
+    """Embeddings ``[N, D]`` of names by the prompt ensemble, from the cache when they are there; called together."""
+    nothing = Namespace(embeddings=None)
+    return load_or_compute(nothing, model, tokenizer, names, flag="embeddings", device=device, progress=progress)
 
 
 def _some(names: Sequence[str], most: int = 4) -> str:

@@ -16,14 +16,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from open_clip.prompts import PROMPT_TEMPLATES
+import open_clip
+from open_clip.identity import identity
 from open_clip.prompts import class_embeddings as compute_class_embeddings
+from open_clip.prompts import class_prompts
 from open_clip.weights import load_torch_file
+from training.engine.checkpoint import weights_hash
 from training.engine.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 Tokenizer = Callable[[list[str]], Tensor]  # texts to token ids [N, L]
+Prompts = Callable[[str], list[str]]  # a class name to its prompts
 
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "open_clip" / "class_embeddings"
 REMEDY = "make a fitting file with tools/generate_text_embeddings.py, or leave the flag out to compute and cache one"
@@ -41,11 +45,12 @@ def load_or_compute(
     device: torch.device | str | None = None,
     cache_folder: str | Path | None = CACHE_FOLDER,
     progress: bool = False,
+    prompts: Prompts = class_prompts,
 ) -> Tensor:
     """Unit-length class embeddings, float32 ``[C, D]`` on the CPU, in the order of ``class_names``.
 
     From the file of ``flag`` when it is given, else from the model's text tower (cached in ``cache_folder`` under a
-    hash of the tower's weights, the names and the prompt templates). With several processes, process 0 computes and
+    hash of the tower's weights, the names and their prompts). With several processes, process 0 computes and
     all others receive; every process must call it.
 
     Args:
@@ -59,6 +64,7 @@ def load_or_compute(
         device: where the text tower is; by default that of its weights.
         cache_folder: where computed embeddings are kept; None for a text tower that trains, whose entries never recur.
         progress: show a progress bar while computing.
+        prompts: a class name to the prompts that its embedding is the mean of.
 
     Raises:
         UserError: a file that is missing, unreadable, or of another count or width.
@@ -71,8 +77,8 @@ def load_or_compute(
     if tokenizer is None:
         raise ValueError("class embeddings are to be computed, but there is no tokenizer")
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return _compute_on_one(model, tokenizer, class_names, embed_dim, device, cache_folder, progress)
-    return _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress)
+        return _compute_on_one(model, tokenizer, class_names, embed_dim, device, cache_folder, progress, prompts)
+    return _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress, prompts)
 
 
 def load_class_embeddings(
@@ -81,7 +87,7 @@ def load_class_embeddings(
     """Read class embeddings from a file: float32 ``[C, D]`` of unit length.
 
     ``.npy``: an array ``[C, D]`` in label order, any float type. ``.pt``/``.pth``: such a tensor, or a dict from class
-    name to ``[D]``, which may hold more classes.
+    name (whatever its case, ``_`` or space) to ``[D]``, which may hold more classes.
 
     Raises:
         UserError: a file that is missing, unreadable, not finite, or of another count or width.
@@ -98,6 +104,9 @@ def load_class_embeddings(
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{where}: not readable as class embeddings ({reason}); {REMEDY}") from None
     if isinstance(content, dict):
+        # "Potted plant" and "potted_plant" are one class to the makers of such files.
+        plain = {_plain(name): value for name, value in content.items()}
+        content = {**{name: plain[_plain(name)] for name in class_names if _plain(name) in plain}, **content}
         missing = [name for name in class_names if name not in content]
         if missing:
             raise UserError(
@@ -123,6 +132,10 @@ def load_class_embeddings(
     return F.normalize(content, dim=-1)  # half-precision files are off unit length by up to 1e-3
 
 
+def _plain(name: object) -> str:
+    return str(name).lower().replace("_", " ")
+
+
 def _compute_or_cached(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -130,10 +143,11 @@ def _compute_or_cached(
     device: torch.device | str | None,
     cache_folder: str | Path | None,
     progress: bool,
+    prompts: Prompts,
 ) -> Tensor:
     file = None
     if cache_folder is not None:
-        file = Path(cache_folder).expanduser() / f"{cache_key(model, tokenizer, class_names)}.npy"
+        file = Path(cache_folder).expanduser() / f"{cache_key(model, tokenizer, class_names, prompts)}.npy"
         cached = _read(file)
         if cached is not None:
             logger.info("class embeddings of %d classes from %s", len(class_names), file)
@@ -146,6 +160,7 @@ def _compute_or_cached(
             list(class_names),
             device=device,
             progress=progress,
+            prompts=prompts,
         )
     embeddings = embeddings.float().cpu().clone()
     if file is not None:
@@ -161,10 +176,11 @@ def _compute_on_one(
     device: torch.device | str | None,
     cache_folder: str | Path | None,
     progress: bool,
+    prompts: Prompts,
 ) -> Tensor:
     """Process 0 computes, the others receive: on CPUs the prompts of a class list take minutes."""
     if dist.get_rank() == 0:
-        embeddings = _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress)
+        embeddings = _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress, prompts)
     else:
         embeddings = torch.empty(len(class_names), embed_dim)
     carrier = embeddings.cuda() if dist.get_backend() == "nccl" else embeddings
@@ -172,13 +188,16 @@ def _compute_on_one(
     return carrier.cpu()
 
 
-def cache_key(model: nn.Module, tokenizer: Tokenizer, class_names: Sequence[str]) -> str:
-    """Hash of what the embeddings depend on: the text tower's weights, the names, their tokens and the templates."""
-    digest = hashlib.sha256(json.dumps([list(class_names), list(PROMPT_TEMPLATES)]).encode())
+def cache_key(
+    model: nn.Module, tokenizer: Tokenizer, class_names: Sequence[str], prompts: Prompts = class_prompts
+) -> str:
+    """Hash of what the embeddings depend on: the text tower, the names, their tokens and their prompts."""
+    digest = hashlib.sha256(json.dumps([list(class_names), [prompts(name) for name in class_names]]).encode())
     digest.update(tokenizer(list(class_names)).numpy().tobytes())
-    for name, tensor in sorted(model.text.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    if isinstance(model.text, open_clip.TextTower):
+        digest.update(identity(model.text).encode())
+    else:  # a text encoder of somebody's own: its weights are all that is known of it
+        digest.update(weights_hash(model.text.state_dict()).encode())
     return digest.hexdigest()[:32]
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import logging
-import os
 import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,42 +15,23 @@ import torch
 import open_clip
 from open_clip import CLIP
 from training.class_embeddings import load_or_compute
-from training.engine.checkpoint import find_latest, remove_unfinished
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.dry_run import forecast
-from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.journal import Journal, setup_logging, write_atomically
+from training.engine.errors import Flags, as_user_error, run_program
+from training.engine.folder import check_folder, named_folder, open_folder, resume_after_restart
+from training.engine.journal import Journal, setup_logging
 from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
-from training.models import load_model, model_name
+from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args
 from training.trainer import Distillation, loop_options
 
 log = logging.getLogger(__name__)
 
-
-def make_folder(options: Options, dist: Dist) -> Path:
-    """The experiment's folder; only process 0 writes to it.
-
-    Raises:
-        UserError: it exists and ``--resume`` is not given.
-    """
-    folder = Path(options.run.logs) / options.run.name
-    with together():
-        if dist.is_master:
-            if folder.exists() and not options.run.resume:
-                raise UserError(f"experiment {folder} exists: choose another --name, or go on with --resume latest")
-            try:
-                (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-                remove_unfinished(folder / "checkpoints")
-            except OSError as error:
-                raise UserError(f"{folder} cannot be made ({error.strerror}): choose another --logs") from error
-            text = "".join(f"{key}: {value}\n" for key, value in sorted(options.flat().items()))
-            write_atomically(folder / "params.txt", text)
-    return folder
+FLAGS = Flags()
 
 
 class Evaluation:
@@ -66,47 +45,51 @@ class Evaluation:
             crop_size=visual.image_size, batch_size=data.batch_size, workers=data.workers, max_skipped=data.max_skipped,
             rank=dist.rank, world_size=dist.world_size,
         )  # fmt: skip
-        # Embeddings of a model whose text tower trains are computed anew each time.
-        self.embeddings = None if options.entry.trains_texts and options.trains else self._embed(model)
+        # Embeddings of a model whose text tower trains are computed anew each time, and never asked for again.
+        self.lasting = not (options.entry.trains_texts and options.trains)
+        self.embeddings = self._embed(model) if self.lasting else None
 
     def _embed(self, model: CLIP) -> torch.Tensor:
         return load_or_compute(
             self.options.eval, model, as_user_error(open_clip.get_tokenizer, self.options.model.model),
             self.data.class_names, names_file=self.options.eval.val_data, device=self.dist.device,
-            progress=self.dist.is_master,
+            progress=self.dist.is_master, **({} if self.lasting else {"cache_folder": None}),
         )  # fmt: skip
 
-    def __call__(self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student") -> dict:
-        """Evaluate, show the table, and keep the numbers."""
+    def __call__(
+        self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student", alpha: float = 1.0
+    ) -> dict:
+        """Evaluate, show the table, and keep the numbers.
+
+        Args:
+            alpha: share of the student in the weights; below 1 they are recorded as an ensemble.
+        """
+        kind = kind if alpha == 1 else "ensemble"
         embeddings = self._embed(model) if self.embeddings is None else self.embeddings
+        options, reading = self.options, model.visual.readout
+        per_class = None
+        if options.eval.per_class and journal.folder is not None:
+            per_class = journal.folder / f"per_class_{kind}_{step}.json"
         results = evaluate(
             model, self.data, embeddings, device=self.dist.device, dtype=self.precision.input_dtype,
-            rank=self.dist.rank, world_size=self.dist.world_size,
+            rank=self.dist.rank, world_size=self.dist.world_size, per_class_file=per_class,
         )  # fmt: skip
         if self.dist.is_master:
             print(f"\nmean accuracy after {epoch} epochs ({step} steps), {self.data.num_images} images")
             print(format_table(results), flush=True)
             journal.scalars({f"val/{k}": v for k, v in results.items() if "macc" in k}, step)
-            journal.result({"epoch": epoch, "step": step, "kind": kind, **results})
+            read = {"readout": reading.name, "cells_normalized": reading.normalized, "sizes": self.data.image_sizes}
+            read |= {"alpha": alpha} if alpha < 1 else {}
+            trained = {"method": options.entry.name, "learned_from": options.learned_from} if options.trains else {}
+            journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **trained, **results})
         return results
 
 
 def continue_after_restart(options: Options) -> Options:
-    """When ``torchrun --max-restarts`` has started the processes anew, go on from the newest checkpoint.
-
-    Raises:
-        UserError: restarts are asked for without ``--name``, by which they find the experiment.
-    """
+    """The options, with what ``torchrun --max-restarts`` makes of ``--resume``. UserError without ``--name``."""
     run = options.run
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and run.name is None:
-        raise UserError("torchrun's --max-restarts needs --name, by which a restarted run finds its checkpoints")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
-        return options
-    folder = Path(run.logs) / run.name
-    started_from_file = run.resume not in (None, "latest")
-    if folder.exists() and not (started_from_file and find_latest(folder / "checkpoints") is None):
-        return replace(options, run=replace(run, resume="latest"))
-    return options
+    folder = None if run.name is None else named_folder(run.logs, run.name)
+    return replace(options, run=replace(run, resume=resume_after_restart(folder, run.resume, FLAGS)))
 
 
 def named(options: Options) -> Options:
@@ -122,13 +105,13 @@ def named(options: Options) -> Options:
 def run(options: Options, dist: Dist) -> int:
     """Check everything, then train and evaluate. Returns the exit status."""
     precision = make_precision(options.machine.precision, dist.device)
-    options = continue_after_restart(options)
+    options = named(continue_after_restart(options))
+    folder, resume = named_folder(options.run.logs, options.run.name), options.run.resume
     with together():
-        options = named(options)
-        folder = Path(options.run.logs) / options.run.name
-        if dist.is_master and folder.exists() and not options.run.resume:
-            raise UserError(f"experiment {folder} exists: choose another --name, or go on with --resume latest")
+        if dist.is_master:
+            check_folder(folder, resume, FLAGS)
         model = load_model(options)
+        alpha = ensemble_loaded(options, model)
     with together():
         evaluation = Evaluation(options, model, dist, precision) if options.eval.val_data else None
     with together():
@@ -141,23 +124,28 @@ def run(options: Options, dist: Dist) -> int:
         if dist.is_master:
             print(found.text())
         return 0
-    folder = make_folder(options, dist)
-    setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
-    log.info("experiment %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
-    for text in options.warnings:
-        log.warning("%s", text)
-    if loop is None:
+    text = "".join(f"{key}: {value}\n" for key, value in sorted(options.flat().items()))
+    with open_folder(folder, resume, dist, FLAGS, {"params.txt": text}):
+        setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
+        log.info(
+            "experiment %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name
+        )
+        for warning in options.warnings:
+            log.warning("%s", warning)
+        if loop is not None:
+            return loop.train(folder, resume)
+        if options.readout is not None:
+            as_user_error(model.visual.set_readout, options.readout)
         model.visual.to(dist.device, precision.param_dtype)
         journal = Journal(folder if dist.is_master else None, report_to=options.run.report_to)
-        evaluation(model, journal, epoch=0, step=0, kind="checkpoint")
+        evaluation(model, journal, epoch=0, step=0, kind="checkpoint", alpha=alpha)
         journal.close()
-        return 0
-    return loop.train(folder, options.run.resume)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
-    return run_program(lambda: _main(argv))
+    return run_program(lambda: _main(argv), FLAGS)
 
 
 def _main(argv: Sequence[str] | None) -> int:

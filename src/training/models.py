@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import open_clip
-from open_clip import CLIP
+from open_clip import CLIP, ImageTower
+from open_clip.readouts import build_readout
 from open_clip.weights import export_state_dict, reference_layout
-from training.engine.checkpoint import weights_hash
+from training.engine.checkpoint import mapped_checkpoint, weights_hash
 from training.engine.distributed import Dist
 from training.engine.errors import UserError, as_user_error
 from training.engine.optim import adamw, decay_groups
 from training.engine.precision import Precision
+from training.engine.sharding import is_sharded
 from training.ensemble import ensemble_state
 from training.options import ModelOptions, OptimOptions, Options
 from training.teachers.build import Teacher, build_teacher
+
+log = logging.getLogger(__name__)
 
 
 def model_name(name: str) -> str:
@@ -44,10 +49,13 @@ def load_model(options: Options) -> CLIP:
         open_clip.create_model, model_options.model, pretrained=model_options.pretrained or None,
         cache_dir=model_options.cache_dir, force_quick_gelu=model_options.force_quick_gelu,
     )  # fmt: skip
+    if options.readout is not None:
+        as_user_error(build_readout, options.readout, model.visual)
     name, size, patch = model_options.model, options.data.det_image_size, model.visual.patch_size
     if model_options.downsample_factor not in (None, patch):
         raise UserError(
-            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; leave it out"
+            f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; give {patch}, or "
+            "leave it out"
         )
     if options.data.dataset_type != "contrastive" and size % patch:
         near = max(round(size / patch), 1) * patch
@@ -55,6 +63,50 @@ def load_model(options: Options) -> CLIP:
     if getattr(options.own, "extract_type", "v2") == "v1" and reference_layout(model) != "openai":
         raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {name} is none: use v2")
     return model
+
+
+def ensemble_loaded(options: Options, model: CLIP) -> float:
+    """Make a model that was loaded from a training checkpoint what the run would have released at that point.
+
+    Such a file (``epoch_N.pt``) holds the student alone. Where its run had an ``--alpha`` below 1, the model becomes
+    ``alpha * student + (1 - alpha) * start model``. For an evaluation, ``--alpha`` may ask for another one.
+
+    Returns:
+        alpha; 1 where the weights are as they are in the file.
+
+    Raises:
+        UserError: the start model is not where the run found it, or is another one.
+    """
+    given = options.model
+    path = Path((given.cache_dir if given.pretrained == "eva" else given.pretrained) or "")
+    content = mapped_checkpoint(path) if path.is_file() else None
+    before = (content or {}).get("args", {})
+    asked = options.optim.alpha if "alpha" in options.given and not options.trains else None
+    alpha = before.get("alpha", 1.0) if asked is None or not before else asked
+    if alpha == 1:
+        return 1.0
+    source = before["cache_dir"] if before["pretrained"] == "eva" else before["pretrained"]
+    source = source or f"random weights of --seed {before['seed']}"
+    otherwise = "evaluate clipself.pt, use tools/ensemble_weights.py, or give --alpha 1 for the student alone"
+    try:
+        torch.manual_seed(before["seed"])
+        start = open_clip.create_model(
+            given.model, pretrained=before["pretrained"] or None, cache_dir=before["cache_dir"],
+            force_quick_gelu=given.force_quick_gelu,
+        )  # fmt: skip
+    except (ValueError, RuntimeError, OSError, ImportError) as error:
+        raise UserError(
+            f"{path} holds the student of a run with --alpha {alpha:g}, whose start model {source} cannot be loaded "
+            f"({' '.join(str(error).split())}): {otherwise}"
+        ) from error
+    if weights_hash(start.state_dict()) != content["start_hash"]:
+        raise UserError(f"{path} began from other weights than those of {source} now: {otherwise}")
+    model.load_state_dict(ensemble_state(model.state_dict(), start.state_dict(), alpha))
+    log.warning(
+        "%s holds the student alone: used is %g x student + %g x %s, as its run releases it (for an evaluation, "
+        "--alpha changes this)", path, alpha, 1 - alpha, source,
+    )  # fmt: skip
+    return alpha
 
 
 def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Precision) -> dict[str, Teacher]:
@@ -112,9 +164,9 @@ def undecayed_names(model: CLIP) -> set[str]:
     return {ours for ours, (name, value) in zip(own, published, strict=False) if is_undecayed(name, value)}
 
 
-def parameter_groups(model: CLIP, weight_decay: float) -> list[dict]:
-    """Optimizer groups of what trains: [undecayed, decayed]."""
-    undecayed = undecayed_names(model)
+def parameter_groups(model: CLIP, weight_decay: float, undecayed: set[str] | None = None) -> list[dict]:
+    """Optimizer groups of what trains: [undecayed, decayed]; by default as :func:`undecayed_names` says."""
+    undecayed = undecayed_names(model) if undecayed is None else undecayed
     return decay_groups(model.named_parameters(), weight_decay, lambda name, _: name in undecayed)
 
 
@@ -123,17 +175,20 @@ def adam_defaults(model_name: str) -> tuple[float, float, float]:
     return (0.9, 0.98, 1e-6) if "vit" in model_name.lower() else (0.9, 0.999, 1e-8)
 
 
-def build_optimizer(options: OptimOptions, name: str, model: CLIP) -> torch.optim.AdamW:
+def build_optimizer(
+    options: OptimOptions, name: str, model: CLIP, undecayed: set[str] | None = None
+) -> torch.optim.AdamW:
     """AdamW over what trains in a model.
 
     Args:
         options: the flags; betas and eps that are None are those of :func:`adam_defaults`.
         name: of the model.
+        undecayed: names of parameters without weight decay; must be given where parameters are sharded.
 
     Raises:
         UserError: nothing trains.
     """
-    groups = parameter_groups(model, options.wd)
+    groups = parameter_groups(model, options.wd, undecayed)
     if not any(group["params"] for group in groups):
         raise UserError("nothing trains: every parameter is locked; raise --lock-image-unlocked-groups")
     given = (options.beta1, options.beta2, options.eps)
@@ -145,13 +200,21 @@ class StartWeights:
     """Weights that a run began with: the other part of its ensemble, and what a resumed run must share.
 
     Frozen weights are never copied: the student still has them.
+
+    Args:
+        student: whole.
     """
 
     def __init__(self, student: CLIP) -> None:
-        self.changed = {n: p.detach().clone().cpu() for n, p in student.named_parameters() if p.requires_grad}
         self.hash = weights_hash(student.state_dict())
+        self.changed: dict[str, Tensor] = {}
 
-    def ensemble(self, student: CLIP, alpha: float) -> dict[str, torch.Tensor]:
+    def keep(self, student: CLIP) -> None:
+        """Remember what will change, when the student has been placed: on the CPU, or divided as the student is."""
+        trained = {n: p.detach().clone() for n, p in student.named_parameters() if p.requires_grad}
+        self.changed = {n: p if is_sharded(p) else p.cpu() for n, p in trained.items()}
+
+    def ensemble(self, student: CLIP, alpha: float) -> dict[str, Tensor]:
         """State dict ``alpha * student + (1 - alpha) * start``."""
         state = student.state_dict()
         return ensemble_state(state, {**state, **self.changed}, alpha)
@@ -174,3 +237,15 @@ class StartWeights:
             with torch.no_grad():
                 for n, p in parameters.items():
                     p.copy_(before[n])
+
+
+def separable_blocks(model: nn.Module) -> list[nn.Module]:
+    """Blocks of a CLIP, an image tower or a trunk that are only ever called as modules.
+
+    The last one, and those that the dense reading enters, are read from inside.
+    """
+    tower = model.visual if isinstance(model, CLIP) else model
+    blocks = list(getattr(tower, "trunk", tower).blocks)
+    inside = tower.readout.blocks(tower) if isinstance(tower, ImageTower) else ()
+    entered = {len(blocks) - 1, *(i % len(blocks) for i in inside)}
+    return [block for i, block in enumerate(blocks) if i not in entered]

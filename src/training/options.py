@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
+from training.data.loader import REGION_SOURCES
 from training.data.options import DataOptions, RegionOptions
+from training.data.regions import GridCells
 from training.engine.flags import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, flag
 from training.engine.journal import REPORTS
 from training.engine.precision import PRECISIONS
@@ -64,7 +66,9 @@ class RunOptions:
 
     name: str | None = flag(None, "of the experiment; by default date, model and method")
     logs: str = flag("logs", "folder of all experiments", metavar="DIR")
-    resume: str | None = flag(None, "go on from a checkpoint", metavar="latest|FILE")
+    resume: str | None = flag(
+        None, "go on: with an experiment, with it or a new one, from a file", metavar="latest|auto|FILE"
+    )
     save_frequency: int = flag(1, "save every N epochs; 0 only at the end", type=NATURAL, metavar="N")
     save_every_n_steps: int = flag(0, "also save inside epochs; 0 never", type=NATURAL, metavar="N")
     save_most_recent: bool = flag(False, "keep epoch_latest.pt up to date after every epoch")
@@ -84,6 +88,7 @@ class MachineOptions:
     precision: str | None = flag(None, "amp_bf16 on GPUs that have it, else fp32, if absent", choices=PRECISIONS)
     device: str | None = flag(None, "a GPU when there is one, if absent", choices=("cuda", "cpu"))
     compile: bool = flag(False, "compile the transformer blocks")
+    fsdp: bool = flag(False, "divide the model over the processes (FSDP2), for trunks that do not fit on one GPU")
     dist_backend: str | None = flag(None, "nccl on GPUs, gloo on CPUs, if absent", choices=("nccl", "gloo"))
     dist_timeout: float = flag(1800.0, "seconds until a lost process ends the run", type=POSITIVE)
 
@@ -125,6 +130,12 @@ class Options:
     def trains(self) -> bool:
         """Whether there is anything to train on."""
         return bool(self.data.train_data)
+
+    @property
+    def learned_from(self) -> list[str]:
+        """What people made for the training data, besides the images: of what kind a row of results is."""
+        boxes = ["boxes"] if REGION_SOURCES.get(self.data.dataset_type, GridCells) is not GridCells else []
+        return [*boxes, *self.entry.learns_from(self.own)] if self.trains else []
 
     @property
     def readout(self) -> str | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from training.data.options import SOURCES
 from training.engine.errors import UserError
 from training.engine.flags import Parser, add_flags, flags_of, spelling, take
+from training.engine.folder import RESUME
 from training.methods import Entry, find_method, find_recipe, list_methods
 from training.options import ROOMS, TITLES, Options
 
@@ -35,33 +36,48 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 
 _EXAMPLES = """
+Train a dense CLIP, and evaluate it on COCO panoptic.
+
 examples:
-  CLIPSelf on image patches, as published for B/16 (paths to COCO and the start model are yours):
-    python -m training.main --recipe clipself-b16 --pretrained eva --cache-dir EVA02_CLIP_B_psz16_s8B.pt \\
+  CLIPSelf on image patches, as published for B/16:
+    python -m training.main --recipe clipself-b16 --name mine \\
+        --pretrained eva --cache-dir EVA02_CLIP_B_psz16_s8B.pt \\
         --train-data instances_train2017.json --train-image-root train2017 \\
-        --val-data panoptic_val2017.json --val-image-root val2017 --name mine
-  going on after an interruption:       the same command and --resume latest
-  evaluating a checkpoint:              --pretrained mine/checkpoints/clipself.pt without --train-data
-  flags of one method:                  --method declip --help
+        --val-data panoptic_val2017.json --val-image-root val2017
+  after an interruption:       the same command and --resume latest
+  to evaluate a checkpoint:    no --train-data, and --pretrained logs/mine/checkpoints/clipself.pt
+  on 8 GPUs:                   torchrun --nproc_per_node 8 -m -- training.main ...
+  flags of one method:         --method declip --help;  all flags: --help-all
 """
 
+# Flags that --help lists; --help-all lists all.
+_FIRST = {
+    "model", "pretrained", "lock_image", "lock_image_unlocked_groups", "dataset_type", "train_data",
+    "train_image_root", "det_image_size", "batch_size", "epochs", "lr", "alpha", "val_data", "val_image_root", "name",
+    "resume", "seed", "device",
+}  # fmt: skip
 
-def make_parser(chosen: Entry | None = None) -> argparse.ArgumentParser:
+
+def make_parser(chosen: Entry | None = None, *, everything: bool = False) -> argparse.ArgumentParser:
     """The parser: flags of all rooms and of all methods. Flags that were not given leave nothing behind.
 
     Args:
         chosen: the method whose flags ``--help`` lists; None for no method's.
+        everything: whether it lists all flags of the rooms.
     """
+    methods = list_methods().values()
+    listed = "".join(f"  {e.name:<16} {e.summary}\n" for e in methods)
+    recipes = _wrapped(sorted(r for e in methods for r in e.recipes))
     parser = Parser(
         prog="python -m training.main",
         usage="python -m training.main --method NAME --train-data FILE --train-image-root DIR [flags]",
-        description="Train a dense CLIP and evaluate it on COCO panoptic.",
-        epilog=_EXAMPLES + "\nmethods:\n" + "".join(f"  {e.name:<16} {e.summary}\n" for e in list_methods().values())
-        + "\nrecipes:\n" + _wrapped(sorted(r for e in list_methods().values() for r in e.recipes)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=_EXAMPLES,
+        epilog=f"methods:\n{listed}\nrecipes:\n{recipes}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=32, width=110),
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-    )  # fmt: skip
+    )
+    parser.add_argument("--help-all", action="store_true", help="list all flags")
     method = parser.add_argument_group("method")
     method.add_argument("--method", metavar="NAME", help="how to train; see below (clipself)")
     method.add_argument("--recipe", metavar="NAME", help="flags under one name; flags given by hand override")
@@ -69,9 +85,10 @@ def make_parser(chosen: Entry | None = None) -> argparse.ArgumentParser:
     if chosen is not None:
         add_flags(method, chosen.options, seen)
     for room, cls in ROOMS.items():
-        add_flags(parser.add_argument_group(TITLES[room]), cls, seen)
-    for entry in list_methods().values():
-        add_flags(method, entry.options, seen, show=False)
+        show = flags_of(cls).keys() if everything else _FIRST
+        add_flags(parser.add_argument_group(TITLES[room]), cls, seen, show=show)
+    for entry in methods:
+        add_flags(method, entry.options, seen, show=())
     for name, values in _WITHOUT_EFFECT.items():
         nargs = {"action": "store_true"} if values == 0 else {} if values == 1 else {"nargs": values}
         parser.add_argument(spelling(name), help=argparse.SUPPRESS, **nargs)
@@ -87,23 +104,30 @@ def _wrapped(words: Sequence[str], width: int = 100) -> str:
     return "\n".join(lines) + "\n"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Options:
+def parse_args(argv: Sequence[str] | None = None, *, check: bool = True) -> Options:
     """Parse flags and check them against each other.
+
+    Args:
+        argv: the flags; those of the process when None.
+        check: False for a part of the program's options, without data.
 
     Raises:
         UserError: an unknown flag or value, or flags that do not go together.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     entry, source, recipe = _chosen(argv)
-    parser = make_parser(entry)
+    if "--help-all" in argv:
+        argv.append("--help")
+    parser = make_parser(entry if "--method" in argv or recipe else None, everything="--help-all" in argv)
     given = vars(parser.parse_args([*shlex.split(recipe), *argv]))
-    for name in ("method", "recipe"):
+    for name in ("method", "recipe", "help_all"):
         given.pop(name, None)
     idle = [name for name in _WITHOUT_EFFECT if given.pop(name, None) is not None]
     given["dataset_type"] = source
     rooms = {room: take(cls, given) for room, cls in ROOMS.items()}
     options = Options(entry=entry, own=take(entry.options, given), given=frozenset(given), **rooms)
-    _check(options)
+    if check:
+        _check(options)
     sizes = tuple(dict.fromkeys(options.eval.eval_image_sizes or (options.data.det_image_size,)))
     warnings = [f"{', '.join(map(spelling, idle))}: without effect here"] if idle else []
     warnings += _unused(options, given)
@@ -150,16 +174,16 @@ def _check(options: Options) -> None:
     teachers = options.entry.teachers(options.own)
     if data.cache_teacher and not teachers:
         raise UserError(f"--cache-teacher: --method {options.entry.name} has no teacher; leave it out")
-    if data.cache_teacher and data.dataset_type == "grid_distill" and not regions.fixed_regions:
-        if any(t.source == "crops" for t in teachers):
-            raise UserError(
-                "--cache-teacher needs regions that recur, which grid_distill draws anew in every epoch: add "
-                "--fixed-regions, or use --dataset-type proposals_distill"
-            )
+    anew = data.dataset_type in ("grid_distill", "mixed_distill") and not regions.fixed_regions
+    if data.cache_teacher and anew and all(t.source == "crops" for t in teachers):
+        raise UserError(
+            f"--cache-teacher needs regions that recur, which {data.dataset_type} draws anew in every epoch: add "
+            "--fixed-regions, or use --dataset-type proposals_distill"
+        )
     if options.run.dry_run and not data.train_data:
         raise UserError("--dry-run is about a training: give --train-data")
-    if options.run.resume == "latest" and not options.run.name:
-        raise UserError("--resume latest needs --name: which experiment?")
+    if options.run.resume in RESUME and not options.run.name:
+        raise UserError(f"--resume {options.run.resume} needs --name: which experiment?")
 
 
 # Flags of the regions that a dataset type reads.

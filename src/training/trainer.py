@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP
+from open_clip.identity import architecture_hash
+from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
 from training.class_embeddings import load_or_compute
 from training.data import DevicePrefetcher, View, build_train_data, prepare_batch
@@ -23,10 +25,18 @@ from training.engine.journal import Journal
 from training.engine.loop import Batch, LoopOptions, Progress, Rate, Task
 from training.engine.precision import Precision
 from training.engine.schedule import make_schedule, step_seed
+from training.engine.sharding import whole_state
 from training.methods import Setting
-from training.models import StartWeights, build_optimizer, prepare_student, prepare_teachers
+from training.models import (
+    StartWeights,
+    build_optimizer,
+    prepare_student,
+    prepare_teachers,
+    separable_blocks,
+    undecayed_names,
+)
 from training.options import Options
-from training.teachers.cache import fill, open_store
+from training.teachers.cache import fill, open_store, recurs
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +59,8 @@ def loop_options(options: Options) -> LoopOptions:
         log_every=run.log_every_n_steps, save_every_steps=run.save_every_n_steps,
         save_every_epochs=run.save_frequency, keep=run.keep_checkpoints, save_latest=run.save_most_recent,
         evaluate_first=not options.eval.skip_first_eval, evaluate_every=options.eval.zeroshot_frequency,
-        profile=run.profile, report_to=run.report_to,
+        profile=run.profile, report_to=run.report_to, compiled=options.machine.compile,
+        fsdp=options.machine.fsdp,
     )  # fmt: skip
 
 
@@ -60,7 +71,7 @@ class Distillation(Task):
         options: the program's.
         model: the start model on the CPU; becomes the student.
         dist, precision: where and how to compute.
-        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=)``; None for none.
+        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=, alpha=)``; None for none.
 
     Raises:
         UserError: wrong data, embeddings or options.
@@ -77,6 +88,7 @@ class Distillation(Task):
         evaluation: Evaluate | None = None,
     ) -> None:
         self.choices, self.dist, self.precision, self.evaluation = options, dist, precision, evaluation
+        self.warmup = options.optim.warmup
         self.source = f"--train-data {options.data.train_data}"
         self.teachers = prepare_teachers(options, model, dist, precision)
         self.fields = options.entry.fields(options.own)
@@ -85,8 +97,11 @@ class Distillation(Task):
         self.stores = {}
         if options.data.cache_teacher:
             for name, teacher in self.teachers.items():
-                self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
-                self.views.pop(name, None)
+                if recurs(self.data.dataset, teacher):
+                    self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
+                    self.views.pop(name, None)
+                else:
+                    log.info("--cache-teacher: regions are drawn anew in every epoch; the teacher %s stays", name)
             self.data.dataset.stores = self.stores
             self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
         self.student = prepare_student(options, model, dist, precision)
@@ -98,6 +113,8 @@ class Distillation(Task):
         for teacher in self.teachers.values():
             teacher.forget_texts()
         self.start = StartWeights(self.student)
+        self.architecture = architecture_hash(self.student)
+        self.undecayed = undecayed_names(self.student)
 
     def _views(self, model: CLIP) -> dict[str, View]:
         """What student and teachers look at, by name."""
@@ -161,11 +178,29 @@ class Distillation(Task):
         prepare = partial(prepare_batch, views=self.views, device=self.dist.device)
         return iter(DevicePrefetcher(self.data.loader, prepare, self.dist.device))
 
+    # -- full sharding ------------------------------------------------------------------------------------------------
+
+    def blocks(self) -> list[nn.Module]:
+        """Blocks of the student and of teachers that are called as modules only."""
+        stored = self.stores.keys()
+        models = [self.student, *(t.model for name, t in self.teachers.items() if name not in stored)]
+        return [block for model in models for block in separable_blocks(model)]
+
+    def whole_parts(self) -> list[nn.Module]:
+        """Teachers that go when their answers are stored."""
+        return [self.teachers[name] for name in self.stores]
+
+    def placed(self) -> None:
+        """Remember the start weights, as they are divided."""
+        self.start.keep(self.student)
+
     # -- a step -------------------------------------------------------------------------------------------------------
 
     def optimizer(self) -> torch.optim.Optimizer:
         """AdamW with the published split into decayed and undecayed parameters."""
-        return build_optimizer(self.choices.optim, self.choices.model.model, self.student)
+        optimizer = build_optimizer(self.choices.optim, self.choices.model.model, self.student, self.undecayed)
+        hold_unread(optimizer, self.method.unread())
+        return optimizer
 
     def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
         """That of ``--lr-scheduler``."""
@@ -197,11 +232,13 @@ class Distillation(Task):
         """Evaluate the start model, or the ensemble of start model and student."""
         if self.evaluation is None:
             return
+        run = partial(self.evaluation, self.student, journal, epoch=progress.epoch, step=progress.step)
         if start:
-            self.evaluation(self.student, journal, epoch=0, step=0, kind="start")
+            self.inside(partial(run, kind="start"))
             return
-        with self.start.ensembled(self.student, self.choices.optim.alpha):
-            self.evaluation(self.student, journal, epoch=progress.epoch, step=progress.step)
+        alpha = self.choices.optim.alpha
+        with self.start.ensembled(self.student, alpha):
+            self.inside(partial(run, alpha=alpha))
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -222,7 +259,10 @@ class Distillation(Task):
         """What a resumed run must have in common with this one."""
         flat = self.choices.flat()
         values = {f"--{name.replace('_', '-')}": flat[name] for name in _IDENTITY if name in flat}
-        return {**values, "the number of training images": self.data.num_images}
+        return {
+            **values, "the model's architecture": self.architecture,
+            "the number of training images": self.data.num_images,
+        }  # fmt: skip
 
     def options(self) -> dict[str, Any]:
         """All options."""
@@ -246,7 +286,10 @@ class Distillation(Task):
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
         """The ensemble of student and start model in the published layout."""
-        weights = export_state_dict(self.student, state=self.start.ensemble(self.student, self.choices.optim.alpha))
+        mixed = whole_state(self.start.ensemble(self.student, self.choices.optim.alpha), keep=self.dist.is_master)
+        if not self.dist.is_master:
+            return {}
+        weights = export_state_dict(self.student, state=mixed)
         content = {"epoch": progress.epoch, "name": self.choices.run.name, "state_dict": weights}
         return {str(Path("checkpoints") / RELEASE): content}
 

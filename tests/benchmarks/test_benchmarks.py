@@ -128,3 +128,25 @@ def test_flop_of_a_step_against_pytorch_s_own_count(load: Callable[[str], Module
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             tower.encode_dense(torch.zeros(1, 3, 96, 96)) if dense else tower(torch.zeros(1, 3, 96, 96))
         assert forward_flop(tower, 96, dense=dense) == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+def test_both_segmentation_scores_agree(run: Run) -> None:
+    table, result = run(
+        "segmentation", "--model", "ViT-Ti-8-64", "--count", "2", "--short-side", "64", "--window", "48",
+        "--readouts", "value", "naclip", "--workers", "0", "--width", "90", "--height", "70", "--classes", "5",
+        "--memory-side", "32",
+    )  # fmt: skip
+    speed, memory = result["speed"], result["memory"]
+    assert speed["ratio"] > 0 and speed["images"] == 2 and speed["classes"] == 133
+    assert speed["share_of_pixels_that_differ"] < 1e-3  # ties only
+    assert memory["peak_gb"] > 0.1 and memory["scores_alone_gb"] == pytest.approx(4e-9 * 90 * 70 * 5)
+    assert "labelled differently" in table
+
+
+def test_glip(run: Run):
+    pytest.importorskip("transformers")
+    config = str(BENCHMARKS.parent / "GLIP" / "configs" / "glip_t_small.toml")
+    flags = ["--height", "64", "--width", "96", "--repeats", "1", "--chunks", "2", "--device", "cpu"]
+    text, result = run("glip", "--config", config, *flags)
+    assert "dynamic blocks" in text and 0 < result["training"]["deformable convolution, share"] < 1
+    assert all(seconds > 0 for seconds, _ in result["testing"].values())

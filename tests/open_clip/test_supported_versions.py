@@ -1,8 +1,7 @@
 """The releases of torch, torchvision and timm that are declared: the oldest, and the newest there is.
 
 Each goes into a folder of its own, in front of the installed ones, and the tests of this folder run with it. The
-oldest torch takes 3 GB to fetch and 6 GB of disk; of the index https://download.pytorch.org/whl/cpu, given to pip by
-``PIP_EXTRA_INDEX_URL``, 200 MB.
+oldest torch takes 3 GB to fetch and 6 GB of disk; an index of CPU builds in ``PIP_EXTRA_INDEX_URL`` makes that 200 MB.
 """
 
 from __future__ import annotations

@@ -126,3 +126,35 @@ def test_the_package_of_hub_tokenizers_is_named(monkeypatch):
         open_clip.get_tokenizer("ViT-B-16-SigLIP2-256")
     with pytest.raises(ValueError, match='cleaning "upper"'):
         HFTokenizer("org/x", clean="upper")
+
+
+def test_a_tokenizer_with_separators_is_stripped_and_saved(tmp_path):
+    """BERT's, as CLIPA reads it: zeros where the separator stands; and written for a saved model."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["[UNK]", "[CLS]", "[SEP]", "[PAD]", "a", "cat"]
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    plain, stripped = HFTokenizer(str(tmp_path), 6), HFTokenizer(str(tmp_path), 6, strip_sep_token=True)
+    assert plain("a cat").tolist() == [[1, 4, 5, 2, 3, 3]] and stripped("a cat").tolist() == [[1, 4, 5, 0, 3, 3]]
+    (tmp_path / "saved").mkdir()
+    stripped.save_pretrained(tmp_path / "saved")
+    assert HFTokenizer(str(tmp_path / "saved"), 4)("a cat").tolist() == [[1, 4, 5, 2]]
+    for option in ({"language": "de"}, {"tokenizer_mode": "clips"}):
+        with pytest.raises(ValueError, match="not part of this package"):
+            HFTokenizer(str(tmp_path), **option)
+
+
+def test_options_of_clips_tokenizer():
+    more = SimpleTokenizer(additional_special_tokens=["<region>"], context_length=6)
+    assert more("a <region> cat").tolist() == [[START, 320, 49408, 2368, END, 0]] and more.vocab_size == 49409
+    assert SimpleTokenizer(clean="canonicalize").encode("A cat, here!") == TOKENIZER.encode("a cat here")
+    assert SimpleTokenizer(clean="whitespace").encode("CAT") != TOKENIZER.encode("CAT") == [2368]
+    assert open_clip.decode(open_clip.tokenize("a cat")[0, 1:3]) == "a cat "
+    with pytest.raises(ValueError, match="captions are not shortened"):
+        SimpleTokenizer(reduction_mask="simple")
+    with pytest.raises(ValueError, match='cleaning "upper" is unknown'):
+        SimpleTokenizer(clean="upper")

@@ -15,8 +15,12 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ovdet.errors import UserError
-from ovdet.evaluation.coco import evaluate_detections, format_table
+from ovdet.data.annotations import load_annotations
+from ovdet.evaluation.arrays import Detections, Truth
+from ovdet.evaluation.coco import evaluate, evaluate_detections, format_table, write_results
+from ovdet.evaluation.lvis import best_per_image
+from ovdet.testing import read_truth
+from training.engine.errors import UserError
 
 
 def rectangle(box: list[float], height: int, width: int) -> dict:
@@ -93,10 +97,8 @@ def test_equals_pycocotools(kind: str):
 
 
 @pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_equals_lvis_package(golden: Path, kind: str):
-    file = golden / "fvit" / "lvis.json.gz"
-    if not file.is_file():
-        pytest.skip("golden file is not there")
+def test_equals_lvis_package(kind: str):
+    file = Path(__file__).parents[1] / "golden" / "fvit" / "lvis.json.gz"
     content = json.loads(gzip.decompress(file.read_bytes()))
     truth, found, expected = content["truth"], content[kind]["detections"], content[kind]["expected"]
     result = evaluate_detections(truth, found, kind=kind, protocol="lvis")
@@ -117,7 +119,8 @@ def test_perfect_none_and_odd_input(caplog: pytest.LogCaptureFixture):
     assert evaluate_detections(truth, perfect)["AP"] == pytest.approx(1)
     assert evaluate_detections(truth, perfect, kind="segm")["AP50"] == pytest.approx(1)
     nothing = evaluate_detections(truth, [], protocol="voc")
-    assert nothing["AP50"] == 0 and format_table({"bbox": nothing}, "voc").split()[:3] == ["AP50", "AP75", "AP"]
+    assert nothing["AP50"] == nothing["VOC_AP50"] == nothing["VOC_AP75_area"] == 0
+    assert format_table({"bbox": nothing}, "voc").split()[:5] == ["VOC", "AP50", "VOC", "AP75", "AP50"]
     # Fields that other files lack, and bad entries, do not matter.
     bare = copy.deepcopy(truth)
     for a in bare["annotations"]:
@@ -131,3 +134,58 @@ def test_perfect_none_and_odd_input(caplog: pytest.LogCaptureFixture):
         evaluate_detections(bare, perfect, kind="segm")
     with pytest.raises(UserError, match="neg_category_ids"):
         evaluate_detections(truth, perfect, protocol="lvis")
+
+
+def test_voc_difficult_objects():
+    """Four wrong boxes inside a difficult object cost what they cost anywhere; ones that cover it cost nothing."""
+    truth = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "categories": [{"id": 1, "name": "dog"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [300, 300, 50, 50]},
+            {"id": 2, "image_id": 1, "category_id": 1, "bbox": [0, 0, 200, 200], "difficult": 1},
+        ],
+    }
+    right = {"image_id": 1, "category_id": 1, "bbox": [300, 300, 50, 50], "score": 0.1}
+    inside = [{**right, "bbox": [10 * i, 10, 60, 60], "score": 0.9} for i in range(1, 5)]
+    covering = [{**right, "bbox": [0, 0, 200, 200 - i], "score": 0.9} for i in range(4)]
+    values = evaluate_detections(truth, [*inside, right], protocol="voc")
+    assert values["VOC_AP50"] == values["VOC_AP50_area"] == pytest.approx(0.2) and values["AP50"] == pytest.approx(1)
+    assert evaluate_detections(truth, [*covering, right], protocol="voc")["VOC_AP50"] == pytest.approx(1)
+    twice = evaluate_detections(truth, [{**right, "score": 0.9}, right], protocol="voc")
+    assert twice["VOC_AP50"] == pytest.approx(1)  # the second one comes after full recall
+    assert evaluate_detections(truth, [{**right, "bbox": [300, 300, 50, 24]}], protocol="voc")["VOC_AP50"] == 0
+
+
+def test_arrays_and_files(tmp_path: Path):
+    truth, found = scene()
+    arrays = Truth.from_json(truth)
+    detections = Detections.from_results(found, arrays)
+    assert len(detections) == len(found)
+    write_results(tmp_path / "r.json", arrays, detections, kind="bbox")
+    again = json.loads((tmp_path / "r.json").read_text())
+    assert again == [{k: d[k] for k in ("image_id", "category_id", "score", "bbox")} for d in found]
+    write_results(tmp_path / "n.json", arrays, Detections(), kind="segm")
+    assert json.loads((tmp_path / "n.json").read_text()) == []
+    best = best_per_image(detections, 3)
+    for image in range(len(arrays.image_ids)):
+        mine = np.flatnonzero(detections.image == image)
+        wanted = sorted(mine[np.argsort(-detections.scores[mine], kind="stable")][:3])
+        assert [r for r in best if detections.image[r] == image] == wanted
+
+
+def test_lvis_from_annotations_that_were_read_before(tmp_path: Path):
+    """The arrays at hand, with the lists that the file alone has, score as the file itself; it is read once."""
+    file = Path(__file__).parents[1] / "golden" / "fvit" / "lvis.json.gz"
+    content = json.loads(gzip.decompress(file.read_bytes()))
+    for image in content["truth"]["images"]:
+        image.setdefault("file_name", f"{image['id']}.jpg")
+    path = tmp_path / "lvis.json"
+    path.write_text(json.dumps(content["truth"]))
+    annotations = load_annotations(str(path), key="k", masks=True)
+    for kind in ("bbox", "segm"):
+        truth = read_truth(str(path), "lvis", annotations)
+        found = Detections.from_results(content[kind]["detections"], truth)
+        result = evaluate(truth, found, kind=kind, protocol="lvis")
+        expected = content[kind]["expected"]
+        assert {k: result[k] for k in expected} == pytest.approx(expected, abs=1e-6)

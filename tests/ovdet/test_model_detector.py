@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from open_clip.factory import build_model
-from ovdet.config import Config
+from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import Detector, build_detector
 from ovdet.fvit.fusion import vlm_probabilities
 
@@ -25,8 +25,8 @@ def tiny_clip(patch: int = 16, size: int = 64):
     return build_model({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
 
 
-def tiny_config(**model) -> Config:
-    config = Config()
+def tiny_config(**model) -> FViTConfig:
+    config = FViTConfig()
     config.data.image_size = SIZE
     values = dict(
         name="tiny", blocks=[1, 2, 3], channels=16, box_width=32, box_convs=1, mask_convs=1, roi_samples=32,
@@ -76,7 +76,7 @@ def test_freezing_and_state():
     assert not any(p.requires_grad for p in detector.backbone.parameters())
     trained = {n: p for n, p in detector.named_parameters() if p.requires_grad}
     assert all(not n.startswith("backbone") for n in trained) and {n.split(".")[0] for n in trained} == {
-        "neck", "rpn", "box_head", "mask_head",
+        "neck", "rpn", "classifier", "box_head", "mask_head",
     }  # fmt: skip
     optimizer = torch.optim.AdamW(detector.parameters(), lr=1e-3)
     losses = detector(*batch())
@@ -164,9 +164,22 @@ def test_one_vit_pass_for_detection(monkeypatch: pytest.MonkeyPatch):
     assert [tuple(m.shape) for m in maps.levels] == [(2, 32, 8, 8)] * 4
 
 
+def test_other_readings_of_the_vit():
+    images, sizes, _ = batch()
+    clip = tiny_clip()
+    detector = make(clip, readout="qq").eval()
+    maps = detector.backbone(images, dense=True)
+    assert torch.allclose(maps.dense, clip.visual.encode_dense(images, readout="qq"), atol=1e-6)
+    assert not torch.allclose(maps.dense, clip.visual.encode_dense(images), atol=1e-2)
+    assert len(detector(images, sizes)[0]["boxes"])
+    with pytest.raises(ValueError, match="nonsense"):
+        make(clip, readout="nonsense")
+
+
 def test_detections_are_fused_scores_of_valid_boxes():
     detector = make().eval()
     detector.test_config.vlm_weight_base = detector.test_config.vlm_weight_novel = 1.0  # the VLM alone decides
+    detector.test_config.vlm_boxes = "refined"  # those in the answer
     images, sizes, _ = batch()
     found = detector(images, sizes)
     dense = detector.backbone.vit.encode_dense(images)
@@ -187,8 +200,8 @@ def test_novel_embeddings_have_no_part_in_training():
         embeddings[:CLASSES][~BASE] += change
         detector.set_vocabulary(embeddings, BASE)
         logits = []
-        inner = detector.box_head.logits
-        detector.box_head.logits = lambda *a, inner=inner, logits=logits: logits.append(inner(*a)) or logits[0]
+        inner = detector.classifier.forward
+        detector.classifier.forward = lambda *a, inner=inner, logits=logits: logits.append(inner(*a)) or logits[0]
         torch.manual_seed(5)
         out = detector(*batch())
         logits[0].retain_grad()
@@ -249,7 +262,7 @@ def test_patch_14_and_class_agnostic_proposals():
 
 
 def test_mixed_precision_stays_close():
-    detector = make().train()
+    detector = make(roi_samples=1000, rpn_samples=100_000).train()  # all of them: rounding must not change the draw
     values = []
     for enabled in (False, True):
         torch.manual_seed(6)

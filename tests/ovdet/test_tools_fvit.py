@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 from types import ModuleType
@@ -12,28 +12,26 @@ import pytest
 import torch
 from PIL import Image
 
+import ovdet
 from ovdet.config import config_to_dict
 from ovdet.data.annotations import load_annotations
-from ovdet.errors import UserError
 from ovdet.files import detector_content, save
 from ovdet.fvit.assemble import load_vit, make_detector, read_config
-from ovdet.visualize import draw_detections
+from ovdet.listing import list_images, place_pictures, read_names
+from ovdet.visualize import LEGIBLE, draw_detections
 from ovdet.vocabulary import make_vocabulary
+from training.engine.errors import UserError
 from training.scenes.generate import SceneOptions, write_dataset
 
-FVIT = Path(__file__).resolve().parents[2] / "F-ViT"
 
-
-def program(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"fvit_program_{Path(path).stem}", FVIT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def program(name: str) -> ModuleType:
+    own = name in ("train", "test", "make_proposals")
+    return importlib.import_module(f"ovdet.fvit.commands.{name}" if own else f"ovdet.commands.{name}")
 
 
 @pytest.fixture(scope="module")
 def prepare() -> ModuleType:
-    return program("tools/prepare_open_vocabulary.py")
+    return program("prepare_open_vocabulary")
 
 
 # -- prepare_open_vocabulary ------------------------------------------------------------------------------------------
@@ -102,7 +100,9 @@ def test_voc(tmp_path: Path, prepare: ModuleType):
     )
     prepare.main(["voc", "--root", str(tmp_path), "--out", str(tmp_path / "out.json")])
     a = load_annotations(str(tmp_path / "out.json"), key="k")
-    assert a.boxes.tolist() == [[47, 239, 195, 371]] * 2 and a.crowd.tolist() == [False, True]
+    assert a.boxes.tolist() == [[47, 239, 195, 371]] * 2 and a.crowd.tolist() == [False, False]
+    written = json.loads((tmp_path / "out.json").read_text())["annotations"]
+    assert [entry["difficult"] for entry in written] == [0, 1]
     assert [a.names[i] for i in a.labels] == ["tv monitor", "dog"] and len(a.names) == 20
     (tmp_path / "Annotations" / "000001.xml").write_text(xml.format(item.format("unicorn", 0)))
     with pytest.raises(UserError, match="000001.xml"):
@@ -147,7 +147,7 @@ def detector_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path,
     config.data.embeddings = str(folder / "e.npy")
     detector = make_detector(config, vit, vocabulary, device=torch.device("cpu"))
     content = detector_content(
-        detector, vit=vit.identity, config=config_to_dict(config), base=list(vocabulary.names), novel=[]
+        detector, vit=vit.identity, config=config_to_dict(config), names=vocabulary.names, novel=vocabulary.novel
     )
     save(content, folder / "detector.pt")
     return folder / "data", config_file, folder / "detector.pt"
@@ -159,7 +159,7 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
     nouns = tmp_path / "nouns.txt"
     nouns.write_text("red circle\nblue square\n\nsky\nred circle\n")
     source = data / "annotations" / "instances_val2017.json"
-    tool = program("tools/make_proposals.py")
+    tool = program("make_proposals")
     tool.main(
         [str(config), str(checkpoint), "--images", str(source), "--image-root", str(data / "val2017"), "--out",
          str(tmp_path), "--name", "mine", "--most", "15", "--nouns", str(nouns), "--pairs", "5", "--device", "cpu"]
@@ -167,8 +167,8 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
     proposals = load_annotations(str(tmp_path / "mine_proposals.json"), key="k")
     original = load_annotations(str(source), key="k")
     assert proposals.image_ids.tolist() == original.image_ids.tolist() and not proposals.skipped
-    assert proposals.file_names == original.file_names and np.diff(proposals.offsets).max() <= 15
-    height, width = original.sizes.max(0)
+    assert list(proposals.file_names) == list(original.file_names) and np.diff(proposals.offsets).max() <= 15
+    width = original.sizes[:, 0].max()
     assert proposals.boxes.min() >= 0 and proposals.boxes[:, 0::2].max() <= width + 0.02
     assert len(np.unique(proposals.boxes, axis=0)) > 10
 
@@ -196,7 +196,7 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
 
 def test_nouns_of_boxes():
     """Each box gets the noun nearest to CLIP's embedding of its crop."""
-    tool = program("tools/make_proposals.py")
+    tool = program("make_proposals")
     grown = tool.enlarge(np.array([[10.0, 20, 30, 60], [0, 0, 10, 10]]), 1.5, 64, 64)
     assert grown.tolist() == [[5, 10, 35, 64], [0, 0, 12.5, 12.5]]
     image = {"boxes": np.arange(12).reshape(3, 4), "nouns": np.array([4, 5, 6]), "cosine": np.array([0.1, 0.9, 0.5])}
@@ -208,31 +208,106 @@ def test_nouns_of_boxes():
 def test_detect_free_vocabulary(
     detector_file: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     data, _, checkpoint = detector_file
-    tool = program("detect.py")
-    images = [str(p) for p in sorted((data / "val2017").iterdir())[:2]]
+    tool = program("detect")
+    images = sorted((data / "val2017").iterdir())
+    (tmp_path / "folder" / "a").mkdir(parents=True)
+    for place in ("one.jpg", "a/one.jpg"):
+        (tmp_path / "folder" / place).write_bytes(images[0].read_bytes())
     tool.main(
-        [*images, str(tmp_path / "none.jpg"), "--checkpoint", str(checkpoint), "--classes", "red circle, sky",
-         "--score", "0.0", "--out", str(tmp_path / "out"), "--device", "cpu", "--set", "test.per_image=5"]
+        [str(images[0]), str(images[1]), str(tmp_path / "folder"), str(tmp_path / "none.jpg"), "--checkpoint",
+         str(checkpoint), "--classes", "red circle, sky", "--score", "0.0", "--out", str(tmp_path / "out"), "--device",
+         "cpu", "--set", "test.per_image=5", "--json", str(tmp_path / "found.json"), "--batch-size", "3", "--workers",
+         "2"]
     )  # fmt: skip
     printed = capsys.readouterr().out
-    assert printed.count("->") == 2 and ("red circle" in printed or "sky" in printed)
-    drawn = np.asarray(Image.open(tmp_path / "out" / (Path(images[0]).stem + ".png")))
+    assert printed.count("->") == 4 and ("red circle" in printed or "sky" in printed)
+    drawn = np.asarray(Image.open(tmp_path / "out" / f"{images[0].stem}.png"))
     plain = np.asarray(Image.open(images[0]).convert("RGB"))
-    assert drawn.shape == plain.shape and (drawn != plain).any()
-    with pytest.raises(UserError, match="named twice"):
-        tool.read_names("cat, dog,cat")
-    with pytest.raises(UserError, match="give names"):
-        tool.read_names(" , ")
+    assert drawn.shape == tuple(n * -(-LEGIBLE // 96) for n in plain.shape[:2]) + (3,)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["classes"] == ["red circle", "sky"] and len(found["images"]) == 4
+    first = found["images"][0]
+    assert first["file"] == str(images[0]) and (first["height"], first["width"]) == plain.shape[:2]
+    assert 0 < len(first["detections"]) <= 5 and set(first["detections"][0]) == {"class", "score", "box", "mask"}
+    # Two files of one name leave two pictures.
+    assert len(list((tmp_path / "out").rglob("one.png"))) == 2
+    faulty = ["--checkpoint", str(checkpoint), "--classes", "sky", "--out", str(tmp_path / "out2")]
+    with pytest.raises(UserError, match="--score 5"):
+        tool.main([str(images[0]), *faulty, "--score", "5"])
+    with pytest.raises(UserError, match="none of the images could be read"):
+        tool.main([str(tmp_path / "none.jpg"), *faulty, "--device", "cpu"])
+
+
+def test_library_call(detector_file: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data, _, checkpoint = detector_file
+    images = sorted((data / "val2017").iterdir())[:3]
+    overrides = ["test.score=0.0", "test.per_image=7"]
+    detector = ovdet.load_detector(checkpoint, device="cpu", overrides=overrides)
+    found = detector(images, ["red circle", "sky"])
+    assert [len(f["boxes"]) for f in found] == [7] * 3 and found[0]["size"] == (96, 96)
+    assert all(f["names"] == [["red circle", "sky"][i] for i in f["labels"]] for f in found)
+    assert (np.diff(found[0]["scores"]) <= 0).all() and found[0]["boxes"].max() <= 96
+    picture = Image.open(images[0])
+    array = np.asarray(picture.convert("RGB"))
+    for one in (picture, array, torch.from_numpy(array.copy()).permute(2, 0, 1)):
+        again = detector(one, ["red circle", "sky"])[0]
+        assert np.abs(again["boxes"] - found[0]["boxes"]).max() < 2 and again["names"] == found[0]["names"]
+    batched = detector(iter(images), ["red circle", "sky"], batch_size=2)
+    assert all(np.allclose(a["boxes"], b["boxes"], atol=1e-2) for a, b in zip(found, batched, strict=True))
+    assert set(detector(images[:1], ["grass"])[0]["names"]) == {"grass"} and detector.classes == ("grass",)
+    for bad, message in ((([], "give at least one")), (["a", "a"], "none twice")):
+        with pytest.raises(ValueError, match=message):
+            detector(images[:1], bad)
+    with pytest.raises(ValueError, match="uint8 RGB"):
+        detector(np.zeros((4, 4)), ["grass"])
+
+
+def test_names_and_files_of_command_lines(tmp_path: Path):
+    assert read_names("cat, dog ,red car") == ["cat", "dog", "red car"] and read_names("cat") == ["cat"]
+    (tmp_path / "names.txt").write_bytes("\ufeffcafé\n\nbus \U0001f68c\n".encode())
+    assert read_names(str(tmp_path / "names.txt")) == ["café", "bus \U0001f68c"]
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    for text, message in [
+        ("cat, dog,cat", '"cat" is named twice'), (" , ", "give names"), (str(tmp_path / "latin.txt"), "UTF-8"),
+        ("namse.txt", "no such file"), ("lists/names", "no such file"), (str(tmp_path / "x.TXT"), "no such file"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message) as error:
+            read_names(text)
+        assert "\n" not in str(error.value)
+    assert read_names("bow/tie,cat") == ["bow/tie", "cat"]
+
+    for name in ("b/x.png", "a/x.png", "a/y.JPG", "a/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files = list_images([str(tmp_path / "a"), str(tmp_path / "b" / "x.png"), str(tmp_path / "a" / "x.png")])
+    assert [Path(f).relative_to(tmp_path).as_posix() for f in files] == ["a/x.png", "a/y.JPG", "b/x.png"]
+    out = tmp_path / "out"
+    assert place_pictures(files, out) == [out / "a" / "x.png", out / "y.png", out / "b" / "x.png"]
+    assert place_pictures(["q/x.jpg", "q/x.png"], out) == [out / "x.png", out / "x.png.png"]
+    with pytest.raises(UserError, match="would replace one of the images"):
+        place_pictures([files[0]], tmp_path / "a")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match="holds no image"):
+        list_images([str(tmp_path / "c")])
 
 
 def test_drawing():
-    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
-    boxes = torch.tensor([[10.0, 20, 50, 50], [70, 5, 70.2, 5.1]])
-    masks = torch.zeros(2, 60, 80, dtype=torch.bool)
-    masks[0, 30:40, 20:40] = True
+    image = torch.zeros(3, 480, 640, dtype=torch.uint8)
+    boxes = torch.tensor([[80.0, 160, 400, 400], [560, 40, 560.2, 40.1]])
+    masks = torch.zeros(2, 480, 640, dtype=torch.bool)
+    masks[0, 240:320, 160:320] = True
     drawn = draw_detections(image, boxes, [0, 1], [0.9, 0.4], ["a", "b"], masks)
-    assert drawn.shape == image.shape and drawn[:, 50, 30].any() and drawn[:, 35, 30].any()
-    assert not drawn[:, 45, 30].any()
+    assert drawn.shape == image.shape and drawn[:, 400, 240].any() and drawn[:, 280, 240].any()
+    assert not drawn[:, 360, 240].any()
     assert torch.equal(draw_detections(image, boxes[:0], [], [], ["a"]), image)
+    # What is sure lies on what is not, in whichever order it is given.
+    same = torch.tensor([[100.0, 100, 300, 300]] * 2)
+    one, other = (draw_detections(image, same, labels, scores, ["a", "b"]) for labels, scores in
+                  (([0, 1], [0.9, 0.2]), ([1, 0], [0.2, 0.9])))  # fmt: skip
+    assert torch.equal(one, other)
+    # Small images are enlarged, with what is on them.
+    small = draw_detections(image[:, :60, :80], boxes[:1] / 8, [0], [0.9], ["a"], masks[:1, ::8, ::8])
+    assert small.shape == (3, 360, 480) and small[:, 210, 180].any()

@@ -71,3 +71,9 @@ def test_scalars_go_where_they_are_asked_to(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
         Journal(tmp_path, report_to="wandb")
+
+
+def test_a_folder_of_images_is_its_own_root(program, pictures, tmp_path):
+    """A recipe gives the root of COCO's images; the folder that is given after it counts."""
+    assert program(name="own", train_data=pictures, train_image_root=tmp_path, epochs=1) == 0
+    assert "skipped" not in (tmp_path / "logs" / "own" / "out.log").read_text()

@@ -57,7 +57,7 @@ def test_rule():
 
 @pytest.mark.parametrize("name", open_clip.list_models())
 def test_defaults_follow_the_name(name):
-    assert adam_defaults(name) == ((0.9, 0.98, 1e-6) if "ViT" in name else (0.9, 0.999, 1e-8))
+    assert adam_defaults(name) == ((0.9, 0.98, 1e-6) if "vit" in name.lower() else (0.9, 0.999, 1e-8))
 
 
 class Student(nn.Module):

@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-import training.engine.loop as train_module
 from training.engine.checkpoint import find_latest, read_checkpoint, save_atomically
-from training.engine.errors import UserError
-from training.engine.loop import EXIT_INTERRUPTED
+from training.engine.errors import EXIT_INTERRUPTED, UserError
+from training.engine.loop import Loop
 
 TOTAL = 12  # optimizer steps of the runs here: 2 epochs of 6
 
@@ -30,14 +29,14 @@ def run(program, *extra, **flags) -> int:
 
 def stop_after(monkeypatch, step: int) -> None:
     """Send this process a SIGTERM while optimizer step ``step`` is under way."""
-    original = train_module._judge
+    original = Loop._judge
 
-    def judge(loop, progress, *args):
-        original(loop, progress, *args)
-        if progress.step == step:
+    def judge(loop, *args):
+        original(loop, *args)
+        if loop.progress.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(train_module, "_judge", judge)
+    monkeypatch.setattr(Loop, "_judge", judge)
 
 
 @pytest.mark.parametrize("method", ["grid_distill", "region_clip", "contrastive"])
@@ -77,10 +76,12 @@ def test_step_checkpoints_are_pruned_and_the_newest_is_used(program, monkeypatch
 def test_resume_refuses_other_start_weights_and_other_parameters(program, capsys):
     assert run(program, name="run", epochs=1) == 0
     file = program.logs / "run/checkpoints/epoch_1.pt"
-    assert run(program, name="run", resume=file, seed=5) == 2
+    assert run(program, name="run", resume=file, pretrained=program.logs / "run/checkpoints/clipself.pt") == 2
     assert "began from other weights" in capsys.readouterr().err
+    assert run(program, name="run", resume=file, seed=5) == 2
+    assert "--seed was 0, now it is 5" in capsys.readouterr().err
     assert run(program, name="run", resume=file, lock_image_unlocked_groups=1) == 2
-    assert "does not fit this run" in capsys.readouterr().err
+    assert "--lock-image-unlocked-groups was 2, now it is 1" in capsys.readouterr().err
     assert run(program, name="run", resume=program.logs / "none.pt") == 2
     assert "none.pt does not exist" in capsys.readouterr().err
 
@@ -122,7 +123,9 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_nan_losses_stop_the_run_and_name_the_images(program, monkeypatch, capsys):
     import training.methods.clipself as clipself
 
-    monkeypatch.setattr(clipself.CLIPSelf, "teach", lambda self, batch: batch["crops"].new_full((1, 1), float("nan")))
+    monkeypatch.setattr(
+        clipself.CLIPSelf, "ask", lambda self, name, batch: batch["crops"].new_full((1, 1), float("nan"))
+    )
     assert run(program, name="run", max_nan_steps=3) == 2
     error = capsys.readouterr().err
     assert "3 steps in a row" in error and "images [" in error and "last good checkpoint is none" in error
@@ -131,7 +134,7 @@ def test_nan_losses_stop_the_run_and_name_the_images(program, monkeypatch, capsy
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_exception_ends_the_program_at_once(program, monkeypatch, workers):
     """Loader workers outlive a SIGTERM, so that a run can save; an error must not wait for them."""
-    monkeypatch.setattr(train_module, "_judge", lambda *_: 1 / 0)
+    monkeypatch.setattr(Loop, "_judge", lambda *_: 1 / 0)
     begin = time.monotonic()
     with pytest.raises(ZeroDivisionError):
         run(program, name="run", workers=workers)

@@ -2,47 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import Sampler
 
 from ovdet.data.dataset import Skipped, TestDataset, TrainDataset
+from ovdet.data.masks import MaskWindows, unpack
+from training.engine.data.sampler import EpochBatchSampler
+from training.engine.data.workers import Loader
 
 
-class TrainSampler(Sampler):
-    """Batches of keys (epoch, index) for one process.
+class OrientedSampler(EpochBatchSampler):
+    """Batches of keys (epoch, index) whose images are all wide or all high, for one process.
 
-    An epoch is a permutation drawn from (seed, epoch). Step s takes the next ``world_size * batch_size`` samples, of
-    which process r gets the r-th run: all processes together see what one with the larger batch would. What does not
-    fill the last step is left out; a set smaller than one step is repeated.
+    As in :class:`~training.engine.data.sampler.EpochBatchSampler`, the processes together see at each step what one
+    with the larger batch would. The images of each kind are put in order by (seed, epoch) and filled up with
+    repetitions to whole steps, and the steps of both kinds are mixed.
+
+    Args:
+        high: bool ``[size]``, images that are higher than wide.
     """
 
-    def __init__(self, *, size: int, batch_size: int, rank: int, world_size: int, seed: int) -> None:
-        self.size, self.batch_size, self.rank, self.world_size, self.seed = size, batch_size, rank, world_size, seed
-        self.epoch, self.start = 0, 0
+    def __init__(
+        self, high: np.ndarray, *, batch_size: int, rank: int = 0, world_size: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__(size=len(high), batch_size=batch_size, rank=rank, world_size=world_size, seed=seed)
+        self.kinds = [rows for rows in (np.flatnonzero(~high), np.flatnonzero(high)) if len(rows)]
 
     @property
-    def steps(self) -> int:
-        """Steps of a whole epoch."""
-        return max(self.size // (self.batch_size * self.world_size), 1)
-
-    def set_position(self, epoch: int, step: int) -> None:
-        """Where the next iteration begins."""
-        self.epoch, self.start = epoch, step
-
-    def __len__(self) -> int:
-        return self.steps - self.start
+    def batches_per_epoch(self) -> int:
+        """Batches of a whole epoch, for each process."""
+        step = self.batch_size * self.world_size
+        return sum(-(-len(rows) // step) for rows in self.kinds)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, per_step = self.epoch, self.batch_size * self.world_size
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
-        order = np.resize(order, max(self.size, per_step))
-        for step in range(self.start, self.steps):
-            first = step * per_step + self.rank * self.batch_size
-            yield [(epoch, int(i)) for i in order[first : first + self.batch_size]]
+        epoch, step = self.epoch, self.batch_size * self.world_size
+        rng = np.random.default_rng([self.seed, epoch])
+        steps = [
+            part for rows in self.kinds for part in np.resize(rng.permutation(rows), (-(-len(rows) // step), step))
+        ]
+        for number in rng.permutation(len(steps))[self.start :]:
+            mine = steps[number][self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            yield [(epoch, int(i)) for i in mine]
 
 
 class TestSampler(Sampler):
@@ -66,47 +71,80 @@ class TestSampler(Sampler):
 
 
 def collate_train(samples: list[dict[str, Any] | Skipped]) -> dict[str, Any]:
-    """``images`` uint8 ``[B, 3, S, S]`` or None, ``sizes``, ``targets``, ``image_ids``, ``skipped`` (file, reason).
+    """``images`` uint8 ``[B, 3, S, S]`` or None, ``sizes`` int32 ``[B, 2]``, ``targets``, ``image_ids``, ``skipped``.
 
-    ``targets`` are dicts of boxes, labels and, where samples have them, masks.
+    ``targets`` are dicts of boxes, labels and what else samples have, such as masks
+    (:class:`~ovdet.data.masks.MaskWindows`).
     """
     good = [s for s in samples if not isinstance(s, Skipped)]
-    keys = ("boxes", "labels", "masks")
     return {
-        "images": torch.stack([s["image"] for s in good]) if good else None,
+        "images": stack([s["image"] for s in good]),
         "sizes": [s["size"] for s in good],
-        "targets": [{k: s[k] for k in keys if k in s} for s in good],
+        "targets": [{k: v for k, v in s.items() if k not in ("image", "size", "image_id")} for s in good],
         "image_ids": [s["image_id"] for s in good],
         "skipped": [(s.file, s.reason) for s in samples if isinstance(s, Skipped)],
+        "samples": len(good),
     }
 
 
 def collate_test(samples: list[dict[str, Any] | Skipped]) -> dict[str, Any]:
-    """``images`` uint8 ``[B, 3, S, S]`` or None, ``sizes``, ``originals``, ``indices``, ``skipped``."""
+    """``images`` uint8 ``[B, 3, S, S]`` or None, ``skipped``, and lists of what else samples hold."""
     good = [s for s in samples if not isinstance(s, Skipped)]
+    names = {"size": "sizes", "original": "originals", "index": "indices", "pixels": "pixels", "crops": "crops"}
     return {
-        "images": torch.stack([s["image"] for s in good]) if good else None,
-        "sizes": [s["size"] for s in good],
-        "originals": [s["original"] for s in good],
-        "indices": [s["index"] for s in good],
+        "images": stack([s["image"] for s in good]),
         "skipped": [(s.file, s.reason) for s in samples if isinstance(s, Skipped)],
+        **{many: [s[one] for s in good] for one, many in names.items() if not good or one in good[0]},
     }
 
 
-def train_loader(dataset: TrainDataset, sampler: TrainSampler, *, workers: int, pin: bool) -> DataLoader:
+def stack(images: Sequence[Tensor]) -> Tensor | None:
+    """Images ``[3, S, S]`` as a batch in the memory layout that they have; None where there is none.
+
+    Decoders and resizing leave the channel innermost; turning a batch round takes as long as resizing it.
+    """
+    if not images:
+        return None
+    return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+
+
+def nothing_batch(size: int, *, masks: bool) -> dict[str, Any]:
+    """A batch of one black image without objects, for a process whose images could not be read."""
+    target: dict[str, Any] = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+    if masks:
+        target["masks"] = MaskWindows.of([], [])
+    return {"images": torch.zeros(1, 3, size, size, dtype=torch.uint8), "sizes": [(size, size)], "targets": [target]}
+
+
+def targets_to(targets: Sequence[dict[str, Any]], size: int, device: torch.device) -> list[dict[str, Tensor]]:
+    """Targets on a device, with whole masks bool ``[N, size, size]`` made there."""
+    return [
+        {
+            key: unpack(value, size, device) if key == "masks" else value.to(device, non_blocking=True)
+            for key, value in target.items()
+        }
+        for target in targets
+    ]
+
+
+def train_loader(
+    dataset: TrainDataset, sampler: EpochBatchSampler, *, workers: int, pin: bool, seed: int = 0
+) -> Loader:
     """Loader over a sampler whose position is set before each epoch."""
-    return DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_train, pin_memory=pin,
-        persistent_workers=workers > 0,
+    return Loader(
+        dataset, workers=workers, seed=seed, batch_sampler=sampler, collate_fn=collate_train, pin_memory=pin
     )  # fmt: skip
 
 
 def test_loader(
     dataset: TestDataset, *, batch_size: int, workers: int, rank: int, world_size: int, pin: bool
-) -> DataLoader:
+) -> Loader:
     """Loader of this process's share of the images."""
     sampler = TestSampler(size=len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    return DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=collate_test, pin_memory=pin)
+    return Loader(
+        dataset, workers=workers, batch_sampler=sampler, collate_fn=collate_test, pin_memory=pin,
+        **({"persistent_workers": False} if workers else {}),
+    )  # fmt: skip
 
 
 test_loader.__test__ = False

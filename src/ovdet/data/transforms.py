@@ -1,6 +1,7 @@
 """Large-scale jitter with crop and flip for training, longest side with padding for testing.
 
-Images are uint8 RGB ``[3, H, W]``, boxes float32 ``[N, 4]`` xyxy in pixels, masks bool ``[N, H, W]``.
+Images are uint8 RGB ``[3, H, W]``, boxes float32 ``[N, 4]`` xyxy in pixels. What is beyond an image in its padded
+square is 0.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from open_clip.transform import pad_to, resize_longest
+from open_clip.transform import pad_to, resize
+
+RESIZES = ("bilinear", "bicubic")
 
 
 @dataclass(frozen=True)
@@ -29,70 +32,93 @@ class View:
     flip: bool
 
 
-def draw_view(rng: Generator, height: int, width: int, *, size: int, jitter: Sequence[float], flip: float) -> View:
+def scaled_size(height: int, width: int, target: float) -> tuple[int, int]:
+    """(height, width) of an image whose longest side becomes ``target``: halves are rounded up, at least 1 pixel."""
+    factor = target / max(height, width)
+    return max(int(height * factor + 0.5), 1), max(int(width * factor + 0.5), 1)
+
+
+def draw_view(
+    rng: Generator,
+    height: int,
+    width: int,
+    *,
+    size: int,
+    jitter: Sequence[float],
+    flip: float,
+    whole_target: bool = True,
+) -> View:
     """Large-scale jitter (Ghiasi et al. 2021).
 
     The image is scaled, with its aspect ratio, so that its longest side is ``size`` times a factor uniform in
     ``jitter``; of what is larger than ``size`` a random window is kept.
+
+    Args:
+        whole_target: whether the longest side is cut down to whole pixels before the other side follows from it, as in
+            MMDetection; otherwise both sides are rounded, halves to even.
     """
-    scale = size * rng.uniform(*jitter) / max(height, width)
-    h, w = max(round(height * scale), 1), max(round(width * scale), 1)
-    window = min(h, size), min(w, size)
-    top, left = (int(rng.integers(0, full - part + 1)) for full, part in zip((h, w), window, strict=True))
-    return View((h, w), top, left, window, bool(rng.random() < flip))
+    ratio = rng.uniform(*jitter)
+    if whole_target:
+        scaled = scaled_size(height, width, max(int(size * ratio), 1))
+    else:
+        scale = size * ratio / max(height, width)
+        scaled = max(round(height * scale), 1), max(round(width * scale), 1)
+    window = min(scaled[0], size), min(scaled[1], size)
+    top, left = (int(rng.integers(0, full - part + 1)) for full, part in zip(scaled, window, strict=True))
+    return View(scaled, top, left, window, bool(rng.random() < flip))
 
 
-def apply_view(image: Tensor, boxes: Tensor, view: View, size: int) -> tuple[Tensor, Tensor]:
-    """(image ``[3, size, size]``, padded right and bottom with black; boxes ``[N, 4]``, cut off at the window)."""
-    pair = (
-        tv_tensors.Image(image),
-        tv_tensors.BoundingBoxes(boxes.reshape(-1, 4), format="XYXY", canvas_size=tuple(image.shape[-2:])),
-    )
-    done = []
-    for value in pair:
-        value = TF.resize(value, list(view.scaled), interpolation=InterpolationMode.BICUBIC, antialias=True)
-        value = TF.crop(value, view.top, view.left, *view.size)
-        done.append(TF.horizontal_flip(value) if view.flip else value)
-    return pad_to(done[0].as_subclass(Tensor), size), done[1].as_subclass(Tensor)
+def resize_to(image: Tensor, size: tuple[int, int], how: str) -> Tensor:
+    """Resize to (height, width).
 
-
-def apply_view_to_masks(masks: Tensor, view: View, size: int) -> Tensor:
-    """Masks ``[N, H, W]`` to bool ``[N, size, size]``: nearest neighbour, the same window and mirroring.
-
-    Rows and columns are gathered directly, so that the scaled masks, up to four times the crop's area each, never
-    exist.
+    Args:
+        how: ``"bilinear"``: without antialias, as OpenCV does; ``"bicubic"``: with antialias, as in CLIP's training.
     """
-    rows = _source(view.top, view.size[0], view.scaled[0], masks.shape[-2])
-    columns = _source(view.left, view.size[1], view.scaled[1], masks.shape[-1])
+    if how == "bicubic":
+        return resize(image, *size)
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return TF.resize(image, list(size), interpolation=InterpolationMode.BILINEAR, antialias=False)
+
+
+def apply_view(image: Tensor, view: View, size: int, how: str = "bilinear") -> Tensor:
+    """The view of an image ``[3, size, size]``, padded right and bottom with 0."""
+    image = resize_to(image, view.scaled, how)
+    image = image[:, view.top : view.top + view.size[0], view.left : view.left + view.size[1]]
+    return pad_to(image.flip(-1) if view.flip else image, size)
+
+
+def apply_view_to_boxes(boxes: Tensor, view: View, original: tuple[int, int]) -> Tensor:
+    """Boxes ``[N, 4]`` in pixels of the view, cut off at its window.
+
+    Args:
+        original: (height, width) of the image, which boxes must be in.
+    """
+    (rows, columns), (height, width) = view.scaled, view.size
+    scale = torch.tensor([columns / original[1], rows / original[0]] * 2, dtype=torch.float32)
+    full = torch.tensor([columns, rows] * 2, dtype=torch.float32)
+    boxes = torch.minimum((boxes.reshape(-1, 4).float() * scale).clamp(min=0), full)
+    boxes = boxes - torch.tensor([view.left, view.top] * 2, dtype=torch.float32)
+    boxes = torch.minimum(boxes.clamp(min=0), torch.tensor([width, height] * 2, dtype=torch.float32))
     if view.flip:
-        columns = columns.flip(0)
-    out = torch.zeros(len(masks), size, size, dtype=torch.bool)
-    out[:, : view.size[0], : view.size[1]] = masks[:, rows][:, :, columns]
-    return out
+        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+    return boxes
 
 
-def _source(start: int, count: int, scaled: int, original: int) -> Tensor:
-    """Source index of each of ``count`` scaled pixels from ``start`` on: that under the pixel's centre."""
-    centres = (torch.arange(start, start + count, dtype=torch.float64) + 0.5) * (original / scaled)
-    return centres.floor().long().clamp(0, original - 1)
+def source_pixels(start: int, count: int, scaled: int, original: int, *, centre: bool = False) -> np.ndarray:
+    """Source index of each of ``count`` scaled pixels from ``start`` on, by nearest neighbour: int64, rising.
+
+    Args:
+        centre: that under the scaled pixel's centre; otherwise that at its beginning, as OpenCV and torch's "nearest"
+            take it.
+    """
+    place = (np.arange(start, start + count) + (0.5 if centre else 0.0)) * (original / scaled)
+    return np.clip(np.floor(place).astype(np.int64), 0, original - 1)
 
 
-def boxes_of_masks(masks: Tensor) -> Tensor:
-    """Tight boxes ``[N, 4]`` of masks, right and bottom edges behind the last pixel; zeros for an empty mask."""
-    boxes = []
-    for along in (2, 1):  # over columns, then rows: where a row, or column, holds anything
-        any_ = masks.any(along)
-        first = any_.int().argmax(1)
-        last = any_.shape[1] - any_.flip(1).int().argmax(1)
-        empty = ~any_.any(1)
-        boxes.append((first.masked_fill(empty, 0), last.masked_fill(empty, 0)))
-    (top, bottom), (left, right) = boxes
-    return torch.stack([left, top, right, bottom], 1).float()
-
-
-def test_view(image: Tensor, size: int) -> tuple[Tensor, tuple[int, int]]:
+def test_view(image: Tensor, size: int, how: str = "bilinear") -> tuple[Tensor, tuple[int, int]]:
     """(image ``[3, size, size]``, longest side at ``size``, padded right and bottom; (height, width) of its area)."""
-    image = resize_longest(image, size)
+    image = resize_to(image, scaled_size(*image.shape[-2:], size), how)
     return pad_to(image, size), (image.shape[-2], image.shape[-1])
 
 

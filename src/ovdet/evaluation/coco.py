@@ -1,17 +1,14 @@
-"""Average precision of detections: COCO, VOC and the groups of open-vocabulary benchmarks; LVIS is in ``lvis_eval``.
+"""Average precision of detections: COCO, VOC, LVIS, and the groups of open-vocabulary benchmarks.
 
-Detections are COCO results: dicts of ``image_id``, ``category_id``, ``score`` and ``bbox`` (xywh, pixels of the file)
-or ``segmentation`` (compressed run lengths). AP is in 0..1; -1 where there is nothing to find.
+AP is in 0..1; -1 where there is nothing to find.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +16,18 @@ import numpy as np
 from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
-from ovdet.data.annotations import is_id, read_json, usable
-from ovdet.data.masks import decode_segmentation
-from ovdet.errors import UserError
-from ovdet.evaluation.lvis import category_groups, evaluate_by_category
+from ovdet.evaluation.arrays import KINDS, Detections, Truth
+from ovdet.evaluation.lvis import FREQUENCIES, LVIS_DETECTIONS, best_per_image, judged_pairs
+from ovdet.evaluation.voc import voc_metrics
+from training.engine.errors import UserError
+
+__all__ = ["KINDS", "PROTOCOLS", "evaluate", "evaluate_detections", "format_table", "write_json", "write_results"]
 
 log = logging.getLogger(__name__)
 
-KINDS = ("bbox", "segm")
+PROTOCOLS = ("coco", "voc", "lvis")
 AREAS = {"s": "small", "m": "medium", "l": "large"}
+CLASSES_AT_ONCE = 64  # the evaluator keeps an entry for every pair of image and class, 24 million in LVIS val
 
 
 def evaluate_detections(
@@ -39,110 +39,146 @@ def evaluate_detections(
     novel: Iterable[str] = (),
     file: str = "annotations",
 ) -> dict[str, float]:
-    """AP of detections against an annotation file.
+    """:func:`evaluate` of COCO results (dicts of ``image_id``, ``category_id``, ``score`` and ``bbox`` xywh or
+    ``segmentation``) against an annotation file's json content."""
+    truth = Truth.from_json(content, file)
+    return evaluate(truth, Detections.from_results(detections, truth), kind=kind, protocol=protocol, novel=novel)
+
+
+def evaluate(
+    truth: Truth, found: Detections, *, kind: str = "bbox", protocol: str = "coco", novel: Iterable[str] = ()
+) -> dict[str, float]:
+    """AP of detections.
 
     Args:
-        content: the file's json content.
-        detections: COCO results with ``bbox`` (``kind="bbox"``) or ``segmentation`` (``"segm"``).
-        protocol: ``"coco"``, ``"voc"`` (AP at IoU 0.5 and 0.75 first; computed as COCO's) or ``"lvis"`` (federated).
+        kind: ``"bbox"`` or ``"segm"``.
+        protocol: ``"coco"``, ``"voc"`` or ``"lvis"`` (federated).
         novel: names of novel classes; groups ``base`` and ``novel`` are given when there are any.
-        file: name of the annotation file for messages.
 
     Returns:
         ``AP`` (mean over IoU 0.5 to 0.95), ``AP50``, ``AP75``, ``APs``, ``APm``, ``APl``; with novel classes
-        ``AP_base``, ``AP_novel``, ``AP50_base``, ``AP50_novel``; for LVIS ``APr``, ``APc``, ``APf``.
+        ``AP_base``, ``AP_novel``, ``AP50_base``, ``AP50_novel``; for LVIS ``APr``, ``APc``, ``APf``; for VOC, first,
+        what :func:`~ovdet.evaluation.voc.voc_metrics` gives (the others are COCO's, difficult objects as its crowds).
 
     Raises:
         UserError: segm without masks in the annotations, or LVIS's protocol for a file that is not LVIS's.
     """
-    if protocol not in ("coco", "voc", "lvis"):
+    if protocol not in PROTOCOLS:
         raise UserError(f'data.protocol is "{protocol}": use coco, voc or lvis')
-    truth = ground_truth(content, kind=kind, file=file, lvis=protocol == "lvis")
-    known = {image["id"] for image in truth["images"]}
-    found = _results(detections, kind, known)
-    names = [c["name"] for c in sorted(truth["categories"], key=lambda c: c["id"])]
+    groups, first = {}, {}
     if protocol == "lvis":
-        precision = evaluate_by_category(truth, found, kind=kind)
-    else:
-        precision = _coco_precision(truth, found, kind)
-    return _summary(precision, names, set(novel), category_groups(truth) if protocol == "lvis" else {})
+        check_lvis(truth)
+        groups = {f: [i for i, own in enumerate(truth.frequencies) if own == f] for f in FREQUENCIES}
+    if kind == "segm":
+        truth = truth.with_masks()
+    if protocol == "voc" and kind == "bbox":
+        first = voc_metrics(truth, found)
+    precision = _precision(truth, found, kind, lvis=protocol == "lvis")
+    return first | _summary(precision, truth.names, set(novel), groups)
 
 
-def ground_truth(content: dict[str, Any], *, kind: str, file: str, lvis: bool = False) -> dict[str, Any]:
-    """The parts of an annotation file that the evaluator needs, without bad entries, every field present.
-
-    Raises:
-        UserError: see :func:`evaluate_detections`.
-    """
-    images = {i["id"]: i for i in content["images"] if isinstance(i, dict) and is_id(i.get("id"))}
-    categories = {c["id"]: c for c in content["categories"] if isinstance(c, dict) and is_id(c.get("id"))}
-    skipped: Counter[str] = Counter()
-    seen: set[int] = set()
-    annotations = []
-    for entry in content["annotations"]:
-        reason, box = usable(entry, images, categories, seen)
-        if not reason and kind == "segm" and not _has_mask(entry, images[entry["image_id"]]):
-            reason = "object without a usable mask"
-        if reason:
-            skipped[reason] += 1
-            continue
-        area = entry.get("area")
-        if type(area) not in (int, float) or not 0 <= area < math.inf:
-            area = (box[2] - box[0]) * (box[3] - box[1])
-        kept = {
-            "id": len(annotations) + 1, "image_id": entry["image_id"], "category_id": entry["category_id"],
-            "bbox": entry["bbox"], "area": area, "iscrowd": int(bool(entry.get("iscrowd", 0))),
-        }  # fmt: skip
-        if kind == "segm":
-            kept["segmentation"] = entry["segmentation"]
-        annotations.append(kept)
-    if kind == "segm" and not annotations:
-        raise UserError(f"{file}: no object has a mask, so there is no mask AP; use --eval bbox")
-    for reason, number in skipped.items():
-        log.warning("%s: %d x %s (not evaluated)", file, number, reason)
-    keys = ["id", "height", "width"] + (["neg_category_ids", "not_exhaustive_category_ids"] if lvis else [])
-    lacking = [k for k in keys if any(k not in image for image in images.values())]
-    if lvis and any("frequency" not in c for c in categories.values()):
-        lacking.append("frequency")
-    # Sizes are needed for masks alone.
-    lacking = [k for k in lacking if kind == "segm" or k not in ("height", "width")]
-    if lacking:
-        wanted = "an LVIS file, or data.protocol=coco" if lvis else "a complete COCO file"
-        raise UserError(f"{file}: its entries have no {', '.join(lacking)}; give {wanted}")
-    return {
-        "images": [{k: image.get(k, 0) for k in keys} for image in images.values()],
-        "annotations": annotations,
-        "categories": [
-            {"id": i, "name": str(c.get("name", i)), "frequency": c.get("frequency", "")} for i, c in categories.items()
-        ],
-    }
-
-
-def _has_mask(entry: dict[str, Any], image: dict[str, Any]) -> bool:
-    """Whether an object has a mask. Run lengths are tried out: the evaluator would read beyond the end of bad ones."""
-    segmentation = entry.get("segmentation")
-    if isinstance(segmentation, list):
-        return bool(segmentation) and all(isinstance(p, list) and len(p) >= 6 for p in segmentation)
-    return decode_segmentation(segmentation, image.get("height"), image.get("width")) is not None
-
-
-def _results(detections: Sequence[dict[str, Any]], kind: str, images: set[int]) -> list[dict[str, Any]]:
-    """Detections with the one field they are judged by: mask areas are those of the mask, not of the box."""
-    field = "bbox" if kind == "bbox" else "segmentation"
-    return [
-        {"image_id": d["image_id"], "category_id": d["category_id"], "score": d["score"], field: d[field]}
-        for d in detections
-        if d["image_id"] in images
+def check_lvis(truth: Truth) -> None:
+    """UserError where a file does not hold what LVIS's protocol needs."""
+    lacking = [
+        name
+        for name, there in (
+            ("neg_category_ids", truth.absent is not None),
+            ("not_exhaustive_category_ids", truth.unsure is not None),
+            ("frequency", all(truth.frequencies)),
+        )
+        if not there
     ]
+    if lacking:
+        raise UserError(
+            f"{truth.file}: its entries have no {', '.join(lacking)}; give an LVIS file, or data.protocol=coco"
+        )
 
 
-def _coco_precision(truth: dict[str, Any], found: list[dict[str, Any]], kind: str) -> np.ndarray:
-    """Precision ``[10 IoUs, 101 recalls, C, 4 areas]`` at 100 detections per image and class."""
-    gold = COCO(truth)
-    evaluator = COCOeval_faster(gold, gold.loadRes(found), kind, print_function=log.debug)
-    evaluator.evaluate()
-    evaluator.accumulate()
-    return evaluator.eval["precision"][..., -1]
+def _precision(truth: Truth, found: Detections, kind: str, *, lvis: bool) -> np.ndarray:
+    """Precision ``[10 IoUs, 101 recalls, C, 4 areas]``, -1 for classes without objects.
+
+    At most 100 detections per image and class, or LVIS's 300 per image.
+    """
+    kept = best_per_image(found) if lvis else np.arange(len(found))
+    return accumulate(truth, found, kept, kind, lvis=lvis, most=LVIS_DETECTIONS if lvis else None)[0]
+
+
+def accumulate(
+    truth: Truth, found: Detections, kept: np.ndarray, kind: str, *, lvis: bool, most: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision ``[10 IoUs, 101 recalls, C, 4 areas]`` and recall ``[10, C, 4]``, -1 for classes without objects.
+
+    Args:
+        kept: rows of the detections that count.
+        lvis: judge federated.
+        most: detections of an image and class; None for COCO's 100.
+
+    Classes do not influence one another once the detections are chosen, so they are judged some at a time, and only
+    these exist as the dicts that the evaluator takes.
+    """
+    parts = []
+    for start in range(0, len(truth.names), CLASSES_AT_ONCE):
+        labels = range(start, min(start + CLASSES_AT_ONCE, len(truth.names)))
+        gold, rows = _part(truth, found, kept, labels, kind, lvis=lvis)
+        results = list(found.records(truth, rows, boxes=kind == "bbox", masks=kind == "segm"))
+        evaluator = COCOeval_faster(
+            gold, gold.loadRes(results), kind, print_function=log.debug, lvis_style=lvis
+        )  # fmt: skip
+        if most is not None:
+            evaluator.params.maxDets = [most]
+        evaluator.evaluate()
+        evaluator.accumulate()
+        parts.append((evaluator.eval["precision"][..., -1], evaluator.eval["recall"][..., -1]))
+    precision, recall = zip(*parts, strict=True)
+    return np.concatenate(precision, axis=2), np.concatenate(recall, axis=1)
+
+
+def _part(
+    truth: Truth, found: Detections, kept: np.ndarray, labels: range, kind: str, *, lvis: bool
+) -> tuple[COCO, Iterable[int]]:
+    """Truth of some classes for the evaluator, and the rows of the detections to judge.
+
+    With LVIS, images that say nothing about these classes are left out, and detections that the image does not judge.
+    """
+    objects = np.flatnonzero((truth.label >= labels.start) & (truth.label < labels.stop))
+    rows = kept[(found.label[kept] >= labels.start) & (found.label[kept] < labels.stop)]
+    images: Iterable[int] = range(len(truth.image_ids))
+    if lvis:
+        judged = judged_pairs(truth, objects, labels)
+        rows = [r for r in rows if (int(found.image[r]), int(found.label[r])) in judged]
+        images = sorted({image for image, _ in judged}) or [0]  # the evaluator does not take none
+    gold = COCO(
+        {
+            "images": [_image(truth, i, labels, lvis=lvis) for i in images],
+            "annotations": [_object(truth, row, number, kind) for number, row in enumerate(objects, 1)],
+            "categories": [
+                {"id": int(truth.category_ids[c]), "name": truth.names[c], "frequency": truth.frequencies[c]}
+                for c in labels
+            ],
+        }
+    )
+    return gold, rows
+
+
+def _image(truth: Truth, row: int, labels: range, *, lvis: bool) -> dict[str, Any]:
+    height, width = (int(v) for v in truth.sizes[row])
+    image: dict[str, Any] = {"id": int(truth.image_ids[row]), "height": height, "width": width}
+    if lvis:
+        for key, lists in (("neg_category_ids", truth.absent), ("not_exhaustive_category_ids", truth.unsure)):
+            image[key] = [int(truth.category_ids[c]) for c in lists[row] if c in labels]
+    return image
+
+
+def _object(truth: Truth, row: int, number: int, kind: str) -> dict[str, Any]:
+    entry = {
+        "id": number,
+        "image_id": int(truth.image_ids[truth.image[row]]),
+        "category_id": int(truth.category_ids[truth.label[row]]),
+        "bbox": truth.boxes[row].tolist(),
+        "area": float(truth.areas[row]),
+        "iscrowd": int(truth.ignored[row]),
+    }
+    return entry | {"segmentation": truth.masks[row]} if kind == "segm" else entry
 
 
 def _summary(
@@ -175,7 +211,7 @@ def format_table(metrics: Mapping[str, Mapping[str, float]], protocol: str = "co
     first = {
         "coco": ["AP50_novel", "AP50_base", "AP50", "AP"],
         "lvis": ["APr", "APc", "APf", "AP"],
-        "voc": ["AP50", "AP75", "AP"],
+        "voc": ["VOC_AP50", "VOC_AP75", "AP50", "AP75", "AP"],
     }[protocol]
     columns = [k for k in first if any(k in values for values in metrics.values())]
     columns += [k for values in metrics.values() for k in values if k not in columns and not k.startswith("AP_")]
@@ -187,13 +223,35 @@ def format_table(metrics: Mapping[str, Mapping[str, float]], protocol: str = "co
     return "\n".join("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in rows)
 
 
+def write_results(path: Path, truth: Truth, found: Detections, *, kind: str) -> None:
+    """COCO results as a json file, which grows line by line and is complete or not there. UserError as below."""
+    records = found.records(truth, range(len(found)), boxes=kind == "bbox", masks=kind == "segm")
+    _write(path, _array(records))
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Write a json file that is complete or not there."""
+    """Write a json file that is complete or not there.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    _write(path, [json.dumps(content)])
+
+
+def _array(records: Iterable[dict[str, Any]]) -> Iterator[str]:
+    separator = "["
+    for record in records:
+        yield separator + json.dumps(record)
+        separator = ",\n"
+    yield "[]" if separator == "[" else "]"
+
+
+def _write(path: Path, parts: Iterable[str]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(content, file)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -203,8 +261,3 @@ def write_json(path: Path, content: Any) -> None:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def read_truth(path: str) -> dict[str, Any]:
-    """Content of the validation file. UserError as :func:`ovdet.data.annotations.read_json`."""
-    return read_json(path, "data.val_annotations")

@@ -3,68 +3,37 @@
 from __future__ import annotations
 
 import logging
-import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import open_clip
 from ovdet import files as checkpoint
-from ovdet.config import Config, config_from_dict, format_config, load_config, resolve_path
-from ovdet.errors import as_user_error
+from ovdet.clip import Clip, load_clip
+from ovdet.config import config_from_dict, load_config
+from ovdet.fvit.config import UNVERSIONED, FViTConfig
 from ovdet.fvit.detector import Detector, build_detector
-from ovdet.vocabulary import Vocabulary, vocabulary_embeddings, weights_hash
+from ovdet.library import LoadedDetector
+from ovdet.vocabulary import Vocabulary, free_vocabulary, vocabulary_embeddings
+from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
 
 
-@dataclass
-class Vit:
-    """A CLIP model, its tokenizer, and what identifies its image tower in detector files."""
-
-    model: open_clip.CLIP
-    tokenizer: Callable[[list[str]], Tensor]
-    identity: dict[str, str]
-
-
-def read_config(path: str, overrides: Sequence[str]) -> Config:
+def read_config(path: str, overrides: Sequence[str]) -> FViTConfig:
     """The config of a file and ``section.key=value`` overrides. UserError when it is faulty."""
     with as_user_error():
-        return load_config(path, overrides)
+        return load_config(FViTConfig, path, overrides)
 
 
-def load_vit(config: Config) -> Vit:
-    """The CLIP model of a config on the CPU; random weights follow ``train.seed``.
-
-    ``model.name`` may also be a model config file (``.json``).
-
-    Raises:
-        UserError: unknown model, or weights that are missing or of another architecture.
-    """
+def load_vit(config: FViTConfig) -> Clip:
+    """The CLIP model of a config; see :func:`ovdet.clip.load_clip`."""
     model = config.model
-    name = model.name
-    with as_user_error():
-        if name.endswith(".json"):
-            path = Path(resolve_path(name))
-            name = path.parent.name if path.stem == "config" else path.stem
-            open_clip.add_model_config(path, name)
-        torch.manual_seed(config.train.seed)
-        pretrained, folder = model.pretrained, model.cache_dir
-        if Path(resolve_path(pretrained)).is_file():
-            pretrained = resolve_path(pretrained)
-        folder = resolve_path(folder) if folder and pretrained == "eva" else folder or None
-        clip = open_clip.create_model(name, pretrained=pretrained or None, cache_dir=folder).eval()
-        tokenizer = open_clip.get_tokenizer(name)
-    weights = str(folder) if pretrained == "eva" else str(pretrained) or f"random, seed {config.train.seed}"
-    return Vit(clip, tokenizer, {"name": name, "weights": weights, "hash": weights_hash(clip.visual)})
+    return load_clip(config, model.name, model.pretrained, model.cache_dir, seed=config.train.seed)
 
 
 def make_detector(
-    config: Config, vit: Vit, vocabulary: Vocabulary, *, device: torch.device, progress: bool = False
+    config: FViTConfig, vit: Clip, vocabulary: Vocabulary, *, device: torch.device, progress: bool = False
 ) -> Detector:
     """A detector for a vocabulary, on a device; its trainable parts start from ``train.seed``.
 
@@ -78,29 +47,65 @@ def make_detector(
         return build_detector(config, vit.model, embeddings, vocabulary.base_mask).to(device)
 
 
-def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> Config:
+def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence[str] = ()) -> FViTConfig:
     """The config that a detector was trained with. UserError when it, or an override, is faulty."""
-    with as_user_error(), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / f"{Path(path).stem}.toml"
-        file.write_text(format_config(config_from_dict(content["config"], source=f"checkpoint {path}")))
-        return load_config(file, overrides)
+    values = content["config"]
+    if checkpoint.version_of(content) == 0:
+        values = {name: {**UNVERSIONED.get(name, {}), **section} for name, section in values.items()}
+    with as_user_error():
+        return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", near=path, overrides=overrides)
 
 
-def load_detector(path: str, detector: Detector, vit: Vit) -> dict[str, Any]:
-    """Load a detector file into a detector; returns the file's content.
+def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> dict[str, Any]:
+    """Load a detector file into a detector that a config describes; returns the file's content.
 
     Raises:
         UserError: missing, damaged, of another architecture, or trained on another ViT.
     """
     content = checkpoint.load(path)
-    checkpoint.check_vit(content, vit.identity, path)
-    with as_user_error():
-        detector.load_trainable_state_dict(content["detector"])
+    checkpoint.check_vit(content, vit.identity, vit.model, path)
+    trained = config_of_checkpoint(content, path)
+    differing = [
+        f"{section}.{key}={value!r}".replace("True", "true").replace("False", "false")
+        for section, keys in UNVERSIONED.items()
+        for key in keys
+        if section != "train" and (value := getattr(getattr(trained, section), key)) != getattr(
+            getattr(config, section), key)
+    ]  # fmt: skip
+    try:
+        detector.load_trainable_state_dict(checkpoint.detector_state(content))
+    except ValueError as error:
+        settings = f", that is with {' '.join(differing)}" if differing else ""
+        raise UserError(f"checkpoint {path}: {error}{settings}") from error
+    if differing:
+        log.warning("%s was trained with %s; the config at hand differs there", path, " ".join(differing))
     return content
 
 
-def free_vocabulary(names: Sequence[str], base: Sequence[str] = ()) -> Vocabulary:
-    """A vocabulary of one's own; classes that the detector was trained on (``base``) count as base, others as novel."""
-    known = {name.lower().replace("_", " ") for name in base}
-    novel = tuple(name.lower().replace("_", " ") not in known for name in names)
-    return Vocabulary(tuple(names), tuple(range(1, len(names) + 1)), novel)
+def open_detector(
+    content: dict[str, Any], path: str, device: torch.device, config_file: str | None, overrides: Sequence[str] = ()
+) -> LoadedDetector:
+    """A detector file's content as :func:`ovdet.load_detector` gives it.
+
+    Raises:
+        UserError: a faulty config, or a ViT whose weights are missing or others.
+    """
+    overrides = [*overrides, 'data.embeddings=""']
+    config = read_config(config_file, overrides) if config_file else config_of_checkpoint(content, path, overrides)
+    vit = load_vit(config)
+    checkpoint.check_vit(content, vit.identity, vit.model, path)
+    with as_user_error():
+        # Until classes are chosen there are none.
+        nothing = torch.ones(2, vit.model.visual.embed_dim)
+        detector = build_detector(config, vit.model, nothing, torch.ones(1, dtype=torch.bool))
+        detector.load_trainable_state_dict(checkpoint.detector_state(content))
+    detector = detector.to(device).eval()
+
+    def set_classes(names: Sequence[str]) -> None:
+        vocabulary = free_vocabulary(names, content["base"])
+        embeddings = vocabulary_embeddings(config, vit.model, vit.tokenizer, names, device=device, progress=True)
+        detector.set_vocabulary(embeddings, vocabulary.base_mask)
+
+    return LoadedDetector(
+        detector, config, set_classes, device=device, base=content["base"], novel=content["novel"]
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The frozen ViT as a detection backbone: three block outputs, the value-path map and the VLM's dense embedding."""
+"""The frozen ViT as a detection backbone: three block outputs, the dense reading and the VLM's embedding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from open_clip import ImageTower
 class BackboneMaps(NamedTuple):
     """What one pass of the ViT gives; h = H / patch, w = W / patch."""
 
-    levels: list[Tensor]  # four maps [B, W, h, w]: the taken blocks, then the last block on the value path
+    levels: list[Tensor]  # four maps [B, W, h, w]: the taken blocks, then the dense reading of the last block
     dense: Tensor | None  # dense embedding [B, D, h, w], unit length per cell, when asked for
 
 
@@ -24,19 +24,21 @@ class FrozenViT(nn.Module):
     Args:
         vit: image tower; its parameters are frozen in place.
         blocks: three block indices, shallow to deep, whose outputs are taken besides the last block's.
+        readout: the dense reading of the last block, by name (:mod:`open_clip.readouts`); None for the model's own.
 
     Raises:
-        ValueError: a block that does not exist, or blocks that do not ascend towards the last one.
+        ValueError: a block or reading that does not exist, or blocks that do not ascend towards the last one.
     """
 
-    def __init__(self, vit: ImageTower, blocks: Sequence[int]) -> None:
+    def __init__(self, vit: ImageTower, blocks: Sequence[int], readout: str | None = None) -> None:
         super().__init__()
         last = len(vit.trunk.blocks) - 1
         if len(blocks) != 3 or list(blocks) != sorted(set(blocks)) or blocks[0] < 0 or blocks[-1] >= last:
             raise ValueError(
                 f"model.blocks is {list(blocks)}: give three ascending block indices below the last one, {last}"
             )
-        self.vit = vit.requires_grad_(False).eval()
+        vit.resolve_readout(readout)
+        self.vit, self.readout = vit.requires_grad_(False).eval(), readout
         self.take = (*blocks, last)
 
     @property
@@ -58,9 +60,10 @@ class FrozenViT(nn.Module):
             dense: whether the dense embedding is wanted as well (a norm and a projection more, not another pass).
         """
         # The ViT may be stored in half precision: nothing of it is trained.
-        tokens, levels = self.vit.dense_tokens(images.to(next(self.vit.parameters()).dtype), take=self.take)
-        levels = [level.to(images.dtype) for level in levels]
+        images, dtype = images.to(next(self.vit.parameters()).dtype), images.dtype
+        tokens, levels = self.vit.dense_tokens(images, take=self.take, readout=self.readout)
+        levels = [level.to(dtype) for level in levels]
         if not dense:
             return BackboneMaps(levels, None)
-        embedding = self.vit.project_dense(tokens).transpose(1, 2).unflatten(2, self.vit.grid(images))
-        return BackboneMaps(levels, embedding)
+        embedding = self.vit.project_dense(tokens, readout=self.readout)
+        return BackboneMaps(levels, embedding.transpose(1, 2).unflatten(2, levels[-1].shape[-2:]))

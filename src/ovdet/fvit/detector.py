@@ -7,16 +7,22 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import nms
 
 from open_clip import CLIP, ImageTower
-from ovdet.config import Config
+from ovdet.files import check_state
 from ovdet.fvit.backbone import FrozenViT
-from ovdet.fvit.fusion import class_probabilities, fuse, vlm_probabilities
+from ovdet.fvit.config import FViTConfig
+from ovdet.fvit.fusion import vlm_probabilities
 from ovdet.parts.box_head import BoxHead
+from ovdet.parts.classifier import CosineClassifier
 from ovdet.parts.fpn import Neck, level_strides
+from ovdet.parts.losses import classification_loss
 from ovdet.parts.mask_head import MaskHead
+from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
+from ovdet.parts.rois import check_labels, sample_rois
 from ovdet.parts.rpn import RPN
+from ovdet.parts.scores import class_probabilities, fuse, select_detections
 
 FROZEN = "backbone."  # prefix of what is not trained
 
@@ -36,17 +42,40 @@ class Detector(nn.Module):
     class_embeddings: Tensor
     base_mask: Tensor
 
-    def __init__(self, config: Config, visual: ImageTower) -> None:
+    def __init__(self, config: FViTConfig, visual: ImageTower) -> None:
         super().__init__()
         model = config.model
         self.config, self.test_config = model, config.test
         self.strides = level_strides(visual.patch_size)
-        self.backbone = FrozenViT(visual, model.blocks)
+        pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest or 14 * self.strides[0]}
+        self.backbone = FrozenViT(visual, model.blocks, model.readout or None)
         self.neck = Neck(self.backbone.width, model.channels)
-        self.rpn = RPN(model, model.channels, self.strides)
+        self.rpn = RPN(
+            model.channels, self.strides, convs=model.rpn_convs, norm=nn.BatchNorm2d if model.rpn_norm else None,
+            anchor_scale=model.anchor_scale, anchor_ratios=model.anchor_ratios, anchor_offset=model.anchor_offset,
+            samples=model.rpn_samples, positive_share=model.rpn_positive_share, positive_iou=model.rpn_positive_iou,
+            negative_iou=model.rpn_negative_iou, pre_nms=model.rpn_pre_nms, post_nms=model.rpn_post_nms,
+            nms=model.rpn_nms, padding=model.rpn_padding, empty_counts_one=model.rpn_empty_counts_one,
+            limit_below=model.box_limit_below,
+        )  # fmt: skip
+        self.classifier = CosineClassifier(model.temperature, model.temperature_kind)
         # The fifth level is for proposals only, as in Mask R-CNN.
-        self.box_head = BoxHead(model, model.channels, visual.embed_dim, self.strides[:4])
-        self.mask_head = MaskHead(model, model.channels, self.strides[:4]) if model.masks else None
+        self.box_head = BoxHead(
+            model.channels, visual.embed_dim, self.strides[:4], size=model.box_size, convs=model.box_convs,
+            fcs=model.box_fcs, width=model.box_width or visual.embed_dim, own_fcs=model.box_own_fcs,
+            embedding_relu=model.embedding_relu, limit_below=model.box_limit_below, **pooling,
+        )  # fmt: skip
+        self.mask_head = None
+        if model.masks:
+            self.mask_head = MaskHead(
+                model.channels, self.strides[:4], size=model.mask_size, convs=model.mask_convs, **pooling
+            )
+        imagenet, zero = config.data.pixels == "imagenet", config.data.padding == "zero"
+        self.pixels = (IMAGENET_MEAN, IMAGENET_STD) if imagenet else (visual.image_mean, visual.image_std)
+        self.zero_padding = zero
+        for part in (self.neck, self.rpn, self.box_head, self.mask_head):
+            if part is not None:  # convolutions are faster so, those of many small RoIs above all
+                part.to(memory_format=torch.channels_last)
         # Not part of any state: the vocabulary is the user's.
         self.register_buffer("class_embeddings", torch.zeros(1, visual.embed_dim), persistent=False)
         self.register_buffer("base_mask", torch.zeros(0, dtype=torch.bool), persistent=False)
@@ -91,25 +120,17 @@ class Detector(nn.Module):
         Raises:
             ValueError: entries are missing, left over or of another shape.
         """
-        own = self.trainable_state_dict()
         if self.mask_head is None:
             state = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
-        problems = {
-            "lacks": sorted(own.keys() - state.keys()),
-            "has unknown": sorted(state.keys() - own.keys()),
-            "has other shapes of": sorted(
-                name for name in own.keys() & state.keys() if own[name].shape != state[name].shape
-            ),
-        }
-        for what, names in problems.items():
-            if names:
-                raise ValueError(
-                    f"the detector's state {what} {', '.join(names[:3])} ({len(names)} in all): "
-                    "use the config that it was trained with"
-                )
+        check_state(self.trainable_state_dict(), state)
         self.load_state_dict(state, strict=False)
 
     # -- running ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, images: Tensor, image_sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
+        """Input of :meth:`forward` from uint8 images ``[B, 3, S, S]``, padded right and bottom with black."""
+        mean, std = self.pixels
+        return normalize_padded(images, image_sizes, mean, std, zero=self.zero_padding)
 
     def forward(
         self,
@@ -130,7 +151,7 @@ class Detector(nn.Module):
             ``loss_mask``; their sum is the objective. What is sampled comes from torch's default generator. In eval
             mode, per image and by falling score, ``boxes``, ``scores`` ``[N]``, ``labels`` ``[N]`` and, with masks,
             ``masks``: probabilities ``[N, m, m]`` in the frame of the box, which
-            :func:`ovdet.parts.mask_head.paste_masks` puts into an image of any size.
+            :func:`ovdet.parts.masks.paste_masks` puts into an image of any size.
 
         Raises:
             ValueError: training without targets, with labels of novel classes, or without the masks that are needed.
@@ -145,23 +166,24 @@ class Detector(nn.Module):
         self, images: Tensor, image_sizes: Sequence[tuple[int, int]], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
         classes = len(self.base_mask)
-        labels = torch.cat([target["labels"] for target in targets])
-        if not ((labels >= 0) & (labels < classes)).all() or not self.base_mask[labels].all():
-            raise ValueError("targets hold labels that are not base classes: train on base-class annotations only")
-        if self.mask_head is not None and any("masks" not in target for target in targets):
-            raise ValueError("targets hold no masks: give them, or set model.masks=false")
-
+        self.check_targets(targets)
         maps = self.neck(self.backbone(images, dense=False).levels)
         out = self.rpn(maps)
-        rpn_class, rpn_box = self.rpn.losses(out, image_sizes, [target["boxes"] for target in targets])
-        proposals = [p["boxes"] for p in self.rpn.proposals(out, image_sizes)]
-        samples = self.box_head.sample(proposals, image_sizes, targets, background=classes)
-        loss_class, loss_box = self.box_head.losses(maps[:4], samples, targets, self.class_embeddings, self.base_mask)
+        model, truth = self.config, [target["boxes"] for target in targets]
+        rpn_class, rpn_box = self.rpn.losses(out, image_sizes, truth)
+        proposals, _ = self.rpn.propose(out, image_sizes)
+        samples = sample_rois(
+            proposals, image_sizes, truth, [target["labels"] for target in targets], classes,
+            number=model.roi_samples, positive_share=model.roi_positive_share, iou=model.roi_iou,
+            low_quality=model.roi_low_quality, truth_keeps_label=model.roi_truth_keeps_label,
+        )  # fmt: skip
+        embeddings, offsets = self.box_head(maps[:4], samples.boxes)
+        logits = self.classifier(embeddings, self.class_embeddings)
         losses = {
             "loss_rpn_class": rpn_class,
             "loss_rpn_box": rpn_box,
-            "loss_class": loss_class,
-            "loss_box": loss_box,
+            "loss_class": classification_loss(logits, samples.labels, self.base_mask, model.background_weight),
+            "loss_box": self.box_head.box_loss(offsets, samples, truth),
         }
         if self.mask_head is not None:
             losses["loss_mask"] = self.mask_head.losses(
@@ -173,6 +195,16 @@ class Detector(nn.Module):
             )
         return losses
 
+    def check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
+        """See that targets can be trained on.
+
+        Raises:
+            ValueError: labels of novel classes, or no masks where they are needed.
+        """
+        check_labels(targets, self.base_mask)
+        if self.mask_head is not None and any("masks" not in target for target in targets):
+            raise ValueError("targets hold no masks: give them, or set model.masks=false")
+
     @torch.no_grad()
     def _detect(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         config = self.test_config
@@ -181,10 +213,10 @@ class Detector(nn.Module):
         proposals = [p["boxes"] for p in self.rpn.proposals(self.rpn(maps), image_sizes)]
         embeddings, offsets = self.box_head(maps[:4], proposals)
         boxes = self.box_head.refine(offsets, proposals, image_sizes)
-        # The VLM judges the boxes that are answered, and not the looser proposals they come from.
+        judged = boxes if config.vlm_boxes == "refined" else proposals
         scores = fuse(
-            class_probabilities(self.box_head.logits(embeddings, self.class_embeddings, config.temperature)),
-            vlm_probabilities(vit.dense, boxes, images.shape[-2:], self.class_embeddings, config.vlm_temperature),
+            class_probabilities(self.classifier(embeddings, self.class_embeddings, config.temperature)),
+            vlm_probabilities(vit.dense, judged, images.shape[-2:], self.class_embeddings, config.vlm_temperature),
             self.base_mask,
             weight_base=config.vlm_weight_base,
             weight_novel=config.vlm_weight_novel,
@@ -219,27 +251,7 @@ class Detector(nn.Module):
         return results
 
 
-def select_detections(boxes: Tensor, scores: Tensor, *, score: float, iou: float, most: int) -> dict[str, Tensor]:
-    """Class-wise NMS over boxes that all classes share: ``boxes``, ``scores``, ``labels`` by falling score.
-
-    Args:
-        boxes: ``[K, 4]``; scores: ``[K, C]``.
-        score: smaller or equal ones are dropped; iou: NMS threshold; most: kept at most.
-    """
-    row, label = (scores > score).nonzero().unbind(1)
-    value, order = scores[row, label].sort(descending=True, stable=True)
-    row, label = row[order], label[order]
-    # Greedy NMS never looks down: what it keeps of the best n is what it keeps among them of all. With 1203 classes
-    # there are a hundred thousand candidates, of which the first few thousand are enough.
-    number = max(4 * most, 1000)
-    while True:
-        best = batched_nms(boxes[row[:number]], value[:number], label[:number], iou)[:most]
-        if len(best) == most or number >= len(value):
-            return {"boxes": boxes[row[best]], "scores": value[best], "labels": label[best]}
-        number *= 4
-
-
-def build_detector(config: Config, clip_model: CLIP, class_embeddings: Tensor, base_mask: Tensor) -> Detector:
+def build_detector(config: FViTConfig, clip_model: CLIP, class_embeddings: Tensor, base_mask: Tensor) -> Detector:
     """A detector on the image tower of a CLIP model.
 
     Args:

@@ -1,4 +1,4 @@
-"""Scores of the detector and of the VLM, and their geometric mean."""
+"""Scores of the VLM itself."""
 
 from __future__ import annotations
 
@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip.regions import roi_features
-
-
-def class_probabilities(logits: Tensor) -> Tensor:
-    """Softmax of ``[K, C+1]`` over all classes and background, without the background's column: ``[K, C]``.
-
-    Background competes with the classes (a region that looks like none of them gets small probabilities) but is no
-    answer, and is not fused.
-    """
-    return logits.float().softmax(dim=-1)[:, :-1]
+from ovdet.parts.scores import class_probabilities
 
 
 def vlm_probabilities(
@@ -36,17 +28,3 @@ def vlm_probabilities(
     features = F.normalize(roi_features(dense, [b.float() / scale for b in boxes]), dim=-1)
     with torch.autocast(dense.device.type, enabled=False):
         return class_probabilities(temperature * features @ class_embeddings.to(features.dtype).T)
-
-
-def fuse(detector: Tensor, vlm: Tensor, base_mask: Tensor, *, weight_base: float, weight_novel: float) -> Tensor:
-    """``p_det^(1-w) * p_vlm^w`` with w = ``weight_base`` (a) for base and ``weight_novel`` (b) for novel classes.
-
-    Args:
-        detector, vlm: probabilities ``[K, C]``.
-        base_mask: bool ``[C]``.
-
-    Returns:
-        ``[K, C]`` in 0..1 (F-VLM, Kuo et al. 2023, eq. 4).
-    """
-    weight = torch.where(base_mask, weight_base, weight_novel).to(detector.dtype)
-    return detector.pow(1 - weight) * vlm.to(detector.dtype).pow(weight)

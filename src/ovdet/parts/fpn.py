@@ -1,11 +1,13 @@
-"""From four ViT maps of one resolution to a feature pyramid."""
+"""Feature pyramids: from four ViT maps of one resolution, or from the stages of a convolutional backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Norm = Callable[[int], nn.Module]  # channels to a layer, such as nn.BatchNorm2d
 
 
 def level_strides(patch_size: int) -> tuple[float, ...]:
@@ -20,11 +22,11 @@ class SimplePyramid(nn.Module):
     x2. Level 3: as it is. Level 4: max pooling /2 (an odd last row or column is dropped).
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
         self.up4 = nn.Sequential(
             nn.ConvTranspose2d(width, width, 2, stride=2),
-            nn.BatchNorm2d(width),
+            norm(width),
             nn.GELU(),
             nn.ConvTranspose2d(width, width, 2, stride=2),
         )
@@ -36,31 +38,39 @@ class SimplePyramid(nn.Module):
         return [self.up4(first), self.up2(second), third, self.down(last)]
 
 
-def conv_norm(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Convolution of equal size and batch norm (SyncBatchNorm after torch's ``convert_sync_batchnorm``)."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-        nn.BatchNorm2d(outputs),
-    )
+def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None = nn.BatchNorm2d) -> nn.Module:
+    """Convolution of equal size, without bias, and a norm; without a norm, a convolution with bias.
+
+    Batch norm becomes synchronised by torch's ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+    """
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
+    return conv if norm is None else nn.Sequential(conv, norm(outputs))
 
 
 class FeaturePyramid(nn.Module):
-    """Feature pyramid network (Lin et al. 2017) with batch norm: four maps in, five of ``channels`` out.
+    """Feature pyramid network (Lin et al. 2017): n maps in, n + 1 of ``channels`` out.
 
-    The fifth is the fourth taken at every second cell.
+    The last is the one before it taken at every second cell.
+
+    Args:
+        widths: channels of the maps, fine to coarse.
+        channels: of every level.
+        norm: after each convolution, or None for convolutions with bias.
     """
 
-    def __init__(self, width: int, channels: int) -> None:
+    def __init__(self, widths: Sequence[int], channels: int, norm: Norm | None = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.lateral = nn.ModuleList(conv_norm(width, channels, 1) for _ in range(4))
-        self.output = nn.ModuleList(conv_norm(channels, channels, 3) for _ in range(4))
+        self.lateral = nn.ModuleList(conv_norm(width, channels, 1, norm) for width in widths)
+        self.output = nn.ModuleList(conv_norm(channels, channels, 3, norm) for _ in widths)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         laterals = [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]
-        for i in range(3, 0, -1):
+        for i in range(len(laterals) - 1, 0, -1):
             laterals[i - 1] = laterals[i - 1] + F.interpolate(laterals[i], size=laterals[i - 1].shape[-2:])
         outputs = [conv(x) for conv, x in zip(self.output, laterals, strict=True)]
         return [*outputs, F.max_pool2d(outputs[-1], 1, stride=2)]
@@ -69,10 +79,10 @@ class FeaturePyramid(nn.Module):
 class Neck(nn.Module):
     """ViT maps to five pyramid levels ``[B, channels, h_l, w_l]`` of strides :func:`level_strides`."""
 
-    def __init__(self, width: int, channels: int) -> None:
+    def __init__(self, width: int, channels: int, norm: Norm = nn.BatchNorm2d) -> None:
         super().__init__()
-        self.levels = SimplePyramid(width)
-        self.fpn = FeaturePyramid(width, channels)
+        self.levels = SimplePyramid(width, norm)
+        self.fpn = FeaturePyramid([width] * 4, channels, norm)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return self.fpn(self.levels(maps))

@@ -1,4 +1,4 @@
-"""Losses of the detector. Each is summed over what was sampled and divided by its number, in float32."""
+"""Losses of the detector. Each is summed over what was sampled and divided by a number of samples, in float32."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def keep_base_columns(logits: Tensor, base_mask: Tensor) -> Tensor:
-    """Logits ``[K, C+1]`` without the novel classes: ``[K, number of base classes + 1]``, background last.
-
-    The novel columns are removed and not merely never the answer: they take no part in the softmax, so their logits
-    get no gradient and no proposal is pushed away from a class that has no labels.
-    """
-    keep = torch.cat([base_mask, base_mask.new_ones(1)])
-    return logits[:, keep]
+from ovdet.parts.numbers import widened
 
 
 def classification_loss(logits: Tensor, labels: Tensor, base_mask: Tensor, background_weight: float) -> Tensor:
     """Cross-entropy over base classes and background: ``sum_i w(y_i) CE_i / K``.
+
+    Novel classes take no part in the softmax, so that their logits get no gradient and no proposal is pushed away from
+    a class that has no labels.
 
     Args:
         logits: ``[K, C+1]``, background last.
@@ -30,24 +25,34 @@ def classification_loss(logits: Tensor, labels: Tensor, base_mask: Tensor, backg
     Returns:
         A scalar; 0 (with a gradient of 0) for K = 0.
     """
-    kept = keep_base_columns(logits.float(), base_mask)
-    # Position of each class among the kept columns; background is the last column.
-    position = torch.cat([base_mask.long().cumsum(0) - 1, base_mask.sum()[None]])
-    weights = kept.new_ones(kept.shape[1])
-    weights[-1] = background_weight
-    losses = F.cross_entropy(kept, position[labels], weight=weights, reduction="none")
-    return losses.sum() / max(len(labels), 1)
+    novel = F.pad(~base_mask, (0, 1))  # background is none
+    losses = F.cross_entropy(widened(logits).masked_fill(novel, -torch.inf), labels, reduction="none")
+    background = labels == len(base_mask)
+    return (losses * torch.where(background, background_weight, 1.0)).sum() / max(len(labels), 1)
 
 
-def box_loss(predicted: Tensor, target: Tensor, samples: int) -> Tensor:
-    """L1 of box offsets ``[P, 4]`` of the positives, summed and divided by the number of all samples."""
-    return (predicted.float() - target).abs().sum() / max(samples, 1)
+def box_loss(predicted: Tensor, target: Tensor, samples: int | Tensor, valid: Tensor | None = None) -> Tensor:
+    """L1 of box offsets ``[..., 4]`` of the positives, summed and divided by the number of all samples.
+
+    Args:
+        valid: bool ``[...]``; others count nothing, whatever they hold.
+    """
+    values = (predicted.float() - target).abs()
+    values = values if valid is None else values.masked_fill(~valid[..., None], 0)
+    return values.sum() / (max(samples, 1) if isinstance(samples, int) else samples)
 
 
-def objectness_loss(logits: Tensor, positive: Tensor) -> Tensor:
-    """Binary cross-entropy of objectness logits ``[N]`` against bool ``[N]``, mean over N (0 for N = 0)."""
-    target = positive.to(torch.float32)
-    return F.binary_cross_entropy_with_logits(logits.float(), target, reduction="sum") / max(len(logits), 1)
+def objectness_loss(
+    logits: Tensor, positive: Tensor, samples: int | Tensor, valid: Tensor | None = None
+) -> Tensor:
+    """Binary cross-entropy of objectness logits against bool of the same shape, summed and divided by ``samples``.
+
+    Args:
+        valid: bool of the same shape; others count nothing, whatever they hold.
+    """
+    values = F.binary_cross_entropy_with_logits(logits.float(), positive.to(torch.float32), reduction="none")
+    values = values if valid is None else values.masked_fill(~valid, 0)
+    return values.sum() / (max(samples, 1) if isinstance(samples, int) else samples)
 
 
 def mask_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ class Collate:
                 batch[name] = torch.cat([s[name] for s in samples])
         if "answers" in samples[0]:
             parts = {name: [s["answers"][name] for s in samples] for name in samples[0]["answers"]}
-            batch["answers"] = {n: torch.cat(p) if p[0].ndim == 2 else torch.stack(p) for n, p in parts.items()}
+            batch["answers"] = {name: torch.cat(part) for name, part in parts.items()}
         for name, unit in self.units.items():
             batch |= _packed(name, [s[name] for s in samples], batch["counts"].tolist() if unit == "region" else None)
         return batch

@@ -52,7 +52,7 @@ class RegionDataset(Dataset):
         extras: further entries.
 
     Attributes:
-        stores: kept answers by teacher; a sample then has ``answers`` (float16 ``[K, D]``, or ``[N, D]`` of a map).
+        stores: kept answers by teacher; a sample then has ``answers`` (float16 ``[K, D]``, or ``[1, N, D]`` of a map).
         crops: whether crops are made; to be switched off when every teacher of crops has a store.
     """
 
@@ -127,7 +127,7 @@ class RegionDataset(Dataset):
         if self.stores:
             sample["answers"] = {}
         for name, store in self.stores.items():
-            kept = store.answers(row, drawn.answers) if store.unit == "region" else store.of_image(row)
+            kept = store.answers(row, drawn.answers) if store.unit == "region" else store.of_image(row)[None]
             if not np.isfinite(kept).all():
                 return Skipped(
                     self.annotations.file_name(row),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from training.data.collate import Collate
 from training.data.datasets import ImageText, RegionDataset
@@ -22,6 +21,7 @@ from training.engine.data.annotations import Annotations, Strings, load_annotati
 from training.engine.data.folder import folder_annotations
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.samples import check_image_root
+from training.engine.data.workers import Loader
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,16 +30,6 @@ REGION_SOURCES: dict[str, type[RegionSource]] = {
     "grid_distill": GridCells, "proposals_distill": Proposals, "mixed_distill": Mixed, "region_clip": Labelled,
 }  # fmt: skip
 _PROBES = 16  # files looked for before training starts
-_GRACE = 120  # seconds that a worker lives on after SIGTERM
-_LEFT_OUT = 0.5  # share of a file's annotations that may be unusable
-
-
-def start_worker(_: int) -> None:
-    """Set up a loader process: one thread, and signals left to the training process."""
-    torch.set_num_threads(1)  # workers share the cores with each other and with the model
-    # A signal to the whole process group must not take the data from a training process that is about to save.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE))
 
 
 class TrainData:
@@ -55,7 +45,7 @@ class TrainData:
     """
 
     def __init__(
-        self, dataset: Dataset, sampler: EpochBatchSampler, loader: DataLoader, annotations: Annotations
+        self, dataset: Dataset, sampler: EpochBatchSampler, loader: Loader, annotations: Annotations
     ) -> None:
         self.dataset, self.sampler, self.loader = dataset, sampler, loader
         self.class_names = annotations.names or None
@@ -130,19 +120,11 @@ def build_train_data(
         image_size=image_size, crop_size=crop_size, crop_on=options.crop_on, empty=empty, units=units,
         regions=options.dataset_type != "contrastive",
     )  # fmt: skip
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=options.workers,
-        collate_fn=collate,
+    loader = Loader(
+        dataset, workers=options.workers, seed=seed + rank, batch_sampler=sampler, collate_fn=collate,
         pin_memory=pin_memory,
-        persistent_workers=options.workers > 0,
-        prefetch_factor=4 if options.workers > 0 else None,
-        worker_init_fn=start_worker,
-        # Its own: each pass draws a seed, and a resumed run makes a pass more than the one it continues.
-        generator=torch.Generator().manual_seed(seed + rank),
-    )
-    log.info("%s: %d images for %s", options.train_data, len(dataset), options.dataset_type)
+    )  # fmt: skip
+    log.debug("%s: %d images for %s", options.train_data, len(dataset), options.dataset_type)
     return TrainData(dataset, sampler, loader, annotations)
 
 
@@ -150,12 +132,13 @@ def _annotations(options: DataOptions) -> Annotations:
     """Those of the json, or of a folder of images (none)."""
     if Path(options.train_data).is_dir():
         return folder_annotations(options.train_data, "--train-data")
-    return load_annotations(options.train_data, cache_dir=options.annotation_cache)
+    needed = REGION_SOURCES[options.dataset_type].needs_annotations
+    return load_annotations(options.train_data, cache_dir=options.annotation_cache, images_only=not needed)
 
 
 def _image_root(options: DataOptions) -> str:
-    """``--train-image-root``, or the folder of images that the training data is."""
-    return options.train_image_root or options.train_data
+    """``--train-image-root``; a folder of images as training data is its own, whatever a recipe says of the root."""
+    return options.train_data if Path(options.train_data).is_dir() else options.train_image_root
 
 
 def _share(count: int, ratio: float, seed: int) -> np.ndarray:
@@ -184,12 +167,8 @@ def _region_dataset(
 def _with_annotations(
     options: DataOptions, regions: RegionOptions, source: RegionSource, annotations: Annotations
 ) -> np.ndarray:
-    """Rows of the images to train on, for a source that draws annotations; says what is missing, and stops for much."""
+    """Rows of the images to train on, for a source that draws annotations; says what is missing."""
     where, usable = f"--train-data {options.train_data}", source.usable()
-    bad = sum(n for reason, n in annotations.skipped.items() if reason.startswith(("annotation", "box")))
-    if bad > _LEFT_OUT * (bad + len(annotations.boxes)):
-        reasons = ", ".join(f"{n} x {r}" for r, n in annotations.skipped.items())
-        raise UserError(f"{where}: {bad} of {bad + len(annotations.boxes)} annotations are unusable ({reasons})")
     if isinstance(source, Labelled):
         if not usable.any() or not annotations.names:
             raise UserError(f"{where}: no annotation with a category; region_clip needs labels")

@@ -1,4 +1,4 @@
-"""Many crops of one image at once, on the device: bicubic resampling with antialias as two matrix products."""
+"""Many crops of one image at once, on the device."""
 
 from __future__ import annotations
 
@@ -6,33 +6,7 @@ import torch
 from torch import Tensor
 
 from open_clip.transform import crop_box, detection_size
-
-
-def _cubic(t: Tensor) -> Tensor:
-    """Keys' kernel with a = -0.5 (Pillow's), zero outside [-2, 2]."""
-    t = t.abs()
-    near = (1.5 * t - 2.5) * t * t + 1
-    far = ((-0.5 * t + 2.5) * t - 4) * t + 2
-    return torch.where(t < 1, near, torch.where(t < 2, far, torch.zeros_like(t)))
-
-
-def _weights(first: Tensor, last: Tensor, size: Tensor, offset: Tensor, length: int, canvas: int) -> Tensor:
-    """Rows that make output pixels from input pixels: ``[K, canvas, length]``, zero rows where the canvas is padding.
-
-    Args:
-        first, last: int ``[K]``, input pixels [first, last) of the region.
-        size: int ``[K]``, output pixels of the region; ``offset`` where they begin on the canvas.
-        length: input pixels of the whole image along this axis.
-    """
-    device = first.device
-    first, last, size, offset = (t[:, None, None].float() for t in (first, last, size, offset))
-    output = torch.arange(canvas, device=device)[None, :, None] - offset  # [K, canvas, 1]
-    pixel = torch.arange(length, device=device)[None, None]  # [1, 1, length]
-    scale = (last - first) / size
-    centre = first + (output + 0.5) * scale
-    weights = _cubic((pixel + 0.5 - centre) / scale.clamp(min=1))
-    weights = weights * ((pixel >= first) & (pixel < last) & (output >= 0) & (output < size))
-    return weights / weights.sum(-1, keepdim=True).clamp(min=1e-6)
+from training.engine.data.resample import resample as resample_regions
 
 
 def resample(image: Tensor, boxes: list[tuple[int, int, int, int]], canvas: int, centred: bool) -> Tensor:
@@ -47,23 +21,14 @@ def resample(image: Tensor, boxes: list[tuple[int, int, int, int]], canvas: int,
     Returns:
         float32 ``[K, 3, canvas, canvas]`` of whole values 0..255, as an 8-bit image would hold.
     """
-    height, width = image.shape[-2:]
-    device = image.device
     if not boxes:
-        return torch.zeros(0, 3, canvas, canvas, device=device)
-    sizes = [detection_size(y2 - y1, x2 - x1, canvas)[:2] for x1, y1, x2, y2 in boxes]
-    # One transfer for all numbers of the image.
-    table = torch.tensor([[*b, *s] for b, s in zip(boxes, sizes, strict=True)]).to(device, non_blocking=True)
-    x1, y1, x2, y2, rows, columns = table.unbind(1)
-    zero = torch.zeros_like(rows)
-    left, top = ((canvas - columns) // 2, (canvas - rows) // 2) if centred else (zero, zero)
-    across = _weights(x1, x2, columns, left, width, canvas)  # [K, canvas, W]
-    down = _weights(y1, y2, rows, top, height, canvas)  # [K, canvas, H]
-    with torch.autocast(device.type, enabled=False):
-        lines = torch.matmul(image.float()[None], across.transpose(1, 2)[:, None])  # [K, 3, H, canvas]
-        # An 8-bit image between the passes, as Pillow and torchvision have one.
-        lines = lines.round().clamp(0, 255)
-        return torch.matmul(down[:, None], lines).round().clamp(0, 255)  # [K, 3, canvas, canvas]
+        return torch.zeros(0, 3, canvas, canvas, device=image.device)
+    table = []  # one transfer for all numbers of the image
+    for x1, y1, x2, y2 in boxes:
+        rows, columns, _ = detection_size(y2 - y1, x2 - x1, canvas)
+        corner = ((canvas - rows) // 2, (canvas - columns) // 2) if centred else (0, 0)
+        table.append((x1, y1, x2, y2, rows, columns, *corner))
+    return resample_regions(image, torch.tensor(table), canvas)
 
 
 def device_crops(image: Tensor, boxes: Tensor, size: int, chunk: int = 32) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import random
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.engine import shards
+from training.engine.distributed import together
 from training.engine.errors import Flags, UserError
+from training.engine.files import read_file, save_atomically
+
+__all__ = [
+    "Checkpoints",
+    "by_age",
+    "find_latest",
+    "peek_checkpoint",
+    "prune",
+    "random_state",
+    "read_checkpoint",
+    "read_file",
+    "remove_unfinished",
+    "restore_random_state",
+    "save_atomically",
+    "weights_hash",
+]
 
 log = logging.getLogger(__name__)
 
@@ -22,65 +40,51 @@ STEP_CHECKPOINTS = 2  # checkpoints inside an epoch that are kept: the newest, a
 NEEDED = ("epoch", "step", "state_dict", "optimizer")  # of a training checkpoint
 
 
-def save_atomically(content: dict[str, Any], path: Path, folder_flag: str = "--logs") -> None:
-    """``torch.save`` to a temporary file, flushed to disk, then renamed; a failure leaves the old file as it was.
-
-    Args:
-        folder_flag: the option that chooses the folder, for messages.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"checkpoint {path} cannot be written ({reason}): free some space or choose another {folder_flag}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_file(path: Path) -> Any:
-    """What :func:`save_atomically` wrote, on the CPU. Nothing in it is executed, and every part's checksum is verified,
-    which torch does not: a damaged file is never taken for good.
-
-    Raises:
-        UserError: missing, or damaged.
-    """
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist: check the path")
-    try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is cut off, or no checkpoint at all")
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip and pickle raise a dozen kinds for damaged files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
-        raise UserError(f"checkpoint {path} is damaged ({reason}): use an earlier one") from error
-
-
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A training checkpoint; see :func:`read_file`.
+    """A training checkpoint; see :func:`~training.engine.files.read_file`.
+
+    Of a sharded one (a folder) the small part; each process verifies its share of the files, and all must call it.
 
     Raises:
         UserError: missing, damaged, or no training checkpoint.
     """
+    if path.is_dir():
+        content = shards.read_meta(path)
+        shards.verify(path, content)
+        return content
     content = read_file(path)
+    _check_kind(content, path)
+    return content
+
+
+def mapped_checkpoint(path: Path) -> dict[str, Any] | None:
+    """Content of a training checkpoint, its tensors read from disk when they are used; None for any other file."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # of a dozen kinds; whoever reads the file as a whole says what is wrong
+        return None
+    return content if isinstance(content, dict) and all(k in content for k in NEEDED) else None
+
+
+def peek_checkpoint(path: Path) -> None:
+    """See, without reading it all, that a file is a training checkpoint; damage inside it shows when it is read.
+
+    Raises:
+        UserError: as :func:`read_checkpoint`.
+    """
+    if path.is_dir():
+        shards.read_meta(path)
+    elif path.is_file() and zipfile.is_zipfile(path):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception:  # of a dozen kinds; reading it as a whole says what is wrong
+            content = read_file(path)
+        _check_kind(content, path)
+    else:
+        read_file(path)
+
+
+def _check_kind(content: Any, path: Path) -> None:
     missing = [k for k in NEEDED if not isinstance(content, dict) or k not in content]
     if missing:
         weights = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
@@ -88,20 +92,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"checkpoint {path} has no {', '.join(missing)}: it is no training checkpoint of this program{hint}"
         )
-    return content
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what :func:`save_atomically` leaves of a file when the process is killed while it writes."""
-    for path in folder.glob(".*.pt.*"):
+    """Delete what is left of a file, or folder, when the process is killed while it writes."""
+    for path in [*folder.glob(".*.pt.*"), *folder.glob(f".*{shards.SUFFIX}.*")]:
         if path.suffix[1:].isdigit():
-            path.unlink(missing_ok=True)
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def by_age(folder: Path, pattern: str) -> list[Path]:
+    """Checkpoints of a folder, newest first.
+
+    Args:
+        pattern: of their names, without suffix.
+    """
+    files = [f for f in folder.glob(f"{pattern}.pt") if f.is_file()]
+    files += [f for f in folder.glob(f"{pattern}{shards.SUFFIX}") if f.is_dir()]
+    return sorted(files, key=lambda f: (f.stat().st_mtime_ns, f.name), reverse=True)
 
 
 def find_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Newest complete checkpoint of a folder with its content; damaged ones are passed over with a warning."""
-    files = [f for f in folder.glob("epoch_*.pt") if f.is_file()]
-    for path in sorted(files, key=lambda f: (f.stat().st_mtime_ns, f.name), reverse=True):
+    for path in by_age(folder, "epoch_*"):
         try:
             return path, read_checkpoint(path)
         except UserError as error:
@@ -110,10 +131,9 @@ def find_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def prune(folder: Path, keep: int, pattern: str) -> None:
-    """Delete all but the ``keep`` newest checkpoints that match a pattern."""
-    files = sorted(folder.glob(pattern), key=lambda f: (f.stat().st_mtime_ns, f.name), reverse=True)
-    for path in files[keep:]:
-        path.unlink(missing_ok=True)
+    """Delete all but the ``keep`` newest checkpoints whose names (without suffix) match a pattern."""
+    for path in by_age(folder, pattern)[keep:]:
+        remove(path)
 
 
 # -- random states ----------------------------------------------------------------------------------------------------
@@ -182,17 +202,33 @@ class Checkpoints:
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_atomically(content, path, self.flags.folder)
-            for place, release in releases.items():
-                save_atomically(release, self.run / place, self.flags.folder)
+            self._write_releases(releases)
         self.last = str(path)
 
+    def write_shards(
+        self, name: str, content: dict[str, Any], tensors: dict[str, Tensor], releases: dict[str, dict[str, Any]],
+        *, rank: int,
+    ) -> None:  # fmt: skip
+        """As :meth:`write`, with all large tensors apart, of which each process has a part; every process calls it."""
+        path = (self.folder / name).with_suffix(shards.SUFFIX)
+        shards.write_shards(path, tensors, content, rank=rank, folder_flag=self.flags.folder)
+        with together():
+            if rank == 0:
+                self._write_releases(releases)
+        self.last = str(path)
+
+    def _write_releases(self, releases: dict[str, dict[str, Any]]) -> None:
+        for place, release in releases.items():
+            save_atomically(release, self.run / place, self.flags.folder)
+
     def find(self, resume: str | Path) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint to go on from, with its content: ``"latest"`` of the folder (None if there is none) or a file.
+        """The checkpoint to go on from, with its content: the folder's newest (``"latest"``, ``"auto"``; None if
+        there is none) or a file.
 
         Raises:
             UserError: the file is missing, damaged, or no training checkpoint.
         """
-        if resume == "latest":
+        if resume in ("latest", "auto"):
             found = find_latest(self.folder)
             if found is None:
                 log.warning("no complete checkpoint in %s: the run starts from the beginning", self.folder)
@@ -204,10 +240,10 @@ class Checkpoints:
 
     def prune_inside_epoch(self) -> None:
         """Of the checkpoints inside epochs keep the newest few."""
-        prune(self.folder, STEP_CHECKPOINTS, "epoch_*_step_*.pt")
+        prune(self.folder, STEP_CHECKPOINTS, "epoch_*_step_*")
 
     def prune_after_epoch(self) -> None:
         """The epoch's own checkpoint is there: those inside it go, and of whole epochs all but the newest ``keep``."""
-        prune(self.folder, 0, "epoch_*_step_*.pt")
+        prune(self.folder, 0, "epoch_*_step_*")
         if self.keep:
-            prune(self.folder, self.keep, "epoch_[0-9]*.pt")
+            prune(self.folder, self.keep, "epoch_[0-9]*")

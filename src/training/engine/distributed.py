@@ -1,10 +1,11 @@
-"""Processes: what torchrun says of this one, and the few collectives that the program needs."""
+"""Processes: what torchrun or SLURM says of this one, and the few collectives that the programs need."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,7 @@ class Dist:
 
 
 def init_distributed(device: str | None = None, backend: str | None = None, timeout_s: float = 1800) -> Dist:
-    """Join the process group that torchrun describes in the environment; a single process without it.
+    """Join the processes that torchrun, or SLURM's srun, has started; a single process without them.
 
     Args:
         device: ``"cuda"`` or ``"cpu"``; the GPU of the local rank when there is one, by default.
@@ -53,18 +54,11 @@ def init_distributed(device: str | None = None, backend: str | None = None, time
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no GPU is visible to PyTorch; use --device cpu or mend the driver")
+    adopt_slurm()
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} visible): lower NPROC"
-            )
-        torch.cuda.set_device(local_rank)
-        place = torch.device("cuda", local_rank)
-    else:
-        place = torch.device(kind)
+    place = _own_gpu(local_rank) if kind == "cuda" else torch.device(kind)
     distributed = "RANK" in os.environ and "MASTER_ADDR" in os.environ
     if distributed and not dist.is_initialized():
         timeout = datetime.timedelta(seconds=timeout_s)
@@ -72,6 +66,46 @@ def init_distributed(device: str | None = None, backend: str | None = None, time
         where = {} if store is None else {"store": store, "rank": rank, "world_size": world_size}
         dist.init_process_group(backend or ("nccl" if kind == "cuda" else "gloo"), timeout=timeout, **where)
     return Dist(rank, world_size, local_rank, place, distributed)
+
+
+def _own_gpu(local_rank: int) -> torch.device:
+    """The GPU of this process, which becomes the current one."""
+    count = torch.cuda.device_count()
+    # srun may show each task its own GPU only.
+    index = 0 if count == 1 and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else local_rank
+    if index >= count:
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU ({count} visible): start fewer processes, or use "
+            "--device cpu"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def adopt_slurm() -> None:
+    """Give the tasks of an ``srun`` without torchrun the variables that torchrun would give them.
+
+    Without it they would be as many separate runs. Only steps of several tasks count: a batch script, or a shell in an
+    allocation, has some of SLURM's variables as well but is alone.
+    """
+    environment = os.environ
+    tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks < 2 or "RANK" in environment or "SLURM_PROCID" not in environment:
+        return
+    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], str(tasks)
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    environment.setdefault("MASTER_ADDR", first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")))
+    # The same for all tasks of a step, another one for another step on the machine.
+    number = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
+    environment.setdefault("MASTER_PORT", str(20_000 + number % 10_000))
+
+
+def first_host(nodes: str) -> str:
+    """First machine of a list in SLURM's notation: ``gpu[07-09,12],login`` -> ``gpu07``."""
+    found = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,]*))?", nodes.strip())
+    if found is None:
+        raise UserError(f'SLURM_STEP_NODELIST is "{nodes}", which names no machine: set MASTER_ADDR')
+    return "".join(part for part in found.groups() if part)
 
 
 def _store_after_restart(timeout: datetime.timedelta) -> dist.Store | None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from training.engine.distributed import gather_objects
 from training.engine.loop import Loop
-from training.engine.signals import StopSignal
 
 
 @dataclass(frozen=True)
@@ -52,21 +51,15 @@ def forecast(loop: Loop, steps: int = 3) -> Forecast:
 
     The loop's weights are spoilt afterwards: the program is expected to end.
     """
-    task, accumulate = loop.task, loop.options.accum_freq
-    loop.stop = StopSignal()
+    task, accumulate, times = loop.task, loop.options.accum_freq, []
     loop.model.train()
-    times = []
-    try:
-        batches, rate = task.batches(0, 0), loop.schedule(0, 0)
-        for group in loop.optimizer.param_groups:
-            group["lr"] = rate
-        for _ in range(min(steps + 1, loop.steps_per_epoch)):
-            start = time.perf_counter()
-            loop.step([next(batches) for _ in range(accumulate)])
-            task.end_step()
-            times.append(time.perf_counter() - start)
-    finally:
-        loop.stop.restore()
+    batches, rate = task.batches(0, 0), loop.schedule(0, 0)
+    for group in loop.optimizer.param_groups:
+        group["lr"] = rate
+    for number in range(min(steps + 1, loop.steps_per_epoch)):
+        start = time.perf_counter()
+        loop.stepper([next(batches) for _ in range(accumulate)], number, stop=lambda: False).read()
+        times.append(time.perf_counter() - start)
     held = sum(_bytes(part) for part in (task.state(), loop.optimizer.state_dict()))
     released = sum(_bytes(part) for part in task.releases(loop.progress).values())
     counted = sorted(times[1:] or times)

@@ -35,12 +35,14 @@ class Flags:
     """What a program calls its options, for the messages of the engine."""
 
     resume: str = "--resume latest"
+    name: str = "--name"
     folder: str = "--logs"
     batch_size: str = "--batch-size"
     accum_freq: str = "--accum-freq"
     workers: str = "--workers"
     checkpointing: str = "--grad-checkpointing"
     lr: str = "--lr"
+    warmup: str = "--warmup"
     max_skipped: str = "--max-skipped"
     precision: str = "--precision"
 
@@ -57,11 +59,25 @@ def as_user_error(function: Callable | None = None, *args: Any, **kwargs: Any) -
         return function(*args, **kwargs)
 
 
+# What a wrong path raises; failures of the disk itself are told by explain().
+_PATHS = (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in one line; of one that the system reports, without its number and the file's name."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]
+
+
 @contextlib.contextmanager
 def _translated() -> Iterator[None]:
     try:
         yield
-    except (ValueError, RuntimeError, FileNotFoundError, ImportError) as error:
+    except _PATHS as error:
+        bare = error.filename and error.strerror  # the system's own error, without a remedy
+        text = f"{error.filename}: {error.strerror}; check the path" if bare else " ".join(str(error).split())
+        raise UserError(text) from error
+    except (ValueError, RuntimeError, ImportError) as error:
         raise UserError(" ".join(str(error).split())) from error
 
 

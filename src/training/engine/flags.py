@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, TypeVar
 
 from training.engine.errors import UserError
@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are UserErrors: one line, and the same exit for every process."""
 
     def error(self, message: str) -> None:
+        """UserError instead of the usage and an exit."""
         raise UserError(f"{message} (--help lists all flags)")
 
 
@@ -75,13 +76,13 @@ def spelling(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(group: Any, cls: type, seen: dict[str, dataclasses.Field], *, show: bool = True) -> None:
+def add_flags(group: Any, cls: type, seen: dict[str, dataclasses.Field], *, show: Container[str] | None = None) -> None:
     """Add the flags of a dataclass to an argparse group. Flags that were not given leave nothing behind.
 
     Args:
         seen: flags added so far, extended here. A flag of several dataclasses is added once; it may have another
             default in each.
-        show: whether ``--help`` lists them.
+        show: names that ``--help`` lists; None for all.
 
     Raises:
         ValueError: another dataclass has a flag of this name that takes other values.
@@ -94,7 +95,8 @@ def add_flags(group: Any, cls: type, seen: dict[str, dataclasses.Field], *, show
                 raise ValueError(f"two flags {spelling(name)} take different values: {cls.__name__} redefines it")
             continue
         seen[name] = field
-        settings["help"] = _help(settings["help"], field.default) if show else argparse.SUPPRESS
+        listed = show is None or name in show
+        settings["help"] = _help(settings["help"], field.default) if listed else argparse.SUPPRESS
         if field.default is False:
             group.add_argument(spelling(name), action="store_true", default=argparse.SUPPRESS, help=settings["help"])
         else:

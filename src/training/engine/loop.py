@@ -36,30 +36,37 @@ A minimal task, complete::
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import math
 import time
+from collections import deque
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from training.engine.checkpoint import Checkpoints
-from training.engine.distributed import Dist, all_reduce_sum, gather_objects, together, wrap
+from training.engine.distributed import Dist, gather_objects, together, wrap
 from training.engine.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
+from training.engine.flops import FlopMeter, peak_flops
 from training.engine.journal import Journal, Pace
 from training.engine.precision import Precision
 from training.engine.profiler import profile_steps
 from training.engine.resume import general_state, restore
 from training.engine.schedule import set_lr
+from training.engine.sharding import Sharded
+from training.engine.shards import tensors_of
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.skips import SkipPolicy
+from training.engine.step import Outcome, Stepper
 from training.engine.task import Batch, LoopOptions, Progress, Rate, Task
 
 __all__ = ["Batch", "Loop", "LoopOptions", "Progress", "Rate", "Task"]
 
 log = logging.getLogger(__name__)
+
+LAG = {"cuda": 1, "cpu": 0}  # steps whose numbers may be under way while the next one is made
 
 
 class Loop:
@@ -71,11 +78,18 @@ class Loop:
         dist, precision: where, and in which numbers.
 
     Raises:
-        UserError: nothing trains, or an epoch is shorter than a step.
+        UserError: nothing trains, an epoch is shorter than a step, or weights would be kept in half precision.
     """
 
     def __init__(self, task: Task, options: LoopOptions, *, dist: Dist, precision: Precision) -> None:
         self.task, self.options, self.dist, self.precision = task, options, dist, precision
+        if precision.param_dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{options.flags.precision} {precision.name} keeps the weights in half precision, where most steps of "
+                "training round to nothing: it is for evaluation; train with amp_bf16 or fp32"
+            )
+        if options.fsdp and precision.scaler is not None:
+            raise UserError(f"{options.flags.precision} {precision.name} does not go with --fsdp: use amp_bf16")
         self.steps_per_epoch = task.batches_per_epoch // options.accum_freq
         if self.steps_per_epoch == 0:
             raise UserError(
@@ -85,14 +99,22 @@ class Loop:
         self.total_steps = self.steps_per_epoch * options.epochs
         if options.max_steps:
             self.total_steps = min(self.total_steps, options.max_steps)
-        self.model: nn.Module = wrap(task.module, dist)
+        self.model: nn.Module = Sharded(task, dist) if options.fsdp else wrap(task.module, dist)
+        if options.fsdp:
+            task.inside = self.model.inside
+        task.placed()
         self.optimizer = task.optimizer()
-        self.trainable = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not self.trainable:
+        self.stepper = Stepper(
+            task, self.model, self.optimizer, precision=precision, dist=dist, clip_norm=options.clip_norm
+        )
+        if not self.stepper.parameters:
             raise UserError("nothing trains: every parameter is frozen")
         self.schedule: Rate = task.schedule(self.total_steps, self.steps_per_epoch)
         self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped)
+        dtype = precision.autocast_dtype or precision.param_dtype
+        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size, compiled=options.compiled)
         self.progress, self.pace = Progress(), Pace()
+        self.pending: deque[Outcome] = deque()
         self.journal = Journal(None)
 
     # -- the run ------------------------------------------------------------------------------------------------------
@@ -102,7 +124,7 @@ class Loop:
 
         Args:
             folder: of the run; it exists.
-            resume: ``"latest"`` (of the folder), a checkpoint file, or None.
+            resume: ``"latest"`` or ``"auto"`` (of the folder, where there is one), a checkpoint file, or None.
 
         Returns:
             Exit status: 0 done, 75 interrupted and saved.
@@ -127,7 +149,7 @@ class Loop:
             self.batches = profile_steps(task.batches, folder / "profile", options.profile * options.accum_freq)
         self.stop = StopSignal()
         try:
-            while progress.epoch < options.epochs and progress.step < self.total_steps:
+            while progress.epoch < options.epochs and progress.step < self.total_steps and not task.ended(progress):
                 self._epoch()
                 self._after_epoch()
             task.finish(folder)
@@ -142,15 +164,24 @@ class Loop:
         return EXIT_DONE
 
     def _announce(self) -> None:
-        trained, every = (sum(p.numel() for p in part) for part in (self.trainable, self.task.module.parameters()))
+        trained, every = (
+            sum(p.numel() for p in part) for part in (self.stepper.parameters, self.task.module.parameters())
+        )
         log.info(
             "%d steps an epoch, %d in all; %.1f of %.1f million parameters train",
             self.steps_per_epoch, self.total_steps, trained / 1e6, every / 1e6,
         )  # fmt: skip
+        if self.task.warmup >= self.total_steps:
+            flag = self.options.flags.warmup
+            log.warning(
+                "the warm-up of %d steps (%s) is no shorter than the run of %d steps: the rate never stays at its full "
+                "size, and little is learned; use %s %d, or train longer",
+                self.task.warmup, flag, self.total_steps, flag, self.total_steps // 10,
+            )  # fmt: skip
 
     def _epoch(self) -> None:
         """From the progress to the end of its epoch, or of the run."""
-        task, progress, accumulate = self.task, self.progress, self.options.accum_freq
+        progress, accumulate = self.progress, self.options.accum_freq
         self.end = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - progress.step)
         self.model.train()
         self.skips.reset()
@@ -162,100 +193,49 @@ class Loop:
                 waited = time.perf_counter() - clock
                 rate = self.schedule(progress.step, progress.epoch)
                 set_lr(self.optimizer, rate)
-                totals = self.step(micro)
-                task.end_step()
+                with self.flops.step(sum(b["samples"] for b in micro)):
+                    outcome = self.stepper(micro, progress.step, stop=lambda: self.stop.received)
                 progress.step += 1
                 progress.step_in_epoch += 1
-                self._judge(totals, micro)
+                self.pending.append(outcome)
+                # A GPU has the next step queued before the numbers of the last one are asked for.
+                totals = self._read(keep=0 if self._reading_is_due() else LAG[self.dist.device.type])
                 now = time.perf_counter()
                 self._report(bar, totals, rate, waited, now - clock)
                 clock = now
-                self._save_if_due(totals["stop"])
+                self._save_if_due(totals)
         progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
 
-    # -- a step -------------------------------------------------------------------------------------------------------
+    def _reading_is_due(self) -> bool:
+        """Whether the state after this very step is about to be told or saved."""
+        step, every = self.progress.step, self.options.save_every_steps
+        told = step % self.options.log_every == 0 or self.progress.step_in_epoch == self.end
+        return told or (every > 0 and step % every == 0)
 
-    def step(self, micro: list[Batch]) -> dict[str, float]:
-        """Forward, backward, and the optimizer's step where everything is finite; otherwise nothing is left of it.
-
-        Returns:
-            Sums over micro-batches and processes, ``grad_norm``, and whether the step was ``good``.
-        """
-        running = [(b, b.detach().clone()) for b in self.task.running_buffers()]
-        self.task.begin_step(micro, self.progress.step)
-        totals = self._totals(micro, self._forward_backward(micro))
-        totals["grad_norm"], totals["good"] = self._update(finite=bool(totals["finite"]))
-        if not totals["good"]:
-            with torch.no_grad():
-                for buffer, before in running:
-                    buffer.copy_(before)
+    def _read(self, *, keep: int) -> dict[str, float]:
+        """Judge all steps that are done but the ``keep`` newest; the numbers of the last one judged."""
+        totals: dict[str, float] = {}
+        while len(self.pending) > keep:
+            outcome = self.pending.popleft()
+            totals = outcome.read()
+            self._judge(outcome, totals)
         return totals
 
-    def _forward_backward(self, micro: list[Batch]) -> list[dict[str, Tensor]]:
-        """Gradients of the step: summed over micro-batches, exchanged between processes with the last one only."""
-        outputs, scaler = [], self.precision.scaler
-        for i, batch in enumerate(micro):
-            inner = i + 1 < len(micro) and hasattr(self.model, "no_sync")
-            with self.model.no_sync() if inner else contextlib.nullcontext():
-                with self.precision.autocast():
-                    output = self.model(batch)
-                (output["loss"] if scaler is None else scaler.scale(output["loss"])).backward()
-            outputs.append({k: v.detach() for k, v in output.items()})
-        return outputs
-
-    def _totals(self, micro: list[Batch], outputs: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Sums over micro-batches and processes, in one collective and one transfer: losses, samples, stop."""
-        names = sorted(outputs[0])
-        values = [torch.stack([o[n].double() for o in outputs]).sum() for n in names]
-        counts = [sum(b["samples"] for b in micro), sum(len(b["skipped"]) for b in micro), float(self.stop.received)]
-        device = values[0].device
-        packed = torch.cat([torch.stack(values), torch.tensor(counts, dtype=torch.float64, device=device)])
-        totals = dict(zip([*names, "samples", "skipped", "stop"], all_reduce_sum(packed).tolist(), strict=True))
-        totals["loss"] /= self.dist.world_size
-        totals["finite"] = abs(totals["loss"]) < float("inf")  # false for NaN as well
-        return totals
-
-    def _update(self, *, finite: bool) -> tuple[float, bool]:
-        """Clip and step, or drop gradients that are not finite.
-
-        Returns:
-            The gradient norm before clipping, and whether the step was good. float16 gradients that overflowed are: the
-            scaler drops them by itself, as it must now and then to find its scale.
-        """
-        scaler, optimizer, limit = self.precision.scaler, self.optimizer, self.options.clip_norm
-        norm = float("nan")
-        if finite:
-            if scaler is not None:
-                scaler.unscale_(optimizer)
-            # A finite loss may have gradients that are not, and one step with them would spoil every weight for good.
-            total = torch.nn.utils.get_total_norm([p.grad for p in self.trainable if p.grad is not None])
-            if limit is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.trainable, limit, total)
-            norm = total.item()
-            if scaler is not None:
-                scaler.step(optimizer)
-                scaler.update()
-            elif finite := abs(norm) < float("inf"):
-                optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return norm, finite
-
-    def _judge(self, totals: dict[str, float], micro: list[Batch]) -> None:
+    def _judge(self, outcome: Outcome, totals: dict[str, float]) -> None:
         """Count unusable samples and bad losses; stop when there are too many."""
         progress, flags = self.progress, self.options.flags
-        self.skips.name(s for batch in micro for s in batch["skipped"])
+        self.skips.name(outcome.skipped)
         self.skips.count(totals["samples"], totals["skipped"])
-        self.skips.judge(at_end=progress.step_in_epoch == self.end)
+        self.skips.judge(at_end=progress.step_in_epoch == self.end and not self.pending)
         if totals["good"]:
             progress.bad_steps = 0
             return
         progress.bad_steps += 1
-        mine = [int(i) for batch in micro for i in batch["image_ids"]]
-        ids = [i for part in gather_objects(mine) for i in part]
-        what = "gradient" if totals["finite"] else "loss"
+        ids = [i for part in gather_objects([int(i) for i in outcome.image_ids]) for i in part]
+        what = "gradient" if math.isfinite(totals["loss"]) else "loss"
         log.warning(
             "step %d: the %s is not finite (loss %s), the step is skipped (images %s)",
-            progress.step, what, totals["loss"], ids,
+            outcome.step, what, totals["loss"], ids,
         )  # fmt: skip
         if progress.bad_steps >= self.options.max_bad_steps:
             raise UserError(
@@ -278,18 +258,23 @@ class Loop:
         )
 
     def _report(self, bar: tqdm, totals: dict[str, float], rate: float, waited: float, took: float) -> None:
-        """Progress bar every step; TensorBoard and the log, with mean times, every ``log_every`` steps."""
-        progress, samples = self.progress, totals["samples"]
+        """Progress bar every step; TensorBoard and the log, with mean times, every ``log_every`` steps.
+
+        Args:
+            totals: of the step that was read last; empty while none has arrived.
+        """
+        progress, samples = self.progress, totals.get("samples", 0.0)
         bar.update(1)
-        bar.set_postfix(
-            loss=f"{totals['loss']:.4f}", lr=f"{rate:.1e}", img_s=f"{samples / max(took, 1e-9):.1f}", refresh=False
-        )
+        if totals:
+            speed = samples / max(took, 1e-9)
+            bar.set_postfix(loss=f"{totals['loss']:.4f}", lr=f"{rate:.1e}", img_s=f"{speed:.1f}", refresh=False)
         self.pace.add(samples, waited, took)
         if progress.step % self.options.log_every and progress.step_in_epoch != self.end:
             return
         pace, self.pace = self.pace, Pace()
         own = self.task.scalars(totals)
         scalars = {"train/loss": totals["loss"], "train/lr": rate, **pace.scalars()}
+        scalars |= self.flops.scalars(pace.samples_per_second)
         if totals["grad_norm"] == totals["grad_norm"]:
             scalars["train/grad_norm"] = totals["grad_norm"]
         scalars |= {k if "/" in k else f"train/{k}": v for k, v in own.items()}
@@ -317,10 +302,11 @@ class Loop:
         if due or (last and options.evaluate_last):
             self.task.evaluate(progress, self.journal)
 
-    def _save_if_due(self, stop: float) -> None:
-        every, progress = self.options.save_every_steps, self.progress
+    def _save_if_due(self, totals: dict[str, float]) -> None:
+        every, progress, stop = self.options.save_every_steps, self.progress, totals.get("stop", 0)
         inside = progress.step_in_epoch < self.end
         if stop or (every and progress.step % every == 0 and inside):
+            self._read(keep=0)
             self._save(f"epoch_{progress.epoch}_step_{progress.step_in_epoch}.pt")
             if self.dist.is_master:
                 self.checkpoints.prune_inside_epoch()
@@ -331,13 +317,20 @@ class Loop:
         """Write a checkpoint, then the files for users. Every process calls this."""
         task, progress = self.task, self.progress
         task.before_saving()
-        content = general_state(
-            task, progress, self.optimizer, self.precision.scaler, device=self.dist.device,
+        sharded, master = self.options.fsdp, self.dist.is_master
+        content = task.state() | general_state(
+            task, progress, None if sharded else self.optimizer, self.precision.scaler, device=self.dist.device,
             global_batch=self._global_batch(),
         )  # fmt: skip
-        releases = task.releases(progress)
-        with together():
-            self.checkpoints.write(name, content | task.state(), releases, write=self.dist.is_master)
+        releases = task.releases(progress) if sharded or master else {}
+        if sharded:
+            tensors = tensors_of(content["state_dict"], self.optimizer, task.module)
+            self.checkpoints.write_shards(
+                name, content | {"state_dict": {}}, tensors, releases, rank=self.dist.rank
+            )  # fmt: skip
+        else:
+            with together():
+                self.checkpoints.write(name, content, releases, write=master)
 
     def _global_batch(self) -> int:
         return self.options.batch_size * self.options.accum_freq * self.dist.world_size

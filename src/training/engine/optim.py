@@ -34,3 +34,9 @@ def adamw(
     """AdamW in one fused pass over all parameters, where their devices have it."""
     fusable = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fusable)
+
+
+def sgd(groups: list[dict], *, lr: float, momentum: float = 0.9, nesterov: bool = False) -> torch.optim.SGD:
+    """SGD with momentum, in one fused pass where the devices have it."""
+    fusable = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fusable)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from training.engine import shards
 from training.engine.checkpoint import random_state, restore_random_state
 from training.engine.distributed import Dist, gather_objects
 from training.engine.errors import Flags, UserError
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 def general_state(
     task: Task,
     progress: Progress,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     scaler: torch.amp.GradScaler | None,
     *,
     device: torch.device,
@@ -29,12 +30,13 @@ def general_state(
     """Everything that a run needs to go on, but for the task's own state; every process calls it.
 
     Args:
+        optimizer: None where its state is kept elsewhere.
         global_batch: samples of an optimizer step, of all processes.
     """
     return {
         **asdict(progress),
         "task": task.name,
-        "optimizer": optimizer.state_dict(),
+        "optimizer": {} if optimizer is None else optimizer.state_dict(),
         **({"scaler": scaler.state_dict()} if scaler is not None else {}),
         "random_states": gather_objects(random_state(device)),
         "global_batch": global_batch,
@@ -65,9 +67,13 @@ def restore(
     _check_position(content, path, global_batch, flags)
     _name_changes(content.get("args", {}), task.options())
     try:
+        if path.is_dir():
+            _load_shards(content, path, task, optimizer)
+        else:
+            shards.spread_state(content, task.state()["state_dict"], optimizer)
+            _load_optimizer(optimizer, content["optimizer"])
         task.load_state(content)
-        optimizer.load_state_dict(content["optimizer"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"checkpoint {path} does not fit this run ({reason}): give the arguments it was made with"
@@ -81,6 +87,25 @@ def restore(
         restore_random_state(states[dist.rank], dist.device)
     else:
         log.warning("resuming on %d processes a run of %d: the data order is kept", dist.world_size, len(states))
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """The moments of a checkpoint; weight decay and the like are what this run says."""
+    chosen = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, chosen, strict=True):
+        group.update(own)
+
+
+def _load_shards(content: dict[str, Any], path: Path, task: Task, optimizer: torch.optim.Optimizer) -> None:
+    """Fill the task's and the optimizer's own tensors."""
+    content["state_dict"] = task.state()["state_dict"]
+    shards.make_state(content["tensors"], optimizer, task.module)
+    tensors = shards.tensors_of(content["state_dict"], optimizer, task.module)
+    differing = sorted(tensors.keys() ^ set(content["tensors"]))
+    if differing:
+        raise ValueError(f"it differs in {len(differing)} tensors, such as {differing[0]}")
+    shards.load_tensors(path, tensors)
 
 
 def _check_identity(content: dict[str, Any], path: Path, task: Task) -> None:

@@ -70,15 +70,17 @@ def step_decay_lr(
     base: float,
     decay_epochs: Sequence[int],
     decay_factor: float = 0.1,
+    decay_steps: Sequence[int] = (),
     warmup: int = 0,
     warmup_factor: float = 0.001,
 ) -> float:
     """Rate of a step in an epoch (both from 0), as detectors train.
 
-    ``base * decay_factor^(decay epochs that are over) * warm-up``; the warm-up rises linearly from ``warmup_factor`` to
-    1 over ``warmup`` steps.
+    ``base * decay_factor^(decay epochs and decay steps that are over) * warm-up``; the warm-up rises linearly from
+    ``warmup_factor`` to 1 over ``warmup`` steps.
     """
-    rate = base * decay_factor ** sum(epoch >= e for e in decay_epochs)
+    over = sum(epoch >= e for e in decay_epochs) + sum(step >= s for s in decay_steps)
+    rate = base * decay_factor**over
     if step < warmup:
         rate *= warmup_factor + (1 - warmup_factor) * step / warmup
     return rate

@@ -55,7 +55,9 @@ class LoopOptions:
         evaluate_first: evaluate before the first step.
         evaluate_every: evaluate after every so many epochs; 0: never.
         evaluate_last: evaluate after the last step, whatever ``evaluate_every`` says.
+        compiled: whether the module is compiled; see :class:`~training.engine.flops.FlopMeter`.
         report_to: where scalars go besides the log: "tensorboard", "wandb" or "none".
+        fsdp: divide parameters and optimizer states over the processes (FSDP2).
         profile: optimizer steps to trace with torch's profiler; 0: none.
         batch_size: samples of a micro-batch of one process; with it a resumed run knows that it goes through the same
             data.
@@ -77,6 +79,8 @@ class LoopOptions:
     evaluate_first: bool = True
     evaluate_every: int = 1
     evaluate_last: bool = True
+    compiled: bool = False
+    fsdp: bool = False
     profile: int = 0
     report_to: str = "tensorboard"
     flags: Flags = field(default_factory=Flags)
@@ -95,11 +99,13 @@ class Task(ABC):
             micro-batches and processes for :meth:`scalars`. Every parameter of the optimizer gets a gradient in every
             backward pass, a zero one if need be, lest processes wait for each other.
         source: where the data comes from, for messages ("--train-data FILE").
+        warmup: steps of its schedule until the rate is at its full size, to tell a run that ends before.
     """
 
     name: str
     module: nn.Module
     source: str
+    warmup: int = 0
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -150,9 +156,29 @@ class Task(ABC):
         layers = [m for m in self.module.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
         return [b for m in layers for b in m.buffers(recurse=False)]
 
+    def ended(self, progress: Progress) -> bool:
+        """Before each epoch: whether the run is to end here, as when nothing has been gained for long. Default: no."""
+        return False
+
+    # -- full sharding ------------------------------------------------------------------------------------------------
+
     def blocks(self) -> list[nn.Module]:
-        """Parts of the module that full sharding gathers one at a time: the transformer's blocks. Default: none."""
+        """Parts of the module that full sharding gathers one at a time, as their ``forward`` is entered: the
+        transformer's blocks, but for those whose insides are used otherwise. Default: none."""
         return []
+
+    def whole_parts(self) -> list[nn.Module]:
+        """Parts of the module that full sharding leaves whole: those that go away before the first step."""
+        return []
+
+    def placed(self) -> None:
+        """Once, when the module has been placed (and sharded) and before :meth:`optimizer`; parameters are other
+        objects than before where they were sharded."""
+
+    def inside(self, call: Callable[[], Any]) -> Any:
+        """Call something that uses the module outside of its forward pass. The loop replaces this method where
+        parameters must be gathered for that."""
+        return call()
 
     # -- records ------------------------------------------------------------------------------------------------------
 
@@ -203,7 +229,11 @@ class Task(ABC):
         """On every process, right before :meth:`state`: statistics that processes keep apart are brought together."""
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
-        """Files for users of the model, written after each checkpoint: path below the run's folder -> content."""
+        """Files for users of the model, written after each checkpoint: path below the run's folder -> content.
+
+        Process 0 alone calls it; under full sharding all do, to gather what is divided
+        (:func:`~training.engine.sharding.whole_state`).
+        """
         return {}
 
     def finish(self, folder: Path) -> None:

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from open_clip.transform import crop_region, resize_longest
 from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
-from training.engine.data.masks import grid_masks, read_segment_ids, tight_box
+from training.engine.data.masks import read_segment_ids, tight_box
 from training.engine.data.samples import Skipped, black, check_image_root, stack_padded
+from training.engine.data.workers import Loader
 from training.engine.errors import UserError
+from training.evaluation.grid_masks import grid_masks
 from training.evaluation.options import EvalOptions
 
 MAX_SEGMENTS = 100  # per image, counted before the area limits, as in the published evaluation
@@ -139,7 +141,7 @@ class PanopticDataset(Dataset):
         patch_size: p.
         crop_size: n, the model's native size.
         min_size, max_size: limits of the square root of a box's area, in pixels of the file.
-        mask_antialias: see :func:`training.engine.data.masks.grid_masks`.
+        mask_antialias: see :func:`training.evaluation.grid_masks.grid_masks`.
     """
 
     def __init__(
@@ -342,11 +344,11 @@ def build_eval_data(
     ):
         check_image_root(root, names, annotations.file, flag)
     share = range(rank, len(dataset), world_size)
-    loader = DataLoader(
+    loader = Loader(
         dataset,
+        workers=min(workers, len(share)),
         batch_size=batch_size,
         sampler=share,
-        num_workers=min(workers, len(share)),
         collate_fn=collate_panoptic,
         pin_memory=torch.cuda.is_available(),
         # Workers end with the pass: they would idle through the epochs between two evaluations.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from open_clip import CLIP
+from open_clip.readouts import Unread, build_readout, freeze_unread
 from open_clip.regions import roi_features
 from training.engine.flags import flag
 from training.teachers.build import Teacher
@@ -86,8 +87,12 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
-        """The losses of a prepared batch, summed over its items, by the names of ``weights``; and what ``logs`` names."""
+        """The losses of a prepared batch, summed over its items, by the names of ``weights``, and all of ``logs``."""
         raise NotImplementedError
+
+    def unread(self) -> list[Unread]:
+        """Parameters of the student's image tower, or parts of them, that no loss reaches; they do not decay either."""
+        return []
 
     def prepare(self, batches: list[dict], *, seed: int) -> None:
         """Ahead of the counts of a step: what all its micro-batches have in common, or teachers' answers that the
@@ -182,11 +187,17 @@ class Method(nn.Module):
 
 
 @dataclass(frozen=True)
-class RegionFlags:
-    """Flags of methods on region embeddings."""
+class DenseFlags:
+    """Flags of methods that read a dense map."""
+
+    multiscale: bool = flag(False, "resize each step's images to a random size")
+
+
+@dataclass(frozen=True)
+class RegionFlags(DenseFlags):
+    """Flags of methods that read nothing but regions."""
 
     extract_type: str = flag("v2", "RoIAlign (v2) or masked tokens (v1, CLIP ViT only)", choices=("v1", "v2"))
-    multiscale: bool = flag(False, "resize each step's images to a random size")
 
 
 class RegionMethod(Method):
@@ -198,7 +209,8 @@ class RegionMethod(Method):
     Args:
         extract_type: ``"v2"`` (RoIAlign) or ``"v1"`` (masked tokens, CLIP ViT only).
         multiscale: resize each step's images to a random size of :func:`multiscale_sizes`, bilinearly.
-        readout: dense reading; None for the student's own.
+        readout: dense reading, which becomes the student's own and is released with its weights; None for the one
+            that it has.
     """
 
     def __init__(
@@ -213,18 +225,23 @@ class RegionMethod(Method):
         world_size: int = 1,
     ) -> None:
         super().__init__(student=student, teachers=teachers, weights=weights, world_size=world_size)
-        self.extract_type, self.multiscale, self.readout = extract_type, multiscale, readout
+        self.extract_type, self.multiscale = extract_type, multiscale
         self.size: int | None = None
+        visual = student.visual
+        if readout is not None and build_readout(readout, visual).name != visual.readout.name:
+            visual.set_readout(readout)
         self.freeze_unreached()
 
     def freeze_unreached(self) -> None:
         """Freeze what a loss on region embeddings never reaches."""
         self.student.lock_text_tower()
         self.freeze_scale()
-        # Of the reading "v1" all blocks are ordinary ones, and every parameter takes part.
-        if self.extract_type == "v2":
-            for parameter in self.student.visual.unreached_by_dense():
-                parameter.requires_grad_(False)
+        freeze_unread(self.unread())
+
+    def unread(self) -> list[Unread]:
+        """What the dense reading leaves out; of extraction "v1" every parameter takes part."""
+        visual = self.student.visual
+        return visual.readout.unread(visual) if self.extract_type == "v2" else []
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions of a batch."""
@@ -253,6 +270,12 @@ class RegionMethod(Method):
             self.images(batch), batch["boxes"], normalize=True, extract_type=self.extract_type
         )
         return regions.float()
+
+    def read(self, images: Tensor, projections: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
+        """(dense map ``[B, D, h, w]``, by name the asked ``q``, ``k``, ``v`` ``[B, N, W]`` of the last block)."""
+        visual = self.student.visual
+        inputs = visual.block_inputs(images, {*visual.readout.blocks(visual), *([-1] if projections else [])})
+        return visual.readout.map(inputs), {which: inputs.projection(which) for which in projections}
 
     def pool_regions(self, dense: Tensor, batch: dict) -> Tensor:
         """Embeddings ``[K, D]`` of a batch's boxes from a map ``[B, D, h, w]``, float32, unit length."""

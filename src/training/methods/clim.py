@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from open_clip import CLIP
+from open_clip.readouts import Unread
 from training.engine.flags import COUNT, flag
 from training.methods.base import RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
@@ -26,8 +28,10 @@ class CLIMFlags:
 def mosaic(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """(``[3, side * s, side * s]``, boxes ``[side**2, 4]`` in 0..1) of images ``[side**2, 3, s, s]``, rows first."""
     rows = images.unflatten(0, (side, side)).permute(2, 0, 3, 1, 4)  # [3, row, y, column, x]
-    y, x = torch.meshgrid(*(torch.arange(side, device=images.device),) * 2, indexing="ij")
-    boxes = torch.stack([x, y, x + 1, y + 1], -1).flatten(0, 1) / side
+    edges = torch.linspace(0, 1, side + 1, device=images.device)
+    y1, x1 = torch.meshgrid(edges[:-1], edges[:-1], indexing="ij")
+    y2, x2 = torch.meshgrid(edges[1:], edges[1:], indexing="ij")
+    boxes = torch.stack([x1, y1, x2, y2], -1).flatten(0, 1)
     return rows.flatten(3, 4).flatten(1, 2), boxes
 
 
@@ -41,8 +45,8 @@ class CLIM(RegionMethod):
     Args:
         student: the model that trains.
         mosaic_size, mosaics: see the flags.
-        rank, world_size: this process among all.
-        readout: dense reading.
+        rank: this process.
+        more: see :class:`~training.methods.base.RegionMethod`.
     """
 
     groups = {"contrast": "pairs", "correct": "pairs"}
@@ -50,9 +54,9 @@ class CLIM(RegionMethod):
 
     def __init__(
         self, *, student: CLIP, mosaic_size: int = 1024, mosaics: tuple[int, ...] = (2, 3, 4), rank: int = 0,
-        world_size: int = 1, readout: str | None = None,
+        **more: Any,
     ) -> None:  # fmt: skip
-        super().__init__(student=student, weights={"contrast": 1.0}, world_size=world_size, readout=readout)
+        super().__init__(student=student, weights={"contrast": 1.0}, **more)
         self.mosaic_size, self.mosaics, self.rank = mosaic_size, mosaics, rank
 
     def freeze_unreached(self) -> None:
@@ -60,6 +64,10 @@ class CLIM(RegionMethod):
         self.student.lock_text_tower()
         if self.student.logit_bias is not None:
             self.student.logit_bias.requires_grad_(False)
+
+    def unread(self) -> list[Unread]:
+        """Nothing."""
+        return []
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Pairs of a batch."""
@@ -103,9 +111,8 @@ class CLIM(RegionMethod):
 def build(options: CLIMFlags, setting: Setting) -> CLIM:
     """CLIM as the flags say."""
     return CLIM(
-        student=setting.student, mosaic_size=options.mosaic_size, mosaics=options.mosaics, rank=setting.rank,
-        world_size=setting.world_size, readout=setting.readout,
-    )  # fmt: skip
+        **setting.common(), mosaic_size=options.mosaic_size, mosaics=options.mosaics, rank=setting.rank
+    )
 
 
 METHOD = Entry(
@@ -116,7 +123,7 @@ METHOD = Entry(
     sources=("contrastive",),
     losses=("contrast",),
     texts=True,
-    learns_from=("captions",),
+    learns_from=lambda options: ("captions",),
     recipes={
         "clim-b16": "--model ViT-B-16-quickgelu --lock-image --lock-image-unlocked-groups 6 --alpha 0.7 "
         "--batch-size 32 --epochs 100",

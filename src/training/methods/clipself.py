@@ -50,11 +50,13 @@ class CLIPSelf(RegionMethod):
 def build(options: CLIPSelfFlags, setting: Setting) -> CLIPSelf:
     """CLIPSelf as the flags say."""
     return CLIPSelf(
-        student=setting.student, teachers=setting.teachers, cosine_weight=options.cosine_weight,
-        extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        **setting.common(), cosine_weight=options.cosine_weight, extract_type=options.extract_type,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
+
+_B16 = "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7"
+_L14 = "--model EVA02-CLIP-L-14-336 --det-image-size 896 --lock-image --lock-image-unlocked-groups 24 --alpha 0.95"
 
 METHOD = Entry(
     name="clipself",
@@ -65,4 +67,12 @@ METHOD = Entry(
     losses=("distance",),
     fields=lambda options: ("crops",),
     teachers=lambda options: (crop_teacher(options),),
+    recipes={
+        "clipself-b16": _B16,
+        "clipself-l14": _L14,
+        "clipself-b16-proposals": f"{_B16} --dataset-type proposals_distill",
+        "clipself-l14-proposals": f"{_L14} --dataset-type proposals_distill",
+        "clipself-b16-window": f"{_B16} --readout window",
+        "clipself-l14-window": f"{_L14} --readout window",
+    },
 )

@@ -1,4 +1,4 @@
-"""Symmetric cross-entropy of paired embeddings over all processes (CLIP, 2021), with gradients through the gathering."""
+"""Symmetric cross-entropy of paired embeddings over all processes (CLIP, 2021), with gradients through gathering."""
 
 from __future__ import annotations
 

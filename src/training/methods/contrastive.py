@@ -72,8 +72,7 @@ METHOD = Entry(
     build=build,
     sources=("contrastive",),
     losses=("contrast",),
-    readout=None,
     texts=True,
     trains_texts=True,
-    learns_from=("captions",),
+    learns_from=lambda options: ("captions",),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,3 +123,24 @@ def semantic_loss(
     log_own, log_target = similar.log_softmax(1), target.log_softmax(1)
     divergence = (log_own.exp() * (log_own - log_target)).sum()
     return F.huber_loss(similar, target, delta=0.1, reduction="sum") + 0.1 * divergence
+
+
+def batch_semantics(
+    batch: dict, dense: Tensor, start: Tensor, vfm: Tensor, labels: Tensor, rich: Tensor, **settings: Any
+) -> Tensor:
+    """:func:`semantic_loss` of a batch, summed over the names of all its images.
+
+    Args:
+        batch: with ``classes [M]`` and the images that they belong to, ``classes_of [M]``.
+        dense, start: maps ``[B, D, h, w]`` of student and frozen model.
+        vfm: map of the foundation model, of any grid.
+        labels, rich: text features ``[C, D]``.
+    """
+    grid = tuple(dense.shape[-2:])
+    vfm = cells_of(vfm, grid)
+    total = dense.new_zeros((), dtype=torch.float32)
+    with torch.autocast(dense.device.type, enabled=False):
+        for image, (own, theirs) in enumerate(zip(cells_of(dense), cells_of(start, grid), strict=True)):
+            ids = batch["classes"][batch["classes_of"] == image]
+            total = total + semantic_loss(own, theirs, vfm[image], labels[ids], rich[ids], **settings)
+    return total

@@ -11,7 +11,7 @@ from torch import Tensor
 from open_clip import CLIP
 from training.engine.errors import UserError
 from training.engine.flags import NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod
+from training.methods.base import DenseFlags, RegionMethod
 from training.methods.correlation import cells_of, correlation_loss
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -22,7 +22,7 @@ CONTEXT = {"qq": ("q",), "kk": ("k",), "vv": ("v",), "csa": ("q", "k")}
 
 
 @dataclass(frozen=True)
-class DeCLIPFlags(RegionFlags, CropTeacherFlags, VisionTeacherFlags):
+class DeCLIPFlags(DenseFlags, CropTeacherFlags, VisionTeacherFlags):
     """Flags of DeCLIP."""
 
     cosine_weight: float = flag(1.0, "weight of the cosine of region and crop", type=NOT_NEGATIVE)
@@ -62,7 +62,7 @@ class DeCLIP(RegionMethod):
             raise UserError(f"--readout {readout} has no context to distil: use {', '.join(CONTEXT)}")
         weights = {n: w for n, w in (("distance", cosine_weight), ("context", context_weight)) if w}
         super().__init__(student=student, teachers=teachers, weights=weights, readout=readout, **more)
-        self.as_released = as_released
+        self.projections, self.as_released = CONTEXT[readout], as_released
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, and images: correlations are averaged over these."""
@@ -71,7 +71,7 @@ class DeCLIP(RegionMethod):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """Distance summed over regions, and context over images."""
-        dense, tokens = self.read(self.images(batch), CONTEXT[self.readout])
+        dense, tokens = self.read(self.images(batch), self.projections)
         return self.content_and_context(batch, dense, tokens)
 
     def content_and_context(self, batch: dict, dense: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,9 +100,8 @@ class DeCLIP(RegionMethod):
 def build(options: DeCLIPFlags, setting: Setting) -> DeCLIP:
     """DeCLIP as the flags say."""
     return DeCLIP(
-        student=setting.student, teachers=setting.teachers, cosine_weight=options.cosine_weight,
-        context_weight=options.context_weight, as_released=options.as_released, extract_type=options.extract_type,
-        multiscale=options.multiscale, readout=setting.readout, world_size=setting.world_size,
+        **setting.common(), cosine_weight=options.cosine_weight, context_weight=options.context_weight,
+        as_released=options.as_released, multiscale=options.multiscale,
     )  # fmt: skip
 
 

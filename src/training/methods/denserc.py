@@ -1,4 +1,4 @@
-"""DenseRC (CVPR 2026): the gated values of the last layers as the dense reading, kept coherent by a foundation model."""
+"""DenseRC (CVPR 2026): gated values of the last layers as the dense reading, kept coherent by a foundation model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from open_clip import CLIP
 from training.engine.flags import NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod
+from training.methods.base import DenseFlags, RegionMethod
 from training.methods.correlation import cells_of, correlation_loss
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -18,7 +18,7 @@ from training.teachers.describe import CropTeacherFlags, VisionTeacherFlags, cro
 
 
 @dataclass(frozen=True)
-class DenseRCFlags(RegionFlags, CropTeacherFlags, VisionTeacherFlags):
+class DenseRCFlags(DenseFlags, CropTeacherFlags, VisionTeacherFlags):
     """Flags of DenseRC."""
 
     cosine_weight: float = flag(1.0, "weight of the cosine of region and crop", type=NOT_NEGATIVE)
@@ -60,16 +60,15 @@ class DenseRC(RegionMethod):
         if "coherence" in self.weights:
             target = self.ask("vfm", batch)
             own = cells_of(dense, target.shape[-2:])
-            out["coherence"] = correlation_loss([own], cells_of(target), "images")
+            out["coherence"] = correlation_loss([own], cells_of(target), "mse")
         return out
 
 
 def build(options: DenseRCFlags, setting: Setting) -> DenseRC:
     """DenseRC as the flags say."""
     return DenseRC(
-        student=setting.student, teachers=setting.teachers, cosine_weight=options.cosine_weight,
-        coherence_weight=options.coherence_weight, extract_type=options.extract_type, multiscale=options.multiscale,
-        readout=setting.readout, world_size=setting.world_size,
+        **setting.common(), cosine_weight=options.cosine_weight, coherence_weight=options.coherence_weight,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
 
@@ -85,7 +84,7 @@ METHOD = Entry(
         *([crop_teacher(options)] if options.cosine_weight else []),
         *([vision_teacher(options)] if options.coherence_weight else []),
     ),
-    readout="gated",
+    readout="gated:3",
     recipes={
         "denserc-b16": "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7 "
         "--batch-size 4",

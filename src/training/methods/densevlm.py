@@ -85,7 +85,11 @@ class DenseVLM(RegionMethod):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """The divergence by kind, summed over regions."""
-        own = self.logits(self.embed_regions(batch), self.student_classes)
+        return self.divergences(self.embed_regions(batch), batch)
+
+    def divergences(self, regions: Tensor, batch: dict) -> dict[str, Tensor]:
+        """:meth:`losses` of the student's regions ``[K, D]``."""
+        own = self.logits(regions, self.student_classes)
         out = {}
         for kind, chosen in batch["of_kind"].items():
             columns = slice(self.things) if kind == "things" else slice(None)
@@ -101,11 +105,10 @@ def build(options: DenseVLMFlags, setting: Setting) -> DenseVLM:
         raise UserError("--method densevlm needs --names, a json list of {name, isthing} of the classes to tell apart")
     names, things = read_names(options.names)
     return DenseVLM(
-        student=setting.student, teachers=setting.teachers, student_classes=setting.embed(names),
-        teacher_classes=setting.embed(names, teacher="dense"), things=things, weight=options.alignment_weight,
-        threshold=options.threshold, temperature=options.logit_temperature, as_released=options.as_released,
-        extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        **setting.common(), student_classes=setting.embed(names), teacher_classes=setting.embed(names, teacher="dense"),
+        things=things, weight=options.alignment_weight, threshold=options.threshold,
+        temperature=options.logit_temperature, as_released=options.as_released, extract_type=options.extract_type,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
 

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from open_clip import CLIP
+from open_clip.readouts import Unread
 from training.engine.flags import COUNT, NOT_NEGATIVE, flag
-from training.methods.base import RegionFlags, RegionMethod
+from training.methods.base import DenseFlags, RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
 from training.methods.registry import Entry, Setting
 
 
 @dataclass(frozen=True)
-class FineCLIPFlags(RegionFlags):
+class FineCLIPFlags(DenseFlags):
     """Flags of FineCLIP."""
 
     cosine_weight: float = flag(1.0, "weight of the cosine of region and crop", type=NOT_NEGATIVE)
@@ -57,6 +58,10 @@ class FineCLIP(RegionMethod):
         if self.student.logit_bias is not None:
             self.student.logit_bias.requires_grad_(False)
         self.student.logit_scale.requires_grad_({"captions", "region_captions"} & set(self.weights) != set())
+
+    def unread(self) -> list[Unread]:
+        """Nothing."""
+        return []
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, captions and region captions (with the released code's rows of zeros)."""
@@ -107,10 +112,9 @@ class FineCLIP(RegionMethod):
 def build(options: FineCLIPFlags, setting: Setting) -> FineCLIP:
     """FineCLIP as the flags say."""
     return FineCLIP(
-        student=setting.student, cosine_weight=options.cosine_weight, caption_weight=options.caption_weight,
+        **setting.common(), cosine_weight=options.cosine_weight, caption_weight=options.caption_weight,
         region_caption_weight=options.region_caption_weight, padded_to=options.max_boxes * options.as_released,
-        rank=setting.rank, extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        rank=setting.rank, multiscale=options.multiscale,
     )  # fmt: skip
 
 
@@ -132,6 +136,6 @@ METHOD = Entry(
     losses=("distance", "captions", "region_captions"),
     fields=fineclip_fields,
     texts=True,
-    learns_from=("boxes", "captions"),
+    learns_from=lambda options: ("captions",),
     recipes={"fineclip-b16": _B16, "fineclip-b16-released": f"{_B16} --as-released"},
 )

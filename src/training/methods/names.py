@@ -1,4 +1,4 @@
-"""Lists of class names, and richer texts about them, that methods learn from. Read from disk or from URLs."""
+"""Class names that methods learn from: lists of them, richer texts, and which of them an image shows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 import logging
 from collections.abc import Sequence
 from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from training.engine.data.images import ImageError, first_line, read_bytes
 from training.engine.errors import UserError
@@ -79,3 +83,18 @@ def read_texts(path: str, names: Sequence[str], flag: str = "--rich-texts") -> l
         log.warning("%s %s: nothing about %d of %d classes, e.g. %r: their names stand in", flag, path, len(missing),
                     len(names), missing[0])  # fmt: skip
     return [texts.get(n, n) for n in names]
+
+
+def choose_classes(batch: dict, names: Tensor) -> None:
+    """Give a batch ``classes [M]`` and their images ``classes_of [M]``: the nearest name of each crop, once an image.
+
+    Args:
+        batch: with the teacher's answers to ``crops``.
+        names: text features ``[C, D]``.
+    """
+    chosen = (batch["answers"]["crops"].float() @ F.normalize(names, dim=-1).T).argmax(1)
+    owner = torch.repeat_interleave(
+        torch.arange(len(batch["boxes"]), device=chosen.device),
+        torch.tensor([len(b) for b in batch["boxes"]], device=chosen.device),
+    )
+    batch["classes_of"], batch["classes"] = torch.stack([owner, chosen], 1).unique(dim=0).unbind(1)

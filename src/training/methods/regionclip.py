@@ -89,9 +89,8 @@ class RegionCLIP(RegionMethod):
 def build(options: RegionCLIPFlags, setting: Setting) -> RegionCLIP:
     """RegionCLIP as the flags say."""
     return RegionCLIP(
-        student=setting.student, noun_embeddings=setting.embed(None), contrast_weight=options.contrast_weight,
-        extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        **setting.common(), noun_embeddings=setting.embed(None), contrast_weight=options.contrast_weight,
+        extract_type=options.extract_type, multiscale=options.multiscale,
     )  # fmt: skip
 
 
@@ -103,5 +102,10 @@ METHOD = Entry(
     sources=("region_clip",),
     losses=("contrast",),
     fields=lambda options: ("labels",),
-    learns_from=("boxes", "class names"),
+    learns_from=lambda options: ("class names",),
+    recipes={
+        "regionclip-b16": "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7",
+        "regionclip-l14": "--model EVA02-CLIP-L-14-336 --det-image-size 896 --lock-image "
+        "--lock-image-unlocked-groups 24 --alpha 0.95",
+    },
 )

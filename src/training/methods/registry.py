@@ -27,7 +27,7 @@ class Setting:
     Attributes:
         student: the model that trains, on its device, locked as the flags say.
         teachers: those that the method asked for, by name; without those whose answers are kept.
-        readout: name of the dense reading that is trained.
+        readout: name of the dense reading that is trained; None for the student's own.
         class_names: of the annotations' categories, by label; None without.
         embed: (names, teacher's name or None for the student) -> class embeddings ``[C, D]`` of unit length on the
             device; with None for the names those of ``class_names``, or of the file that a flag names.
@@ -41,6 +41,13 @@ class Setting:
     embed: Embed | None = None
     rank: int = 0
     world_size: int = 1
+
+    def common(self) -> dict[str, Any]:
+        """What every region method is made with: student, teachers, readout and world size."""
+        return {
+            "student": self.student, "teachers": self.teachers, "readout": self.readout,
+            "world_size": self.world_size,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,11 @@ class Entry:
         fields: options -> what samples must have besides image and boxes: ``crops``, ``labels``, ``captions``,
             ``region_captions``, ``classes``.
         teachers: options -> its teachers.
-        readout: dense reading that it trains unless ``--readout`` says otherwise; None where it trains none.
+        readout: dense reading that it trains unless ``--readout`` says otherwise; None for the start model's own, which
+            is the value path unless its weights name another.
         texts: whether it runs the student's text tower in each step.
         trains_texts: whether that tower trains.
-        learns_from: what people made for its data: ``boxes``, ``class names``, ``captions``; none if empty.
+        learns_from: options -> what people wrote about its data, besides boxes: ``class names``, ``captions``.
         recipes: name -> command line that it stands for.
     """
 
@@ -72,10 +80,10 @@ class Entry:
     losses: tuple[str, ...]
     fields: Callable[[Any], tuple[str, ...]] = lambda options: ()
     teachers: Callable[[Any], tuple[TeacherSpec, ...]] = lambda options: ()
-    readout: str | None = "value"
+    readout: str | None = None
     texts: bool = False
     trains_texts: bool = False
-    learns_from: tuple[str, ...] = ()
+    learns_from: Callable[[Any], tuple[str, ...]] = lambda options: ()
     recipes: Mapping[str, str] = field(default_factory=dict)
 
 

@@ -11,7 +11,7 @@ from torchvision.ops import roi_align
 
 from open_clip import CLIP
 from training.engine.flags import NOT_NEGATIVE, POSITIVE, flag
-from training.methods.base import RegionFlags, RegionMethod
+from training.methods.base import DenseFlags, RegionMethod
 from training.methods.correlation import cells_of, correlation_loss
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
@@ -19,7 +19,7 @@ from training.teachers.describe import CropTeacherFlags, TeacherSpec, crop_teach
 
 
 @dataclass(frozen=True)
-class SCFlags(RegionFlags, CropTeacherFlags):
+class SCFlags(DenseFlags, CropTeacherFlags):
     """Flags of spatial correlation distillation."""
 
     cosine_weight: float = flag(1.0, "weight of the cosine of region and crop", type=NOT_NEGATIVE)
@@ -77,10 +77,8 @@ def region_grids(dense: Tensor, boxes: list[Tensor], side: int) -> Tensor:
 def build(options: SCFlags, setting: Setting) -> SC:
     """SC as the flags say."""
     return SC(
-        student=setting.student, teachers=setting.teachers, cosine_weight=options.cosine_weight,
-        correlation_weight=options.correlation_weight, temperature=options.correlation_temperature,
-        one_sided=not options.both_sides, extract_type=options.extract_type, multiscale=options.multiscale,
-        readout=setting.readout, world_size=setting.world_size,
+        **setting.common(), cosine_weight=options.cosine_weight, correlation_weight=options.correlation_weight,
+        temperature=options.correlation_temperature, one_sided=not options.both_sides, multiscale=options.multiscale,
     )  # fmt: skip
 
 

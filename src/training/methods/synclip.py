@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from training.engine.errors import UserError
 from training.engine.flags import COUNT, NOT_NEGATIVE, SHARE, flag
-from training.methods.correlation import cells_of, semantic_loss
-from training.methods.declip import CONTEXT, DeCLIP, DeCLIPFlags
-from training.methods.names import read_names, read_texts
+from training.methods.correlation import batch_semantics
+from training.methods.declip import DeCLIP, DeCLIPFlags
+from training.methods.names import choose_classes, read_names, read_texts
 from training.methods.registry import Entry, Setting
 from training.teachers.describe import TeacherSpec, crop_teacher, vision_teacher
 
@@ -36,12 +34,12 @@ class SynCLIPFlags(DeCLIPFlags):
 
 
 class SynCLIP(DeCLIP):
-    """DeCLIP's losses and :func:`semantic_loss`, a mean over all names of the step's images.
+    """DeCLIP's losses and :func:`~training.methods.correlation.semantic_loss`, a mean over all names of a step.
 
     Args:
         teachers: also ``start``, the frozen start model's dense map; ``vfm`` even without context.
         labels, rich: text features ``[C, D]`` of all names.
-        semantic: weight, shares, neighbours and kind, see :func:`semantic_loss`.
+        semantic: weight, shares, neighbours and kind, see :func:`~training.methods.correlation.semantic_loss`.
         choose: names of an image are the teacher's nearest for each of its crops, instead of ``batch["classes"]``.
         more: see :class:`DeCLIP`.
     """
@@ -61,14 +59,7 @@ class SynCLIP(DeCLIP):
         super().prepare(batches, seed=seed)
         for batch in batches if self.choose else []:
             batch["answers"] = {**batch.get("answers", {}), "crops": self.ask("crops", batch)}
-            names = F.normalize(self.label_texts, dim=-1)
-            chosen = (batch["answers"]["crops"].float() @ names.T).argmax(1)
-            owner = torch.repeat_interleave(
-                torch.arange(len(batch["boxes"]), device=chosen.device),
-                torch.tensor([len(b) for b in batch["boxes"]], device=chosen.device),
-            )
-            pairs = torch.stack([owner, chosen], 1).unique(dim=0)
-            batch["classes_of"], batch["classes"] = pairs.unbind(1)
+            choose_classes(batch, self.label_texts)
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, images and names."""
@@ -76,16 +67,11 @@ class SynCLIP(DeCLIP):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """DeCLIP's, and the semantics summed over names."""
-        dense, tokens = self.read(self.images(batch), CONTEXT[self.readout])
+        dense, tokens = self.read(self.images(batch), self.projections)
         out = self.content_and_context(batch, dense, tokens)
-        start, vfm = self.ask("start", batch), cells_of(self.ask("vfm", batch), dense.shape[-2:])
-        total = dense.new_zeros((), dtype=torch.float32)
-        with torch.autocast(dense.device.type, enabled=False):
-            for image, cells in enumerate(cells_of(dense)):
-                ids = batch["classes"][batch["classes_of"] == image]
-                texts = self.label_texts[ids], self.rich_texts[ids]
-                total = total + semantic_loss(cells, cells_of(start)[image], vfm[image], *texts, **self.semantic)
-        return {**out, "semantics": total}
+        start, vfm = self.ask("start", batch), self.ask("vfm", batch)
+        texts = self.label_texts, self.rich_texts
+        return {**out, "semantics": batch_semantics(batch, dense, start, vfm, *texts, **self.semantic)}
 
 
 def build(options: SynCLIPFlags, setting: Setting) -> SynCLIP:
@@ -101,10 +87,9 @@ def build(options: SynCLIPFlags, setting: Setting) -> SynCLIP:
     semantic = dict(weight=options.semantic_weight, share=(options.semantic_share, options.spatial_share),
                     neighbours=options.neighbours, kind=options.semantic_loss)  # fmt: skip
     return SynCLIP(
-        student=setting.student, teachers=setting.teachers, labels=labels, rich=rich, semantic=semantic, choose=choose,
+        **setting.common(), labels=labels, rich=rich, semantic=semantic, choose=choose,
         cosine_weight=options.cosine_weight, context_weight=options.context_weight, as_released=options.as_released,
-        extract_type=options.extract_type, multiscale=options.multiscale, readout=setting.readout,
-        world_size=setting.world_size,
+        multiscale=options.multiscale,
     )  # fmt: skip
 
 
@@ -134,7 +119,7 @@ METHOD = Entry(
     fields=synclip_fields,
     teachers=synclip_teachers,
     readout="csa",
-    learns_from=("boxes", "class names"),
+    learns_from=lambda options: ("class names",) if options.classes_from == "annotations" else (),
     recipes={
         "synclip-b16": f"{_B16} --lr 2e-5 --batch-size 4",
         "synclip-b16-script": f"{_B16} {_SCRIPT}",

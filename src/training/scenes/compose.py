@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image
 
-from training.scenes.draw import COLORS, PATTERNS, SHAPES, TEXTURES, camera, noise, paint_object
+from training.scenes import exchange
+from training.scenes.draw import COLORS, PATTERNS, SHAPES, TEXTURES, camera, noise, paint_object, pattern_wave
 
 PHRASES = (
     *("a photo of {}.",) * 14, "a picture of {}.", "there is {} in the scene.", "this is a photo of {}.", "itap of {}.",
@@ -44,6 +46,8 @@ class SceneOptions:
         max_objects: objects per scene, 1 to this many.
         min_aspect: the shorter side is a random share of the longer one, from this to 1.
         pair_size: side of the pictures in ``pairs/``, in pixels.
+        exchange_colors: all segments of a scene wear the same two colours (:mod:`training.scenes.exchange`), and a
+            thing's class is its pattern and shape ("dotted star").
     """
 
     size: int = 128
@@ -56,6 +60,20 @@ class SceneOptions:
     max_objects: int = 5
     min_aspect: float = 1.0
     pair_size: int = 64
+    exchange_colors: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.size, self.pair_size) < 16:
+            raise ValueError(f"size {self.size}, pair_size {self.pair_size}: scenes have at least 16 pixels")
+        if not 0 < self.min_object <= self.max_object <= 1:
+            raise ValueError(
+                f"min_object {self.min_object:g}, max_object {self.max_object:g}: shares of the image, the first no "
+                "more than the second"
+            )
+        if not 0 < self.min_aspect <= 1 or self.max_objects < 1:
+            raise ValueError(
+                f"min_aspect {self.min_aspect:g}, max_objects {self.max_objects}: above 0 to 1, and 1 or more"
+            )
 
 
 @dataclass
@@ -84,11 +102,16 @@ def categories(options: SceneOptions) -> list[Category]:
     Raises:
         ValueError: more classes are asked for than there are.
     """
-    limit = len(COLORS) * len(SHAPES)
+    limit = len(COLORS) * len(SHAPES) if not options.exchange_colors else len(exchange.PATTERNS) * len(SHAPES)
     if not 1 <= options.things <= limit:
         raise ValueError(f"{options.things} thing classes: there are 1 to {limit}")
     if not 1 <= options.stuff <= len(TEXTURES):
         raise ValueError(f"{options.stuff} stuff classes: there are 1 to {len(TEXTURES)}")
+    stuff = [Category(options.things + k + 1, name, False) for k, name in enumerate(list(TEXTURES)[: options.stuff])]
+    if options.exchange_colors:
+        kinds = [(exchange.PATTERNS[(i + i // len(exchange.PATTERNS) // 2) % len(exchange.PATTERNS)],
+                  list(SHAPES)[i % len(SHAPES)]) for i in range(limit)][: options.things]  # fmt: skip
+        return [Category(i + 1, f"{p} {s}", True, "", s, p) for i, (p, s) in enumerate(kinds)] + stuff
     n_colors = options.colors or min(len(COLORS), math.ceil(math.sqrt(options.things)))
     n_colors = max(n_colors, math.ceil(options.things / len(SHAPES)))
     rows = math.ceil(options.things / n_colors)
@@ -104,13 +127,11 @@ def categories(options: SceneOptions) -> list[Category]:
         pattern = PATTERNS[row % len(PATTERNS)] if options.pattern_names else ""
         name = " ".join([colors[color], *([pattern] if pattern else []), shape])
         out.append(Category(len(out) + 1, name, True, colors[color], shape, pattern))
-    for name in list(TEXTURES)[: options.stuff]:
-        out.append(Category(len(out) + 1, name, False))
-    return out
+    return out + stuff
 
 
 def _background(
-    rng: Generator, h: int, w: int, unit: float, stuff: Sequence[Category]
+    rng: Generator, h: int, w: int, unit: float, stuff: Sequence[Category], tone: exchange.Tone | None = None
 ) -> tuple[np.ndarray, list[Segment]]:
     """One to three textures with irregular borders, one above the other, beside it, or anywhere."""
     count = int(rng.choice([1, 2, 3], p=[0.3, 0.5, 0.2]))
@@ -126,7 +147,10 @@ def _background(
     for i, category in enumerate(chosen):
         mask = owner == i
         if mask.any():
-            image[mask] = TEXTURES[category.name](rng, h, w, unit * rng.uniform(0.75, 1.3))[mask]
+            texture = TEXTURES[category.name](rng, h, w, unit * rng.uniform(0.75, 1.3))
+            if tone is not None:
+                texture = exchange.texture_in_tone(texture, mask, tone, rng)
+            image[mask] = texture[mask]
             segments.append(Segment(category, mask, int(mask.sum())))
     return image, segments
 
@@ -138,7 +162,8 @@ def draw_scene(rng: Generator, options: SceneOptions, classes: Sequence[Category
     size = options.size
     short = max(1, round(size * rng.uniform(options.min_aspect, 1)))
     h, w = (size, short) if rng.random() < 0.5 else (short, size)
-    image, segments = _background(rng, h, w, size / 128, [c for c in classes if not c.is_thing])
+    tone = exchange.draw_tone(rng) if options.exchange_colors else None
+    image, segments = _background(rng, h, w, size / 128, [c for c in classes if not c.is_thing], tone)
     backdrop = len(segments)
     for _ in range(int(rng.integers(1, options.max_objects + 1))):
         category = things[int(rng.integers(len(things)))]
@@ -166,7 +191,8 @@ def draw_scene(rng: Generator, options: SceneOptions, classes: Sequence[Category
                 for over, s in zip(hidden, segments[backdrop:], strict=True)
             ):
                 continue
-            paint_object(rng, image, **place)
+            body = None if tone is None else partial(_in_tone, rng, category.pattern, tone)
+            paint_object(rng, image, **place, body=body)
             for s in segments:
                 s.mask[window] &= ~mask
             placed = np.zeros((h, w), bool)
@@ -174,6 +200,11 @@ def draw_scene(rng: Generator, options: SceneOptions, classes: Sequence[Category
             segments.append(Segment(category, placed, full))
             break
     return Scene(camera(rng, image), [s for s in segments if s.mask.any()])
+
+
+def _in_tone(rng: Generator, pattern: str, tone: exchange.Tone, u: np.ndarray, v: np.ndarray, mask: np.ndarray):
+    """Body of an object in the scene's two colours."""
+    return exchange.pattern_in_tone(pattern_wave(rng, pattern, u, v), mask, tone, rng)
 
 
 def describe(rng: Generator, segments: Sequence[tuple[Category, int, int]], pixels: int) -> str:

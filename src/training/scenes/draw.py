@@ -197,6 +197,12 @@ def _pattern(rng: Generator, kind: str, u: Array, v: Array) -> Array:
     """Share of the second colour, 0..1, per pixel. The pattern turns and shifts with every object."""
     if kind == "solid":
         return np.zeros_like(u)
+    wave = pattern_wave(rng, kind, u, v)
+    return np.clip((np.sign(wave) if kind == "checked" else wave) * 3 + 0.5, 0, 1).astype(np.float32)
+
+
+def pattern_wave(rng: Generator, kind: str, u: Array, v: Array) -> Array:
+    """The wave behind a pattern: positive where the second colour is."""
     angle, shift, period = rng.uniform(0, np.pi), rng.uniform(0, 1, 2), rng.uniform(0.38, 0.52)
     a = (np.cos(angle) * u + np.sin(angle) * v) / period + shift[0]
     b = (np.cos(angle) * v - np.sin(angle) * u) / period + shift[1]
@@ -204,9 +210,20 @@ def _pattern(rng: Generator, kind: str, u: Array, v: Array) -> Array:
         wave = np.sin(2 * np.pi * a)
     elif kind == "dotted":
         wave = np.hypot(a % 1 - 0.5, b % 1 - 0.5) * -4 + 1.2
+    elif kind == "waved":
+        wave = np.sin(2 * np.pi * (a + 0.25 * np.sin(2 * np.pi * b)))
     else:
-        wave = np.sign(np.sin(np.pi * a) * np.sin(np.pi * b)) * 1.0
-    return np.clip(wave * 3 + 0.5, 0, 1).astype(np.float32)
+        wave = np.sin(np.pi * a) * np.sin(np.pi * b)
+    return wave
+
+
+def _colored(rng: Generator, color: str, pattern: str, u: Array, v: Array) -> Array:
+    """An object's body ``[h, w, 3]`` in its colour and pattern."""
+    base = np.clip(np.float32(COLORS[color]) + rng.normal(0, 0.035, 3).astype(np.float32), 0, 1)
+    # Patterns mix in white, or black where the colour itself is light, so that the colour stays the one in the name.
+    second = np.float32((0.96, 0.96, 0.96)) if base.mean() < 0.72 else np.float32((0.12, 0.12, 0.14))
+    second_share = _pattern(rng, pattern, u, v)[..., None]
+    return base * (1 - second_share) + second * second_share
 
 
 def paint_object(
@@ -220,12 +237,14 @@ def paint_object(
     half_side: float,
     mask_only: bool = False,
     angle: float = 0.0,
+    body: Callable[[Array, Array, NDArray[np.bool_]], Array] | None = None,
 ) -> tuple[tuple[slice, slice], NDArray[np.bool_]] | None:
     """Paint one object (with its shadow) into ``image`` ``[H, W, 3]`` in place.
 
     ``center`` is (x, y) and ``half_side`` half the side of the shape's square, in pixels; ``angle`` in radians.
     Returns the window (rows, columns) and the mask ``[h, w]`` of the object in it, or None when it lies outside.
-    With ``mask_only`` nothing is painted, and no randomness is used.
+    With ``mask_only`` nothing is painted, and no randomness is used. ``body`` paints the object instead of its colour
+    and pattern: (u, v, mask) -> ``[h, w, 3]``.
     """
     height, width = image.shape[:2]
     reach = half_side * 1.45 + 2
@@ -242,19 +261,19 @@ def paint_object(
     mask = depth > 0
     if mask_only:
         return window, mask
-    base = np.clip(np.float32(COLORS[color]) + rng.normal(0, 0.035, 3).astype(np.float32), 0, 1)
-    # Patterns mix in white, or black where the colour itself is light, so that the colour stays the one in the name.
-    second = np.float32((0.96, 0.96, 0.96)) if base.mean() < 0.72 else np.float32((0.12, 0.12, 0.14))
-    second_share = _pattern(rng, pattern, u, v)[..., None]
-    body = base * (1 - second_share) + second * second_share
+    if body is None:
+        painted = _colored(rng, color, pattern, u, v)
+        strength = 0.22
+    else:
+        painted, strength = body(u, v, mask), 0.06
     light = rng.uniform(0, 2 * np.pi)
-    shade = 1 + 0.22 * (np.cos(light) * x + np.sin(light) * y) + 0.08 * noise(rng, *mask.shape, 6, 6)
-    body = np.clip(body * shade[..., None], 0, 1)
+    shade = 1 + strength * (np.cos(light) * x + np.sin(light) * y) + 0.08 * noise(rng, *mask.shape, 6, 6)
+    painted = np.clip(painted * shade[..., None], 0, 1)
     alpha = np.clip(depth * half_side + 0.5, 0, 1)[..., None]
     dx, dy = rng.uniform(-0.12, 0.12), rng.uniform(0.04, 0.16)
     shadow = np.clip(SHAPES[shape](u - dx, v - dy) * 5 + 0.3, 0, 1)[..., None] * (1 - alpha) * rng.uniform(0.2, 0.5)
     patch = image[window] * (1 - shadow)
-    image[window] = patch * (1 - alpha) + body * alpha
+    image[window] = patch * (1 - alpha) + painted * alpha
     return window, mask
 
 

@@ -1,6 +1,6 @@
 """Generated scenes: a small panoptic dataset for the quick start, the tests and the benchmarks.
 
-    python -m training.scenes.generate --out data/scenes --train 2000 --val 200 --size 128 --seed 0
+    python -m training.scenes --out data/scenes --train 2000 --val 200 --size 128 --seed 0
 
 Textured regions (sky, grass, brick wall, ...) are the stuff; coloured, patterned shapes ("red striped circle") are
 the things. What comes out is COCO's own layout: ``train2017/``, ``val2017/``, ``annotations/instances_*2017.json``
@@ -28,7 +28,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from training.engine.errors import UserError
+from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.flags import Parser
 from training.scenes.compose import Category, SceneOptions, categories, describe, draw_pairs, draw_scene
 
 DESCRIPTION = "generated scenes"
@@ -195,9 +196,14 @@ def write_dataset(
     return classes
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m training.scenes.generate",
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; see :func:`~training.engine.errors.run_program` for its exit status."""
+    return run_program(lambda: _main(argv))
+
+
+def _main(argv: Sequence[str] | None) -> None:
+    parser = Parser(
+        prog="python -m training.scenes",
         description="Generate a panoptic dataset of drawn scenes in COCO's layout.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -218,19 +224,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--colors", type=int, default=d.colors, help="colours among the things; 0: about the square root"
     )
     parser.add_argument("--pattern-names", action="store_true", help="the pattern is part of the class")
+    parser.add_argument(
+        "--exchange-colors",
+        action="store_true",
+        help="all segments of a scene wear the same two colours; classes are patterns and shapes",
+    )
     parser.add_argument("--min-object", type=float, default=d.min_object, help="share of the longer side")
     parser.add_argument("--max-object", type=float, default=d.max_object)
     parser.add_argument("--max-objects", type=int, default=d.max_objects, help="objects per scene")
     parser.add_argument("--min-aspect", type=float, default=d.min_aspect, help="smallest ratio of the sides")
     args = vars(parser.parse_args(argv))
-    options = SceneOptions(**{k: args[k] for k in asdict(d)})
-    try:
+    with as_user_error():
+        options = SceneOptions(**{k: args[k] for k in asdict(d)})
         classes = write_dataset(
             args["out"], train=args["train"], val=args["val"], pairs=args["pairs"], seed=args["seed"], options=options,
             novel=args["novel"], workers=args["workers"], suffix="." + args["format"],
         )  # fmt: skip
-    except (UserError, ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
     print(
         f"{args['out']}: {args['train']} training, {args['val']} validation and {args['pairs']} pair scenes of "
         f"{sum(c.is_thing for c in classes)} thing and {sum(not c.is_thing for c in classes)} stuff classes"

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP, ImageTower
-from open_clip.weights import load_torch_file
+from open_clip.identity import identity
+from open_clip.readouts import build_readout
+from open_clip.weight_files import load_state_dict_file
 from training.data.prepare import View
 from training.engine.checkpoint import weights_hash
 from training.engine.errors import UserError
@@ -46,6 +48,7 @@ class Teacher(nn.Module):
 
     @property
     def width(self) -> int:
+        """Numbers of an answer: D of an embedding, or channels of a map."""
         if isinstance(self.model, CLIP):
             return self.model.embed_dim
         return self.model.width if isinstance(self.model, ImageTower) else self.model.num_features
@@ -67,22 +70,28 @@ class Teacher(nn.Module):
 
         A CLIP's map is that of its reading; a foundation model's has the patch tokens after the final norm.
         """
+        if not len(pixels):
+            return pixels.new_zeros(0, self.width, *(() if self.spec.emits == "embedding" else self.cells()))
         with torch.inference_mode():
             if self.spec.emits == "embedding":
                 parts = [self.model.encode_image(c, normalize=True) for c in pixels.split(self.chunk)]
-            elif isinstance(self.model, CLIP):
-                parts = [self.model.encode_dense(pixels, keep_shape=True, readout=self.spec.readout)]
             else:
-                parts = [foundation_map(self.model, pixels)]
-        if not len(pixels):
-            shape = (0, self.width) if self.spec.emits == "embedding" else (0, self.width, *self.cells())
-            return pixels.new_zeros(shape)
+                parts = [self._map(p) for p in pixels.split(self.chunk)]
         return torch.cat(parts)  # outside: the student's backward pass keeps it
+
+    def _map(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.model, CLIP):
+            return self.model.encode_dense(pixels, keep_shape=True, readout=self.spec.readout)
+        return foundation_map(self.model, pixels)
 
     def identity(self) -> str:
         """Hash of everything that its answers to a picture depend on."""
         tower = self.model.visual if isinstance(self.model, CLIP) else self.model
-        return f"{self.spec.emits} {self.spec.readout or ''} {weights_hash(tower.state_dict())}"
+        if isinstance(tower, ImageTower):
+            model = identity(tower)
+        else:
+            model = f"{type(tower).__name__} {weights_hash(tower.state_dict())}"
+        return f"{self.spec.emits} {self.spec.readout or ''} {model}"
 
     def forget_texts(self) -> None:
         """Drop the text tower."""
@@ -94,11 +103,7 @@ def foundation_map(model: nn.Module, pixels: Tensor) -> Tensor:
     """Patch tokens of a trunk without text, after all blocks and the final norm: ``[B, W, h, w]``; no other tokens."""
     if not isinstance(model, ImageTower):  # trunks with windows and a neck (SAM) give a map themselves
         return model.forward_features(pixels)
-    x, rope = model.embed(pixels)
-    for index in range(len(model.trunk.blocks)):
-        x = model.run_block(index, x, rope)
-    x = model.trunk.norm(x)[:, model.num_prefix_tokens :]
-    return x.transpose(1, 2).unflatten(2, model.grid(pixels))
+    return model.encode_dense(pixels, readout=build_readout("tokens", model, normalized=False))
 
 
 def build_teacher(
@@ -134,7 +139,7 @@ def build_teacher(
         size = spec.size or cells * patch
         if size % patch:
             near = max(round(size / patch), 1) * patch
-            raise UserError(f"input of {size} pixels: no multiple of the patch size {patch} of {spec.model}; use {near}")
+            raise UserError(f"input of {size} pixels for {spec.model}, whose patches have {patch}: use {near}")
         teacher.view = View(spec.source, size, tuple(mean), tuple(std), dtype)
     elif spec.size:
         teacher.view = View(spec.source, spec.size, tuple(mean), tuple(std), dtype)
@@ -159,8 +164,7 @@ def _trunk(spec: TeacherSpec) -> tuple[nn.Module, Sequence[float], Sequence[floa
         flexible = {"dynamic_img_size": True} if "sam" not in spec.model else {}
         trunk = timm.create_model(spec.model, pretrained=spec.weights == "", num_classes=0, **flexible)
         if from_file:
-            state = load_torch_file(spec.weights)
-            trunk.load_state_dict(state.get("state_dict", state) if isinstance(state, dict) else state)
+            trunk.load_state_dict(load_state_dict_file(spec.weights))
     except Exception as error:  # timm, its hub and torch raise many kinds
         reason = str(error).strip().split("\n")[0][:200]
         raise UserError(

@@ -7,23 +7,27 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from training.data.datasets import RegionDataset
-from training.data.loader import start_worker
 from training.data.proposals import CROP_ENLARGEMENT
+from training.engine.data.store import TeacherStore, annotations_key
+from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
 from training.engine.precision import Precision
 from training.teachers.build import Teacher
 from training.teachers.pictures import PackPictures, TeacherPictures, pictures_of
-from training.teachers.store import TeacherStore, annotations_key
 
 log = logging.getLogger(__name__)
 
 BATCH = 8  # images; a batch never crosses the border of a shard
 NAMED_SKIPS = 20
+
+
+def recurs(dataset: RegionDataset, teacher: Teacher) -> bool:
+    """Whether a run asks a teacher the same again in later epochs: of images always, of regions if they are fixed."""
+    return teacher.view.source == "images" or dataset.source.repeats
 
 
 def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> TeacherStore:
@@ -32,7 +36,8 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
     The images' pixels are not part of its key: after changing images under the same names, delete the folder.
 
     Raises:
-        UserError: the folder belongs to other weights, regions or crops; or regions change from epoch to epoch.
+        UserError: the folder belongs to other weights, regions or crops.
+        ValueError: the questions do not recur.
     """
     options, source, view = dataset.options, dataset.source, teacher.view
     size = options.crop_size if view.source == "crops" else options.image_size
@@ -51,11 +56,8 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
         cells = int(np.prod(teacher.cells()))
         offsets = np.arange(len(dataset.annotations) + 1, dtype=np.int64) * cells
         return TeacherStore(path, offsets, teacher.width, key, unit="image")
-    if not source.repeats:
-        raise UserError(
-            f"--cache-teacher {folder}: regions are drawn anew in every epoch, so the teacher's answers never recur; "
-            "add --fixed-regions, use --dataset-type proposals_distill, or leave it out"
-        )
+    if not recurs(dataset, teacher):
+        raise ValueError("regions are drawn anew in every epoch")
     key |= {**source.key(), "enlarged": CROP_ENLARGEMENT}
     if source.options.fixed_regions:
         key["seed"] = options.seed
@@ -90,7 +92,7 @@ def fill(
             store.create()
     asked = 0
     with together():
-        missing = [s for s in range(dist.rank, store.num_shards, dist.world_size) if not store.is_complete(s)]
+        missing = store.missing(range(dist.rank, store.num_shards, dist.world_size), read=True)
         for shard, array, answers in _shards(store, missing, dataset, teacher, dist, precision, workers):
             store.write(shard, array)
             asked += answers
@@ -108,13 +110,10 @@ def _shards(
     rows = {s: [i for i in store.images_of(s) if used[i]] for s in shards}
     plan = [(s, rows[s][i : i + BATCH]) for s in shards for i in range(0, max(len(rows[s]), 1), BATCH)]
     options = dataset.options
-    loader = DataLoader(
-        TeacherPictures(dataset, teacher.view.source),
-        batch_sampler=[batch for _, batch in plan],
-        num_workers=workers,
+    loader = Loader(
+        TeacherPictures(dataset, teacher.view.source), workers=workers, batch_sampler=[batch for _, batch in plan],
         collate_fn=PackPictures(options.image_size, options.crop_size, options.crop_on),
-        worker_init_fn=start_worker,
-    )
+    )  # fmt: skip
     bar = tqdm(
         total=sum(map(len, rows.values())), desc=f"teacher cache ({teacher.spec.name})", unit="img",
         disable=not dist.is_master or not shards, dynamic_ncols=True,

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from training.engine.data.masks import grid_masks, read_segment_ids, tight_box
+from training.engine.data.masks import read_segment_ids, tight_box
 from training.engine.errors import UserError
+from training.evaluation.grid_masks import grid_masks
 from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import PanopticDataset, build_eval_data, collate_panoptic, load_panoptic
 

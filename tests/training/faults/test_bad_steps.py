@@ -8,30 +8,29 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import training.engine.loop as train_module
 from training.engine.checkpoint import find_latest, read_checkpoint
-from training.engine.loop import Progress
+from training.engine.step import Stepper
 
 SHORT = {"epochs": 1, "warmup": 1, "log_every_n_steps": 1}
 
 
 def spoil(monkeypatch, steps: set[int], what: str) -> None:
     """Make the loss, or one number of the gradient, infinite or NaN in some steps (counted from 1)."""
-    original, count = train_module._forward_backward, 0
+    original, count = Stepper._forward_backward, 0
 
-    def forward_backward(loop, micro):
+    def forward_backward(stepper, batch, *, last):
         nonlocal count
         count += 1
-        outputs = original(loop, micro)
+        output = original(stepper, batch, last=last)
         if count in steps:
             if what == "loss":
-                outputs[0]["loss"] = outputs[0]["loss"] * float("nan")
+                output["loss"] = output["loss"] * float("nan")
             else:
-                last = [p for group in loop.optimizer.param_groups for p in group["params"] if p.grad is not None][-1]
-                last.grad.view(-1)[0] = float("inf")
-        return outputs
+                spoilt = [p for p in stepper.parameters if p.grad is not None][-1]
+                spoilt.grad.view(-1)[0] = float("inf")
+        return output
 
-    monkeypatch.setattr(train_module, "_forward_backward", forward_backward)
+    monkeypatch.setattr(Stepper, "_forward_backward", forward_backward)
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -68,32 +67,22 @@ def test_float16_overflow_is_the_scalers_business():
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.SGD([weight], lr=0.25)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**126)
+
+    def stepper(limit: float | None) -> Stepper:
+        precision = SimpleNamespace(scaler=scaler)
+        return Stepper(None, None, optimizer, precision=precision, dist=None, clip_norm=limit)
+
+    loss = torch.tensor(1.0)
     for limit in (None, 1.0):
-        loop = SimpleNamespace(
-            precision=SimpleNamespace(scaler=scaler), optimizer=optimizer, args=SimpleNamespace(grad_clip_norm=limit)
-        )
         before, scale = weight.detach().clone(), scaler.get_scale()
         scaler.scale((weight * 64).sum()).backward()
         assert weight.grad.isinf().all()
-        _, good = train_module._optimizer_step(loop, [weight], finite=True)
+        _, good = stepper(limit)._update(loss)
         assert good and torch.equal(weight, before) and scaler.get_scale() == scale / 2
     scaler.load_state_dict({**scaler.state_dict(), "scale": 1024.0})
-    loop.args.grad_clip_norm = None
     scaler.scale((weight * 2).sum()).backward()
-    norm, good = train_module._optimizer_step(loop, [weight], finite=True)
-    assert good and norm == pytest.approx(2 * 3**0.5) and torch.equal(weight, before - 0.5)
-
-
-def test_the_count_of_bad_steps_follows_good(caplog):
-    loop = SimpleNamespace(
-        args=SimpleNamespace(max_nan_steps=10, max_skipped=1.0, train_data="x"), steps_per_epoch=9,
-        seen={"samples": 0.0, "skipped": 0.0, "named": 0.0},
-    )  # fmt: skip
-    progress, micro = Progress(), [{"skipped": [], "image_ids": torch.tensor([5, 6])}]
-    totals = {"samples": 2.0, "skipped": 0.0, "finite": True, "loss": 1.0}
-    for good, expected in ((True, 0), (False, 1), (False, 2), (True, 0), (False, 1)):
-        train_module._judge(loop, progress, {**totals, "good": good}, micro)
-        assert progress.bad_steps == expected
+    norm, good = stepper(None)._update(loss)
+    assert good and norm.item() == pytest.approx(2 * 3**0.5) and torch.equal(weight, before - 0.5)
 
 
 def test_a_seed_fixes_the_run_whatever_the_workers(program):

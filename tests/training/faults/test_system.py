@@ -15,12 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from training.engine.failures import EXIT_FAILED, explain
 
-import training.engine.loop as train_module
 from training.engine.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
-from training.engine.errors import UserError
-from training.engine.loop import EXIT_INTERRUPTED
+from training.engine.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, explain
+from training.engine.loop import Loop
 from training.main import continue_after_restart
 from training.params import parse_args
 
@@ -195,9 +193,8 @@ def test_torchrun_restarts_continue_by_themselves(launcher):
 
 def test_what_a_restart_resumes(program, monkeypatch, tmp_path):
     def resume(*extra: str) -> str | None:
-        args = parse_args(program.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
-        continue_after_restart(args)
-        return args.resume
+        options = parse_args(program.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
+        return continue_after_restart(options).run.resume
 
     folder = program.logs / "run/checkpoints"
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
@@ -249,14 +246,14 @@ def test_a_signal_to_torchrun_saves(launcher):
 def test_an_image_root_that_vanishes_stops_the_run(program, scenes, tmp_path, monkeypatch, capsys):
     images = tmp_path / "images"
     shutil.copytree(scenes / "train2017", images)
-    original = train_module._judge
+    original = Loop._judge
 
-    def judge(loop, progress, *args):
-        if progress.step == 14:  # in the second epoch
+    def judge(loop, *args):
+        if loop.progress.step == 14:  # in the second epoch
             images.rename(tmp_path / "elsewhere")
-        original(loop, progress, *args)
+        original(loop, *args)
 
-    monkeypatch.setattr(train_module, "_judge", judge)
+    monkeypatch.setattr(Loop, "_judge", judge)
     status = program(name="run", train_image_root=images, save_every_n_steps=2, epochs=20, batch_size=2)
     assert status == 2
     error = one_error(capsys.readouterr().err)

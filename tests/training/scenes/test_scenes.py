@@ -119,9 +119,8 @@ def test_class_names_are_unique(count: int, pattern_names: bool) -> None:
 
 
 def test_too_many_classes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(["--out", str(tmp_path / "x"), "--things", "81", "--train", "1", "--val", "0"])
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: 81 thing classes")
+    assert main(["--out", str(tmp_path / "x"), "--things", "81", "--train", "1", "--val", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: 81 thing classes")
     assert not (tmp_path / "x").exists()
 
 
@@ -133,3 +132,66 @@ def test_pairs_hold_whole_and_cut_objects() -> None:
             assert image.shape == (64, 64, 3) and caption.endswith(".")
             bars += bool((image[0] == 0).all() or (image[:, 0] == 0).all())
     assert bars > 5
+
+
+def test_folders_of_others_are_left_alone(tmp_path, capsys):
+    """Whatever the generator did not make is never overwritten; its own folders may be made anew."""
+    theirs = tmp_path / "coco"
+    (theirs / "annotations").mkdir(parents=True)
+    precious = theirs / "annotations/instances_train2017.json"
+    precious.write_text('{"info": {"description": "COCO 2017 Dataset"}}')
+    flags = ["--train", "1", "--val", "1", "--size", "48"]
+    for folder in (theirs, precious):
+        assert main(["--out", str(folder), *flags]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error:") and error.count("\n") == 1 and str(folder) in error
+    assert precious.read_text().startswith('{"info"') and len(list(theirs.rglob("*"))) == 2
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / ".hidden").touch()
+    for _ in range(2):
+        main(["--out", str(empty), *flags])
+        assert "1 training, 1 validation and 0 pair scenes" in capsys.readouterr().out
+    (empty / "scenes.json").unlink()  # as former versions left it
+    main(["--out", str(empty), *flags])
+    assert main(["--out", str(tmp_path / "none"), "--train", "0", "--val", "0"]) == 2
+    assert "nothing to draw" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_colour_separates_usual_scenes_and_not_those_of_exchanged_colours():
+    """Mean colour of cells that lie in one segment: nearer within a segment than across, or not."""
+    found = {}
+    for exchanged in (False, True):
+        options = SceneOptions(size=128, things=16, stuff=6, pattern_names=True, exchange_colors=exchanged,
+                               min_object=0.28, max_object=0.5, max_objects=4)  # fmt: skip
+        right = pairs = 0.0
+        for seed in range(24):
+            scene = draw_scene(np.random.default_rng(seed), options)
+            owner = sum(s.mask * (k + 1) for k, s in enumerate(scene.segments))
+            cells = scene.image.reshape(8, 16, 8, 16, 3).mean((1, 3)).reshape(64, 3)
+            owners = owner.reshape(8, 16, 8, 16).swapaxes(1, 2).reshape(64, 256)
+            pure = (owners == owners[:, :1]).mean(1) > 0.9
+            cells, owners = cells[pure], owners[pure, 0]
+            first, second = np.triu_indices(len(cells), 1)
+            distance = np.linalg.norm(cells[first] - cells[second], axis=1)
+            same = owners[first] == owners[second]
+            within, across = distance[same], distance[~same]
+            right += (within[:, None] < across[None]).sum()
+            pairs += len(within) * len(across)
+        found[exchanged] = right / pairs
+    assert found[False] > 0.85 and 0.4 < found[True] < 0.6, found
+
+
+def test_classes_of_exchanged_colours(tmp_path):
+    options = SceneOptions(size=64, things=16, stuff=4, exchange_colors=True)
+    classes = categories(options)
+    things = [c for c in classes if c.is_thing]
+    assert len({c.name for c in classes}) == 20 and [c.id for c in classes] == list(range(1, 21))
+    assert all(c.name == f"{c.pattern} {c.shape}" and not c.color for c in things)
+    assert len({c.pattern for c in things[:8]}) == 4 and len({c.shape for c in things[:8]}) == 8
+    with pytest.raises(ValueError, match="33 thing classes: there are 1 to 32"):
+        categories(SceneOptions(things=33, exchange_colors=True))
+    a, b = (draw_scene(np.random.default_rng(3), options) for _ in range(2))
+    assert np.array_equal(a.image, b.image) and sum(s.mask.astype(int) for s in a.segments).max() == 1
+    for image, caption in draw_pairs(np.random.default_rng(0), options, classes):
+        assert image.shape == (64, 64, 3) and caption

@@ -12,8 +12,8 @@ from open_clip import CLIP
 from training.data.options import RegionOptions
 from training.data.regions import Proposals
 from training.engine.data.annotations import load_annotations
+from training.engine.data.store import TeacherStore
 from training.engine.errors import UserError
-from training.teachers.store import TeacherStore
 
 
 @pytest.fixture

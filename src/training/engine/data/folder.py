@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
-
-from training.engine.data.annotations import Annotations, Strings
+from training.engine.data.annotations import Annotations, parse
 from training.engine.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -36,18 +34,5 @@ def folder_annotations(folder: str | Path, flag: str) -> Annotations:
     names = image_names(folder)
     if not names:
         raise UserError(f"{flag} {folder}: no image below this folder ({', '.join(SUFFIXES)})")
-    texts, count = Strings.of(names), len(names)
-    return Annotations(
-        image_ids=np.arange(1, count + 1, dtype=np.int64),
-        sizes=np.zeros((count, 2), np.int32),
-        name_bytes=texts.data,
-        name_offsets=texts.offsets,
-        offsets=np.zeros(count + 1, np.int64),
-        boxes=np.zeros((0, 4), np.float32),
-        areas=np.zeros(0, np.float32),
-        labels=np.zeros(0, np.int32),
-        category_ids=np.zeros(0, np.int64),
-        names=[],
-        skipped={},
-        file=str(folder),
-    )
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names, 1)]
+    return parse({"images": images, "annotations": [], "categories": []}, str(folder), flag)

@@ -50,13 +50,20 @@ def resolve(root: str, file_name: str) -> str:
 
 
 def read_bytes(path: str) -> bytes:
-    """Content of a file on disk, or of a URL through fsspec. ImageError when it cannot be read."""
+    """Content of a file on disk, or of a URL through fsspec.
+
+    Raises:
+        ImageError: it cannot be read.
+        ImportError: a package that this kind of URL needs is not installed.
+    """
     try:
         opened = fsspec.open(path, "rb") if is_url(path) else open(path, "rb")
         with opened as file:
             return file.read()
     except FileNotFoundError:
         raise ImageError(path, "no such file") from None
+    except ImportError:  # a fault of the set-up, not of the image
+        raise
     except Exception as error:  # fsspec's backends raise whatever their libraries do
         raise ImageError(path, f"cannot be read ({type(error).__name__}: {first_line(error)})") from None
 

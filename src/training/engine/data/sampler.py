@@ -40,9 +40,13 @@ class EpochBatchSampler(Sampler):
     def __len__(self) -> int:
         return self.batches_per_epoch - self.start
 
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """The samples of an epoch in their order."""
+        return rng.permutation(self.size)
+
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = self.epoch, self.batch_size * self.world_size
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.size)
+        order = self.order(np.random.default_rng([self.seed, epoch]))
         order = np.resize(order, max(len(order), step))
         for batch in range(self.start, self.batches_per_epoch):
             first = batch * step + self.rank * self.batch_size

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from training.engine.data.images import ImageError, is_url, resolve
+from training.engine.data.images import ImageError, is_url, read_bytes, resolve
 from training.engine.errors import UserError
 
 Sample = dict[str, Any]
@@ -46,8 +46,9 @@ def stack_padded(images: Sequence[Tensor], size: int) -> Tensor:
 
 
 def check_image_root(root: str, names: Sequence[str], annotation_file: str, flag: str) -> None:
-    """UserError when none of the named files is under the root (URLs are not probed)."""
+    """UserError when none of the named files is under the root; behind a URL they are read until one can be."""
     if is_url(root):
+        _check_url(root, names, annotation_file, flag)
         return
     if not Path(root).is_dir():
         raise UserError(f"{flag} {root}: no such folder")
@@ -62,3 +63,17 @@ def check_image_root(root: str, names: Sequence[str], annotation_file: str, flag
         missing = missing or path
     if missing:
         raise UserError(f"{flag} {root}: the images of {annotation_file} are not there, e.g. {missing}")
+
+
+def _check_url(root: str, names: Sequence[str], annotation_file: str, flag: str) -> None:
+    failure: ImageError | None = None
+    for name in names:
+        try:
+            read_bytes(resolve(root, name))
+            return
+        except ImageError as error:
+            failure = failure or error
+        except ImportError as error:  # of a package that this kind of URL needs
+            raise UserError(f"{flag} {root}: {error}; pip install -e '.[remote]' has what http and s3 need") from error
+    if failure is not None:
+        raise UserError(f"{flag} {root}: the images of {annotation_file} cannot be read, e.g. {failure}")

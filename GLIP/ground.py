@@ -1,0 +1,13 @@
+"""Find what a caption or a list names: python ground.py IMAGE... --checkpoint FILE --caption "..." | --classes ..."""
+
+import sys
+from pathlib import Path
+
+try:
+    from ovdet.glip.commands import ground as command
+except ImportError:  # run from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+    from ovdet.glip.commands import ground as command
+
+if __name__ == "__main__":
+    sys.exit(command.run())

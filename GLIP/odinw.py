@@ -1,0 +1,13 @@
+"""Many data sets: python odinw.py ROOT --checkpoint FILE [--mode MODE --shots N ...] --out DIR."""
+
+import sys
+from pathlib import Path
+
+try:
+    from ovdet.glip.commands import odinw as command
+except ImportError:  # run from a clone that is not installed
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
+    from ovdet.glip.commands import odinw as command
+
+if __name__ == "__main__":
+    sys.exit(command.run())

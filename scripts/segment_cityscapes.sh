@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Dense labels on Cityscapes val (500 images), 19 classes. Reads DATA/leftImg8bit and DATA/gtFine.
+#   DATA=/data PRETRAINED=clipself.pt bash scripts/segment_cityscapes.sh; the other variables are explained in _segment.sh.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_segment.sh"
+segment cityscapes19 "$@"

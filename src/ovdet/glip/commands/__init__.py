@@ -1,0 +1,1 @@
+"""The programs of the folder ``GLIP``; each module has a ``main``."""

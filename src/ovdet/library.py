@@ -1,0 +1,187 @@
+"""Detectors as library calls::
+
+    import ovdet
+
+    detector = ovdet.load_detector("epoch_3.pt")
+    for found in detector(["street.jpg", "kitchen.jpg"], ["cat", "dog", "red car"]):
+        print(found["names"], found["scores"], found["boxes"])
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from ovdet import files
+from ovdet.data.dataset import TestDataset
+from ovdet.data.images import read_image
+from ovdet.data.loader import collate_test, test_loader
+from ovdet.data.transforms import test_view
+from ovdet.precision import choose_precision
+from ovdet.testing import detect
+
+# Format of a detector file -> module whose ``open_detector(content, path, device, config, overrides)``.
+OPENERS = {"fvit": "ovdet.fvit.assemble", "glip": "ovdet.glip.assemble"}
+
+Picture = str | Path | Tensor | np.ndarray | Image.Image
+
+
+class LoadedDetector:
+    """A detector that is ready to detect classes of one's choice.
+
+    Args:
+        detector: in eval mode on its device; see :func:`ovdet.testing.detect`.
+        config: its config; sections ``data``, ``train`` (the precision) and ``test`` are read.
+        set_classes: makes the detector detect these names.
+        base, novel: the classes that it was trained with, and those held out then.
+
+    Attributes:
+        base, novel: as above; classes: the names that it detects now.
+    """
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        config: Any,
+        set_classes: Callable[[Sequence[str]], None],
+        *,
+        device: torch.device,
+        base: Sequence[str] = (),
+        novel: Sequence[str] = (),
+    ) -> None:
+        self.detector, self.config, self.device = detector, config, device
+        self.base, self.novel, self.classes = tuple(base), tuple(novel), ()
+        self.precision = choose_precision(config.train, device, training=False)
+        self._set_classes = set_classes
+
+    def use_classes(self, names: Sequence[str]) -> None:
+        """Detect these classes from now on; their embeddings are computed once and cached.
+
+        Raises:
+            ValueError: no name, or one twice.
+        """
+        names = tuple(names)
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"classes are {list(names)}: give at least one, and none twice")
+        if names != self.classes:
+            self._set_classes(names)
+            self.classes = names
+
+    def __call__(
+        self, images: Picture | Iterable[Picture], classes: Sequence[str], *, batch_size: int = 1
+    ) -> list[dict[str, Any]]:
+        """Detections of images, by falling score.
+
+        Args:
+            images: one image or several: paths, Pillow images, uint8 tensors ``[3, H, W]`` or arrays ``[H, W, 3]``.
+            classes: names to detect.
+            batch_size: images at a time.
+
+        Returns:
+            Per image ``boxes`` float32 ``[N, 4]`` (xyxy in pixels of the upright image), ``scores`` ``[N]``,
+            ``labels`` ``[N]`` (rows of ``classes``), ``names`` (N of them), ``size`` (height, width) and, from a
+            detector with masks, ``masks``: N of COCO's run-length dicts.
+
+        Raises:
+            ImageError: an image that cannot be read.
+            ValueError: classes, or an array that is no image.
+        """
+        self.use_classes(classes)
+        if isinstance(images, (str, Path, Tensor, np.ndarray, Image.Image)):
+            images = [images]
+        data = self.config.data
+        samples = []
+        for index, picture in enumerate(images):
+            pixels = as_pixels(picture, exif=data.exif)
+            view, size = test_view(pixels, data.image_size, data.resize)
+            samples.append({"image": view, "size": size, "original": tuple(pixels.shape[-2:]), "index": index})
+        batches = (collate_test(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size))
+        return list(self._found(batches))
+
+    def detect_files(
+        self,
+        paths: Sequence[str],
+        *,
+        batch_size: int = 1,
+        workers: int = 0,
+        keep_pixels: bool = False,
+        on_skipped: Callable[[list[tuple[str, str]], int], None] | None = None,
+        wrap: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    ) -> Iterator[dict[str, Any]]:
+        """Detections of image files, read by worker processes, of the classes in use.
+
+        What :meth:`__call__` gives, with ``index`` (of the path) and, where asked for, ``pixels`` (the upright image).
+
+        Args:
+            on_skipped: told the unusable (file, reason) pairs of a batch and the number of its usable images.
+            wrap: put round the batches, such as a progress bar.
+        """
+        data = self.config.data
+        dataset = TestDataset(
+            paths, root="", image_size=data.image_size, resize=data.resize, exif=data.exif, keep_pixels=keep_pixels
+        )
+        loader = test_loader(
+            dataset, batch_size=batch_size, workers=workers, rank=0, world_size=1, pin=self.device.type == "cuda"
+        )
+        yield from self._found(wrap(loader), on_skipped=on_skipped)
+
+    def _found(self, batches: Iterable[dict[str, Any]], **options: Any) -> Iterator[dict[str, Any]]:
+        test = self.config.test
+        for found in detect(
+            self.detector, batches, device=self.device, precision=self.precision, mask_threshold=test.mask_threshold,
+            repeat_edges=test.mask_edges == "repeated", **options,
+        ):  # fmt: skip
+            found["size"] = found.pop("original")
+            yield found | {"names": [self.classes[label] for label in found["labels"]]}
+
+
+def load_detector(
+    file: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+) -> LoadedDetector:
+    """A detector of a file that ``train.py`` or ``tools/convert_detector.py`` wrote.
+
+    Args:
+        device: a GPU where there is one, by default.
+        config: a config file in place of the config that the detector was trained with.
+        overrides: config values, ``"section.key=value"``: ``"test.score=0.3"``, ``"model.cache_dir=FILE"`` where the
+            ViT's weights are elsewhere now.
+
+    Raises:
+        UserError: the file, or the ViT's weights that it names, are missing, damaged or of another kind.
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    content = files.load(file, kinds=tuple(OPENERS))
+    opener = importlib.import_module(OPENERS[content["format"]])
+    return opener.open_detector(content, str(file), place, config, overrides)
+
+
+def as_pixels(picture: Picture, *, exif: bool = True) -> Tensor:
+    """An image as RGB uint8 ``[3, H, W]``; see :meth:`LoadedDetector.__call__`.
+
+    Raises:
+        ImageError: a file that cannot be read.
+        ValueError: an array that is no image.
+    """
+    if isinstance(picture, (str, Path)):
+        return read_image(str(picture), exif=exif)
+    if isinstance(picture, Image.Image):
+        picture = np.asarray((ImageOps.exif_transpose(picture) if exif else picture).convert("RGB"))
+    if isinstance(picture, np.ndarray):
+        picture = torch.from_numpy(np.array(picture)).movedim(-1, 0) if picture.ndim == 3 else torch.empty(0)
+    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3 or not picture.numel():
+        raise ValueError(
+            f"an image is an array of {picture.dtype} and shape {tuple(picture.shape)}: give uint8 RGB, tensors as "
+            "[3, H, W] and numpy arrays as [H, W, 3]"
+        )
+    return picture

@@ -1,0 +1,1 @@
+"""Segmentation data sets: folder trees, label files, and samples."""

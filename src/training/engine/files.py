@@ -1,0 +1,79 @@
+"""Files that are complete or not there, and are verified when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training.engine.errors import UserError
+
+
+def save_atomically(content: dict[str, Any], path: Path, folder_flag: str = "--logs") -> None:
+    """``torch.save`` to a temporary file, flushed to disk, then renamed; a failure leaves the old file as it was.
+
+    Args:
+        folder_flag: the option that chooses the folder, for messages.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        flush(path.parent)  # the rename itself
+    except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"checkpoint {path} cannot be written ({reason}): free some space or choose another {folder_flag}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_file(path: Path) -> Any:
+    """What :func:`save_atomically` wrote, on the CPU. Nothing in it is executed, and every part's checksum is verified,
+    which torch does not: a damaged file is never taken for good.
+
+    Raises:
+        UserError: missing, or damaged.
+    """
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist: check the path")
+    try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is cut off, or no checkpoint at all")
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip and pickle raise a dozen kinds for damaged files
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:150]
+        raise UserError(f"checkpoint {path} is damaged ({reason}): use an earlier one") from error
+
+
+def checksum(file: Path) -> str:
+    """BLAKE2b of a file's content, in hexadecimal."""
+    digest = hashlib.blake2b()
+    with open(file, "rb") as stream:
+        while block := stream.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """See a file, or the entries of a folder, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,123 @@
+"""MaskCLIP+: labels that are filled in, losses and network, against the released code's numbers and closed forms."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ovseg.maskclip_plus.fill import TO_FILL, fill_labels, mark_unlabelled
+from ovseg.maskclip_plus.losses import distillation_loss, segmentation_loss
+from ovseg.maskclip_plus.network import Student, class_logits
+from ovseg.refine import key_smoothing, prompt_denoising
+from training.engine.errors import UserError
+
+
+@pytest.fixture()
+def case(golden, recorded):
+    arrays = recorded("maskclip_plus.npz")
+    facts = json.loads((golden / "dense_labels" / "maskclip_plus.json").read_text())
+    return arrays, facts
+
+
+def test_golden_labels(case):
+    arrays, facts = case
+    labels, features, embeddings = (arrays[k] for k in ("labels", "features", "class_embeddings"))
+    labels, unseen, every = labels[:, 0].long(), facts["unseen"], range(len(embeddings))
+    unit = F.normalize(features, dim=1)
+    own = class_logits(features, embeddings[unseen])
+    assert torch.equal(fill_labels(labels, own, unseen), arrays["self_training"][:, 0].long())
+    guided = class_logits(unit, embeddings[unseen])
+    assert torch.equal(fill_labels(labels, guided, unseen), arrays["guided"][:, 0].long())
+
+    free = mark_unlabelled(torch.where(labels == TO_FILL, 0, labels))
+    cosine = class_logits(unit, embeddings)
+    assert torch.equal(fill_labels(free, cosine, every), arrays["guided_all_classes"][:, 0].long())
+    refined = key_smoothing(prompt_denoising(cosine, 0.5), arrays["keys"], 1.0, "released")
+    assert torch.equal(fill_labels(free, refined, every), arrays["guided_all_classes_pd50_ks100"][:, 0].long())
+
+
+def test_golden_loss(case):
+    arrays, facts = case
+    logits = class_logits(arrays["features"], arrays["class_embeddings"])
+    torch.testing.assert_close(logits, arrays["decoder_logits"], atol=1e-5, rtol=1e-5)
+    labels = arrays["guided"][:, 0].long()
+    total, count = segmentation_loss(logits, labels)
+    assert float(total / count) == pytest.approx(facts["loss_over_labelled_pixels"], rel=1e-5)
+    assert float(total / labels.numel()) == pytest.approx(facts["loss_over_all_pixels"], rel=1e-5)
+
+
+def test_a_confidence_cut_never_touches_annotated_pixels():
+    """The published cut compares cosines and removes annotated pixels too; here: a probability, unlabelled pixels."""
+    labels = torch.tensor([[[TO_FILL, TO_FILL, 3, 255]]])
+    scores = torch.tensor([[0.10, 0.0, 0.0, 0.0], [0.0, 0.01, 0.0, 0.0]]).view(1, 2, 1, 4)
+    assert fill_labels(labels, scores, [5, 7], confidence=0.9).tolist() == [[[5, 255, 3, 255]]]
+    assert fill_labels(labels, scores, [5, 7]).tolist() == [[[5, 7, 3, 255]]]
+    sums = torch.tensor([[3.0, 2.0, 0.0, 0.0], [1.0, 2.0, 0.0, 0.0]]).view(1, 2, 1, 4)
+    assert fill_labels(labels, sums, [5, 7], confidence=0.6, probability=True).tolist() == [[[5, 255, 3, 255]]]
+
+
+def test_what_is_withheld():
+    labels = torch.tensor([[0, 1, 2, 255]], dtype=torch.uint8)
+    assert mark_unlabelled(labels).tolist() == [[-1, -1, -1, 255]]
+    assert mark_unlabelled(labels, [2]).tolist() == [[0, 1, -1, 255]]
+    nothing = torch.tensor([[[0, 1]]])
+    assert torch.equal(fill_labels(nothing, torch.zeros(1, 1, 1, 1), [4]), nothing)  # the release crashes here
+    with pytest.raises(ValueError, match="scores of 1 classes for 2"):
+        fill_labels(nothing, torch.zeros(1, 1, 1, 1), [4, 5])
+
+
+def test_distillation_leaves_ignored_pixels_out():
+    features = torch.full((1, 2, 2, 2), 3.0)
+    teacher = torch.ones(1, 2, 1, 1)
+    labels = torch.zeros(1, 4, 4, dtype=torch.int64)
+    labels[0, :, :2] = 255
+    total, count = distillation_loss(features, teacher, labels)
+    assert float(total) == 2 * 8 * 2 and int(count) == 2 * 8
+
+
+def test_student_learns_a_background_and_nothing_else_of_its_classifier():
+    embeddings = F.normalize(torch.randn(3, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    student = Student(embeddings, background=0).eval()
+    image = torch.randn(1, 3, 40, 56)
+    features = student.features(image)
+    logits = student(image)
+    assert features.shape == (1, 8, 5, 7) and logits.shape == (1, 3, 5, 7)
+    torch.testing.assert_close(logits[:, 1:], class_logits(features, embeddings[1:]))
+    own = F.normalize(student.background_vector, dim=0)
+    torch.testing.assert_close(logits[:, 0], torch.einsum("bdhw,d->bhw", features, own))
+    names = dict(student.named_parameters())
+    assert "background_vector" in names and "embeddings" not in names
+    assert "background_vector" not in dict(Student(embeddings).named_parameters())
+    with pytest.raises(UserError, match="use resnet50, resnet101"):
+        Student(embeddings, backbone="vgg")
+
+
+@pytest.mark.parametrize("backbone, stride", [("resnet50", 8), ("mobilenet_v3_large", 16)])
+def test_a_student_labels_images_of_any_size(tmp_path, backbone, stride):
+    """Written, read again and used: the cells of a constant answer lie on the whole image."""
+    from ovseg.classes import parse_classes
+    from ovseg.maskclip_plus.network import StudentSegmenter, load_student, release_of
+    from ovseg.protocols import Protocol
+
+    embeddings = torch.eye(3, 8)
+    student = Student(embeddings, backbone=backbone).eval()
+    classes = parse_classes(["a,b|other,c"])
+    torch.save(release_of(student, classes, mean=(0.5,) * 3, std=(0.2,) * 3), tmp_path / "student.pt")
+    again, about = load_student(tmp_path / "student.pt")
+    assert about["classes"] == ["a", "b", "c"] and again.stride == stride
+    segmenter = StudentSegmenter(again, classes, Protocol(short_side=40), mean=about["mean"], std=about["std"])
+    image = torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8)
+    with torch.no_grad():
+        again.head[-1].weight.zero_()
+        again.head[-1].bias.copy_(torch.eye(8)[1])
+    found = segmenter(image, confidence=True)["default"]
+    assert found.labels.shape == (45, 61) and (found.labels == 1).all()
+    (tmp_path / "none.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        load_student(tmp_path / "none.pt")
+    torch.save({"state_dict": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="holds no student"):
+        load_student(tmp_path / "other.pt")
