@@ -14,6 +14,6 @@ for arg in "$@"; do
 done
 # No test may need a network: a missing file must fail at once instead of waiting for the hub.
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# Tests start processes of their own: threads that wait must not spin.
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+# Tests start processes of their own: one thread each, lest they wait for one another on a busy machine.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 exec "$PY" -m pytest "${args[@]+"${args[@]}"}"

@@ -24,8 +24,9 @@ def golden() -> Path:
 def log_handlers_put_back() -> Iterator[None]:
     """Handlers that a program run within a test adds to the root logger end with the test, as its terminal does."""
     root = logging.getLogger()
-    before, level = list(root.handlers), root.level
+    before, level, disabled = list(root.handlers), root.level, root.manager.disable
     yield
+    logging.disable(disabled)
     for handler in [h for h in root.handlers if h not in before]:
         root.removeHandler(handler)
         handler.close()

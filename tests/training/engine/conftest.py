@@ -29,7 +29,9 @@ def two_processes(tmp_path):
         environment = {"PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "PATH": os.defpath,
                        "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                        "MASTER_PORT": str(port)}  # fmt: skip
-        command = [sys.executable, "-c", HEAD + textwrap.dedent(code) + "\nend_distributed()\n"]
+        # At once: on a busy machine a thread of torch may still run when the interpreter is taken down, and abort.
+        end = "\nend_distributed()\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+        command = [sys.executable, "-c", HEAD + textwrap.dedent(code) + end]
         started = [
             subprocess.Popen(command, env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE,
                              stderr=subprocess.STDOUT, text=True)
