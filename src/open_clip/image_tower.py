@@ -239,12 +239,13 @@ class ImageTower(ImageTowerAPI, nn.Module):
         asked = {i % count for i in blocks}
         x, table = self.embed(image)
         tokens: dict[int, Tensor] = {}
+        cells: dict[int, Tensor] = {}
         for i in range(max(asked, default=-1) + 1):
             if i > 0:
                 x = self.run_block(i - 1, x, table)
             if i in asked:
-                tokens[i] = x
-        return BlockInputs(self, tokens, table, self.grid(image))
+                tokens[i], cells[i] = x, x[:, self.num_prefix_tokens :]
+        return BlockInputs(self, tokens, cells, table, self.grid(image))
 
     def dense_tokens(
         self, image: Tensor, take: Sequence[int] = (), readout: str | Readout | None = None
@@ -265,9 +266,7 @@ class ImageTower(ImageTowerAPI, nn.Module):
         tokens = reading.tokens(inputs)
         levels = []
         for i in take:
-            cells, grid = tokens, reading.grid(inputs)
-            if i < last:
-                cells, grid = inputs.tokens[i + 1][:, self.num_prefix_tokens :], inputs.grid
+            cells, grid = (inputs.cells[i + 1], inputs.grid) if i < last else (tokens, reading.grid(inputs))
             levels.append(cells.transpose(1, 2).unflatten(2, grid))
         return tokens, levels
 

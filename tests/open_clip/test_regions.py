@@ -44,6 +44,11 @@ class Copies(TorchDispatchMode):
 
 
 def test_boxes_on_the_device_are_pooled_without_a_copy_from_the_host():
+    try:
+        with FakeTensorMode():
+            torch.full_like(torch.empty(1, device="cuda"), 1)
+    except RuntimeError as error:  # torch 2.6 looks for a driver here
+        pytest.skip(f"no imagined GPU with torch {torch.__version__}: {str(error).splitlines()[0]}")
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
         dense = torch.empty(2, 8, 4, 6, device="cuda", dtype=torch.bfloat16)
         boxes = [torch.empty(3, 4, device="cuda"), torch.empty(0, 4, device="cuda")]

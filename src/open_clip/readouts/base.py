@@ -25,12 +25,14 @@ class BlockInputs:
     Attributes:
         tower: the image tower that ran.
         tokens: by block index, ``[B, prefix + h*w, W]``.
+        cells: the same without prefix tokens, ``[B, h*w, W]``.
         table: rotary table of the grid, see :func:`open_clip.timm_blocks.rotary_table`.
         grid: cells (h, w).
     """
 
     tower: ImageTower
     tokens: Mapping[int, Tensor]
+    cells: Mapping[int, Tensor]
     table: Tensor | None
     grid: tuple[int, int]
 
@@ -61,7 +63,7 @@ class BlockInputs:
         if index not in self.tokens:
             raise ValueError(f"this pass did not keep the input of block {index}: ask block_inputs for it")
         block = self.tower.trunk.blocks[index]
-        x = tb.attention_input(block, self.tokens[index][:, self.tower.num_prefix_tokens :])
+        x = tb.attention_input(block, self.cells[index])
         if through_output:
             return tb.finish_attention(block.attn, tb.project(block.attn, x, which), x)
         return tb.project_heads(block.attn, x, which).transpose(1, 2).flatten(2)

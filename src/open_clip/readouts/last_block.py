@@ -148,24 +148,18 @@ class LastBlock(Readout):
         block, x, prefix = tower.trunk.blocks[index], inputs.tokens[index], tower.num_prefix_tokens
         if self.ordinary:
             return tower.run_block(index, x, inputs.table)[:, prefix:]
-        if not self.mixing.pairs and self.mixing.full:
-            return inputs.run(tb.value_block, block, x[:, prefix:])
         if not self.mixing.pairs:
-            return inputs.run(_bare_value, block, x[:, prefix:])
+            return inputs.run(tb.value_block if self.mixing.full else _bare_value, block, x[:, prefix:])
         return inputs.run(self._mixed, block, x, inputs.rotary(index), prefix, inputs.grid)
 
-    def _mixed(
-        self, block: nn.Module, x: Tensor, table: Tensor | None, prefix: int, grid: tuple[int, int]
-    ) -> Tensor:
+    def _mixed(self, block: nn.Module, x: Tensor, table: Tensor | None, prefix: int, grid: tuple[int, int]) -> Tensor:
         y = tb.attention_input(block, x)
         mixed = self._attend(block.attn, y, table, prefix, grid).transpose(1, 2).flatten(2)  # [B, 1 + N, A]
         mixed, y, x = mixed[:, prefix:], y[:, prefix:], x[:, prefix:]
         output = tb.finish_attention(block.attn, mixed, y)
         return tb.finish_block(block, x, output) if self.mixing.full else tb.attention_branch(block, output)
 
-    def _attend(
-        self, attn: nn.Module, y: Tensor, table: Tensor | None, prefix: int, grid: tuple[int, int]
-    ) -> Tensor:
+    def _attend(self, attn: nn.Module, y: Tensor, table: Tensor | None, prefix: int, grid: tuple[int, int]) -> Tensor:
         """Mixed values ``[B, heads, 1 + N, d]``."""
         table = table if self.rotated else None
         used = {which for pair in self.mixing.pairs for which in pair} | {"v"}
@@ -278,8 +272,7 @@ class ProxyCLIP(Readout):
 
     def tokens(self, inputs: BlockInputs) -> Tensor:
         block = inputs.tower.trunk.blocks[inputs.last]
-        x = inputs.tokens[inputs.last][:, inputs.tower.num_prefix_tokens :]
-        return inputs.run(self._mixed, block, x, inputs.grid, self._map_of(inputs))
+        return inputs.run(self._mixed, block, inputs.cells[inputs.last], inputs.grid, self._map_of(inputs))
 
     def _mixed(self, block: nn.Module, x: Tensor, grid: tuple[int, int], external: Tensor) -> Tensor:
         v = tb.project(block.attn, tb.attention_input(block, x), "v").transpose(1, 2).unflatten(2, grid)

@@ -43,10 +43,7 @@ class MultiValue(Readout):
 
     def tokens(self, inputs: BlockInputs) -> Tensor:
         tower = inputs.tower
-        layers = [
-            inputs.run(self.layer, tower.trunk.blocks[i], inputs.tokens[i][:, tower.num_prefix_tokens :])
-            for i in self.blocks(tower)
-        ]
+        layers = [inputs.run(self.layer, tower.trunk.blocks[i], inputs.cells[i]) for i in self.blocks(tower)]
         return sum(layers[1:], layers[0])
 
     def layer(self, block: nn.Module, x: Tensor) -> Tensor:
