@@ -13,7 +13,7 @@ from ovdet.data.dataset import ViewOptions
 from ovdet.testing import test
 from ovdet.vild.assemble import FORMAT, NOBODY, learned, learned_labels, load_teacher, make_detector
 from ovdet.vild.config import VildConfig
-from ovdet.vild.dataset import Distilled, DistilDataset
+from ovdet.vild.dataset import DistilDataset, Distilled
 from ovdet.vild.embed import check_filled, open_store
 from ovdet.vild.proposals import ProposalList
 from ovdet.vild.propose import recall_on_validation

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ovdet.commands.train import train_command
+from ovdet.task import FLAGS
 from ovdet.vild.assemble import read_config
 from ovdet.vild.run import train
-from ovdet.task import FLAGS
 from training.engine.errors import run_program
 
 
