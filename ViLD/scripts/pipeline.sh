@@ -5,11 +5,10 @@
 #
 #   bash ViLD/scripts/pipeline.sh CONFIG OUT [PROCESSES] [section.key=value ...]
 #
-# OUT/proposer, OUT/proposals_val, OUT/proposals and OUT/store hold what detectors share, OUT/NAME a detector and its test, NAME
-# being that of CONFIG, or of model.variant where it is given. Another CONFIG
-# or model.variant with the same OUT begins at (4). One process per GPU, or CPU processes where there is none.
-# PROPOSER_VALUES="section.key=value ..." are for the first network alone. EVAL="bbox segm": also mask AP. MOST=300: proposals
-# of a training image. DEVICE=cpu. PYTHON names another interpreter than that of the clone's .venv.
+# OUT/proposer, OUT/proposals_val, OUT/proposals and OUT/store hold what detectors share, OUT/NAME a detector and its test; NAME
+# is that of CONFIG, or model.variant where that is given. Another one with the same OUT begins at (4). One process per GPU, or
+# CPU processes where there is none. PROPOSER_VALUES="section.key=value ..." are for the first network alone. EVAL="bbox segm":
+# also mask AP. MOST=300: proposals of a training image. DEVICE=cpu. PYTHON names another interpreter than that of .venv.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -ge 2 ] || { echo "usage: bash pipeline.sh CONFIG OUT [PROCESSES] [section.key=value ...]" >&2; exit 2; }
