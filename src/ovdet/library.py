@@ -28,7 +28,7 @@ from ovdet.precision import choose_precision
 from ovdet.testing import detect
 
 # Format of a detector file -> module whose ``open_detector(content, path, device, config, overrides)``.
-OPENERS = {"fvit": "ovdet.fvit.assemble", "glip": "ovdet.glip.assemble"}
+OPENERS = {"fvit": "ovdet.fvit.assemble", "glip": "ovdet.glip.assemble", "vild": "ovdet.vild.assemble"}
 
 Picture = str | Path | Tensor | np.ndarray | Image.Image
 
@@ -40,10 +40,11 @@ class LoadedDetector:
         detector: in eval mode on its device; see :func:`ovdet.testing.detect`.
         config: its config; sections ``data``, ``train`` (the precision) and ``test`` are read.
         set_classes: makes the detector detect these names.
+        set_attributes: makes it say of each detection which of these attributes it has; None: it cannot.
         base, novel: the classes that it was trained with, and those held out then.
 
     Attributes:
-        base, novel: as above; classes: the names that it detects now.
+        base, novel: as above; classes: the names that it detects now; attributes: those that it tells apart.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class LoadedDetector:
         device: torch.device,
         base: Sequence[str] = (),
         novel: Sequence[str] = (),
+        set_attributes: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
         self.detector, self.config, self.device = detector, config, device
         self.base, self.novel, self.classes = tuple(base), tuple(novel), ()
+        self.attributes: tuple[str, ...] = ()
         self.precision = choose_precision(config.train, device, training=False)
-        self._set_classes = set_classes
+        self._set_classes, self._set_attributes = set_classes, set_attributes
 
     def use_classes(self, names: Sequence[str]) -> None:
         """Detect these classes from now on; their embeddings are computed once and cached.
@@ -73,6 +76,24 @@ class LoadedDetector:
         if names != self.classes:
             self._set_classes(names)
             self.classes = names
+
+    def use_attributes(self, attributes: Sequence[str]) -> None:
+        """Tell these attributes apart from now on (none: no longer): every class may have each of them.
+
+        ``names`` of detections are then "green apple", and scores the joint ones of class and attribute.
+
+        Raises:
+            ValueError: one twice, or a detector that cannot.
+        """
+        attributes = tuple(attributes)
+        if len(set(attributes)) < len(attributes):
+            raise ValueError(f"attributes are {list(attributes)}: give none twice")
+        if self._set_attributes is None:
+            if attributes:
+                raise ValueError("this detector tells no attributes apart: name them in the classes (\"green apple\")")
+        elif attributes != self.attributes:
+            self._set_attributes(attributes)
+            self.attributes = attributes
 
     def __call__(
         self, images: Picture | Iterable[Picture], classes: Sequence[str], *, batch_size: int = 1
@@ -139,7 +160,10 @@ class LoadedDetector:
             repeat_edges=test.mask_edges == "repeated", **options,
         ):  # fmt: skip
             found["size"] = found.pop("original")
-            yield found | {"names": [self.classes[label] for label in found["labels"]]}
+            names = [self.classes[label] for label in found["labels"]]
+            if "attributes" in found:
+                names = [f"{self.attributes[a]} {n}" for a, n in zip(found["attributes"], names, strict=True)]
+            yield found | {"names": names}
 
 
 def load_detector(

@@ -26,12 +26,14 @@ def draw_detections(
     scores: Sequence[float],
     names: Sequence[str],
     masks: Tensor | None = None,
+    captions: Sequence[str] | None = None,
 ) -> Tensor:
     """Boxes with "name 0.93", and masks, on an image; of what overlaps, the surest on top.
 
     Args:
         image: uint8 ``[3, H, W]``; boxes: ``[N, 4]`` xyxy in its pixels; labels: rows of ``names``; masks: bool
             ``[N, H, W]``.
+        captions: in place of the class's name, of each detection.
 
     Returns:
         uint8 ``[3, H', W']``: a small image is enlarged, lest captions cover it.
@@ -43,6 +45,7 @@ def draw_detections(
         image, boxes = _enlarged(image, factor), boxes * factor
         masks = None if masks is None else _enlarged(masks, factor)
     order = sorted(range(len(scores)), key=lambda i: scores[i])
+    captions = [captions[i] for i in order] if captions else [names[labels[i]] for i in order]
     boxes, labels, scores = boxes[order], [labels[i] for i in order], [scores[i] for i in order]
     masks = None if masks is None else masks[order]
     palette = class_colors(len(names))
@@ -53,7 +56,7 @@ def draw_detections(
     # Thin boxes would be rejected where rounding turns them over.
     boxes = torch.cat([boxes[:, :2], torch.maximum(boxes[:, 2:], boxes[:, :2] + 1)], dim=1)
     font = ImageFont.load_default(size=max(10, side // 50)) if _sized_default_font() else None
-    texts = [f"{names[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)]
+    texts = [f"{caption} {score:.2f}" for caption, score in zip(captions, scores, strict=True)]
     image = draw_bounding_boxes(image, boxes, colors=colors, width=max(1, side // 300))
     return _draw_texts(image, boxes, texts, colors, font)
 

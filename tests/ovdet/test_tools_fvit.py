@@ -63,6 +63,9 @@ def test_open_vocabulary_coco(tmp_path: Path, prepare: ModuleType, capsys: pytes
     # 48 images of base classes, and the odd ones among the others, which hold class 0 as well.
     assert {i["id"] for i in base["images"]} == set(range(48)) | set(range(49, 67, 2))
     assert {i["id"] for i in both["images"]} == set(range(65)) | {65}
+    prepare.main(["coco", "--train", str(file), "--out", str(tmp_path / "whole"), "--all-images"])
+    whole = json.loads((tmp_path / "whole" / "instances_train2017_base.json").read_text())
+    assert len(whole["images"]) == 70 and whole["annotations"] == base["annotations"]
     assert base["info"] == {"year": 2017} and "48 classes" in capsys.readouterr().out
     names = json.loads(prepare.OV_COCO.read_text())
     assert names["base"][:2] == ["person", "bicycle"] and {"airplane", "umbrella"} <= set(names["novel"])
@@ -104,6 +107,9 @@ def test_voc(tmp_path: Path, prepare: ModuleType):
     written = json.loads((tmp_path / "out.json").read_text())["annotations"]
     assert [entry["difficult"] for entry in written] == [0, 1]
     assert [a.names[i] for i in a.labels] == ["tv monitor", "dog"] and len(a.names) == 20
+    prepare.main(["voc", "--root", str(tmp_path), "--out", str(tmp_path / "first.json"), "--first", "12"])
+    first = json.loads((tmp_path / "first.json").read_text())
+    assert len(first["categories"]) == 12 and [a["category_id"] for a in first["annotations"]] == [12]
     (tmp_path / "Annotations" / "000001.xml").write_text(xml.format(item.format("unicorn", 0)))
     with pytest.raises(UserError, match="000001.xml"):
         prepare.main(["voc", "--root", str(tmp_path), "--out", str(tmp_path / "out.json")])

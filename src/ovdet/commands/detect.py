@@ -18,7 +18,7 @@ from ovdet.evaluation.coco import write_json
 from ovdet.listing import list_images, place_pictures, read_names
 from ovdet.testing import count_skips
 from ovdet.visualize import draw_detections
-from training.engine.errors import UserError, run_program
+from training.engine.errors import UserError, as_user_error, run_program
 from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 from training.engine.skips import SkipPolicy
@@ -31,7 +31,7 @@ def draw(found: dict[str, Any], classes: Sequence[str], target: Path) -> None:
         masks = torch.from_numpy(coco_mask.decode(found["masks"]).astype(bool).transpose(2, 0, 1))
     picture = draw_detections(
         found["pixels"], torch.from_numpy(found["boxes"]), found["labels"].tolist(), found["scores"].tolist(), classes,
-        masks,
+        masks, captions=found["names"],
     )  # fmt: skip
     target.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy())).save(target)
@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoint", required=True, help="a detector file: epoch_N.pt or latest.pt")
     parser.add_argument("--classes", nargs="+", default=[], help='"cat,dog,red car", or a file with one name a line')
     parser.add_argument("--classes-from", metavar="FILE", help="file with one name a line")
+    parser.add_argument(
+        "--attributes", nargs="+", default=[], help='"red,green,...": say which of them each detection has (ViLD)'
+    )
     parser.add_argument("--config", help="default: the config that the detector was trained with")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config values: section.key=value")
     parser.add_argument("--score", type=float, default=0.3, help="smallest score shown, 0 to 1")
@@ -82,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.batch_size < 1 or args.workers < 0:
         raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: give 1 or more, and 0 or more")
     names = chosen_names(args.classes, args.classes_from)
+    attributes = read_names(",".join(args.attributes), "--attributes") if args.attributes else []
     sources = list_images(args.images)
     targets = place_pictures(sources, args.out)
     setup_logging(0)
@@ -89,6 +93,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.checkpoint, device=args.device, config=args.config, overrides=[*args.set, f"test.score={args.score}"]
     )  # fmt: skip
     detector.use_classes(names)
+    if attributes:
+        with as_user_error():
+            detector.use_attributes(attributes)
     policy = SkipPolicy("the command line", 1.0)
     bar = tqdm(total=len(sources), unit="img", desc="detecting", disable=len(sources) < 2, dynamic_ncols=True)
     records = []

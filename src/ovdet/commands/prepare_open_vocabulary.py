@@ -8,8 +8,9 @@
 
 ``coco``: ``*_base.json`` with the base classes' objects for training, ``*_ov65.json`` with base and novel ones for
 testing (``--split FILE`` for lists of your own: json with "base" and "novel"). ``lvis``: ``*_norare.json`` without the
-rare classes. ``voc``: the XML files of a split as one json. Files are written beside the official ones unless ``--out``
-is given; images without an object of the classes kept are left out.
+rare classes. ``voc``: the XML files of a split as one json (``--first N``: the first N classes). Files are written
+beside the official ones unless ``--out`` is given; images without an object of the classes kept are left out, unless
+``--all-images`` keeps them (detectors that distil learn from these as well).
 """
 
 from __future__ import annotations
@@ -36,10 +37,15 @@ VOC_CLASSES = (
 )  # fmt: skip
 
 
-def keep_categories(content: dict[str, Any], wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def keep_categories(
+    content: dict[str, Any], wanted: Callable[[dict[str, Any]], bool], *, all_images: bool = False
+) -> dict[str, Any]:
     """An annotation file's content with some categories only, and the images that have objects of them.
 
     Ids, order and all other fields stay as they are.
+
+    Args:
+        all_images: keep images without such objects as well.
     """
     categories = [c for c in content["categories"] if isinstance(c, dict) and wanted(c)]
     ids = {c.get("id") for c in categories}
@@ -47,7 +53,7 @@ def keep_categories(content: dict[str, Any], wanted: Callable[[dict[str, Any]], 
     images = {a.get("image_id") for a in annotations}
     return {
         **content,
-        "images": [i for i in content["images"] if isinstance(i, dict) and i.get("id") in images],
+        "images": [i for i in content["images"] if isinstance(i, dict) and (all_images or i.get("id") in images)],
         "annotations": annotations,
         "categories": categories,
     }
@@ -66,8 +72,14 @@ def read_split(path: Path) -> dict[str, list[str]]:
     return split
 
 
-def prepare_coco(train: Path | None, val: Path | None, split: dict[str, list[str]], out: Path | None) -> list[Path]:
-    """Training file of the base classes, validation file of all. Returns what was written."""
+def prepare_coco(
+    train: Path | None, val: Path | None, split: dict[str, list[str]], out: Path | None, *, all_images: bool = False
+) -> list[Path]:
+    """Training file of the base classes, validation file of all. Returns what was written.
+
+    Args:
+        all_images: the training file keeps images without base objects.
+    """
     if train is None and val is None:
         raise UserError("give --train FILE, --val FILE or both")
     everything = split["base"] + split["novel"]
@@ -84,21 +96,31 @@ def prepare_coco(train: Path | None, val: Path | None, split: dict[str, list[str
                 f"{flag} {source}: it has no category {', '.join(missing[:4])}; give the official file, or "
                 "--split with the names of yours"
             )
-        kept = keep_categories(content, lambda c, names=frozenset(names): c.get("name") in names)
+        kept = keep_categories(
+            content, lambda c, names=frozenset(names): c.get("name") in names,
+            all_images=all_images and flag == "--train",
+        )  # fmt: skip
         written.append(_write(kept, source, suffix, out))
     return written
 
 
-def prepare_lvis(train: Path, out: Path | None) -> list[Path]:
-    """LVIS without its rare classes."""
+def prepare_lvis(train: Path, out: Path | None, *, all_images: bool = False) -> list[Path]:
+    """LVIS without its rare classes; with ``all_images`` also images that have no others."""
     content = read_json(str(train), "--train")
     if not any(isinstance(c, dict) and c.get("frequency") == "r" for c in content["categories"]):
         raise UserError(f'--train {train}: no category has the frequency "r"; give the official LVIS file')
-    return [_write(keep_categories(content, lambda c: c.get("frequency") != "r"), train, "norare", out)]
+    kept = keep_categories(content, lambda c: c.get("frequency") != "r", all_images=all_images)
+    return [_write(kept, train, "norare", out)]
 
 
-def prepare_voc(root: Path, split: str, out: Path) -> list[Path]:
-    """A VOC split as a COCO file. Boxes become 0-based; difficult objects are marked ``difficult``, as VOC does."""
+def prepare_voc(root: Path, split: str, out: Path, *, first: int = len(VOC_CLASSES)) -> list[Path]:
+    """A VOC split as a COCO file. Boxes become 0-based; difficult objects are marked ``difficult``, as VOC does.
+
+    Args:
+        first: of the 20 classes, by name, the first so many, with the images that have objects of them.
+    """
+    if not 1 <= first <= len(VOC_CLASSES):
+        raise UserError(f"--first {first}: VOC has {len(VOC_CLASSES)} classes")
     listing = root / "ImageSets" / "Main" / f"{split}.txt"
     if not listing.is_file():
         raise UserError(f"--root {root}: there is no {listing}; give the folder VOC2007 of the official archive")
@@ -125,8 +147,11 @@ def prepare_voc(root: Path, split: str, out: Path) -> list[Path]:
         except (OSError, ElementTree.ParseError, ValueError) as error:
             raise UserError(f"{file}: not a VOC annotation ({error}); fetch the archive again") from None
     categories = [{"id": i, "name": name} for i, name in enumerate(VOC_CLASSES, 1)]
-    write_json(out, {"images": images, "annotations": annotations, "categories": categories})
-    _say(out, images, annotations, categories)
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    if first < len(VOC_CLASSES):
+        content = keep_categories(content, lambda c: c["id"] <= first)
+    write_json(out, content)
+    _say(out, content["images"], content["annotations"], content["categories"])
     return [out]
 
 
@@ -150,21 +175,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     coco.add_argument("--val", type=Path, help="official validation file")
     coco.add_argument("--split", type=Path, default=OV_COCO, help='json with class names, "base" and "novel"')
     coco.add_argument("--out", type=Path, help="folder to write to")
+    coco.add_argument("--all-images", action="store_true", help="the training file keeps images without base objects")
     lvis = commands.add_parser("lvis", help="OV-LVIS")
     lvis.add_argument("--train", type=Path, required=True, help="official training file")
     lvis.add_argument("--out", type=Path, help="folder to write to")
+    lvis.add_argument("--all-images", action="store_true", help="keep images that have rare classes' objects alone")
     voc = commands.add_parser("voc", help="VOC's XML files to one json")
     voc.add_argument("--root", type=Path, required=True, help="folder VOC2007")
     voc.add_argument("--subset", default="test", help="name of a file in ImageSets/Main")
     voc.add_argument("--out", type=Path, required=True, help="file to write")
+    voc.add_argument("--first", type=int, default=len(VOC_CLASSES), help="only the first so many classes, by name")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if args.benchmark == "coco":
-        prepare_coco(args.train, args.val, read_split(args.split), args.out)
+        prepare_coco(args.train, args.val, read_split(args.split), args.out, all_images=args.all_images)
     elif args.benchmark == "lvis":
-        prepare_lvis(args.train, args.out)
+        prepare_lvis(args.train, args.out, all_images=args.all_images)
     else:
-        prepare_voc(args.root, args.subset, args.out)
+        prepare_voc(args.root, args.subset, args.out, first=args.first)
 
 
 def run() -> int:

@@ -33,6 +33,7 @@ class ModelConfig:
     trunk_weights: str = ""  # a file; "": those of the trunk's tag, from the hub; "random": none
     trunk_norm: str = "batch"  # its norms train ("batch"), or are constants ("frozen")
     trunk_frozen: int = 0  # so many of its four stages do not train, nor does the stem then
+    start: str = ""  # a detector file whose weights are the start, as far as their names and shapes fit
     channels: int = 256  # of the feature pyramid
     norm: bool = True  # batch norm in pyramid, RPN and heads; train.sync_batch_norm synchronises it
     norm_eps: float = 1e-5

@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,17 +210,3 @@ def _hash(arrays: dict[str, np.ndarray]) -> str:
         for start in range(0, max(len(array), 1), 2**22):  # a map is read in pieces
             digest.update(np.ascontiguousarray(array[start : start + 2**22]))
     return digest.hexdigest()
-
-
-def best_boxes(
-    found: Iterable[dict[str, Any]], *, most: int, min_side: float
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(index, boxes, scores) of each image that :func:`ovdet.testing.detect` gives, the best ``most``.
-
-    Args:
-        min_side: thinner boxes are left out, in pixels of the image.
-    """
-    for image in found:
-        keep = ((image["boxes"][:, 2:] - image["boxes"][:, :2]) >= min_side).all(1)
-        chosen = np.flatnonzero(keep)[:most]
-        yield image["index"], image["boxes"][chosen], image["scores"][chosen]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from training.engine.errors import UserError
 
 FORMAT = 2
 SHARD_IMAGES = 1000
+LEFT_OVER = 600  # seconds after which an unfinished shard is no longer being written
 
 
 class TeacherStore:
@@ -149,9 +151,12 @@ class TeacherStore:
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def create(self) -> None:
-        """Make the folder and say in it what it is for, if that has not been done."""
+        """Make the folder and say in it what it is for, if that has not been done; leftovers of killed writers go."""
         with writing(self.where):
             write_key(self.folder, self.key)
+            for left in self.folder.glob(".shard-*"):
+                if time.time() - left.stat().st_mtime > LEFT_OVER:
+                    left.unlink(missing_ok=True)
 
     def write(self, shard: int, array: np.ndarray) -> None:
         """Write a shard, float16 of :meth:`shape`.

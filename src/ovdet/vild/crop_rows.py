@@ -1,0 +1,141 @@
+"""Reference rows: the teacher itself judges the crops of a detector's boxes. Slow; an upper and a lower bound."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ovdet.data.dataset import TestDataset
+from ovdet.data.loader import test_loader
+from ovdet.parts.masks import encode_pasted
+from ovdet.parts.scores import fuse, select_detections
+from ovdet.precision import choose_precision
+from ovdet.testing import count_skips, score, to_original
+from ovdet.vild.config import VildConfig
+from ovdet.vild.detector import Detector
+from ovdet.vild.embed import Embedder
+from ovdet.vild.scores import cosine_logits, plain_probabilities, scores_with_objectness
+from ovdet.vocabulary import Vocabulary
+from training.engine.data.records import Annotations
+from training.engine.distributed import Dist
+from training.engine.skips import SkipPolicy
+
+ROWS = {
+    "clip": "CLIP on cropped regions",
+    "clip-objectness": "CLIP on cropped regions, with objectness",
+    "text-clip": "the detector's own scores and CLIP on its boxes",
+}
+
+
+class CropJudge:
+    """Class probabilities of boxes by the teacher's embeddings of their crops.
+
+    Args:
+        table: class embeddings ``[C, D]``, unit length, of the evaluated vocabulary.
+        base_mask: bool ``[C]``.
+        config: sections ``model`` and ``test`` are read.
+        row: one of :data:`ROWS`.
+    """
+
+    def __init__(self, embedder: Embedder, table: Tensor, base_mask: Tensor, config: VildConfig, row: str) -> None:
+        self.embedder, self.config, self.row = embedder, config, row
+        self.table, self.base_mask = table.to(embedder.device), base_mask.to(embedder.device)
+
+    def __call__(self, pixels: Tensor, boxes: np.ndarray, objectness: Tensor, own: Tensor) -> Tensor:
+        """Scores ``[K, C]``.
+
+        Args:
+            pixels: the image, uint8 ``[3, H, W]``; boxes: ``[K, 4]`` in it.
+            objectness: ``[K]``; own: the detector's class probabilities ``[K, C]``, for the row that has them.
+        """
+        test = self.config.test
+        temperature = test.temperature or self.config.model.temperature
+        judged = plain_probabilities(cosine_logits(self.embedder.embed(pixels, boxes), self.table, temperature))
+        if self.row == "clip-objectness":
+            return scores_with_objectness(judged, objectness)
+        if self.row == "text-clip":
+            weights = {"weight_base": test.image_weight_base, "weight_novel": test.image_weight_novel}
+            return fuse(own, judged, self.base_mask, **weights)
+        return judged
+
+
+@torch.inference_mode()
+def detect_with_crops(
+    detector: Detector,
+    judge: CropJudge,
+    batches: Iterable[dict[str, Any]],
+    *,
+    config: VildConfig,
+    device: torch.device,
+    on_skipped: Callable[[list[tuple[str, str]], int], None],
+) -> Iterator[dict[str, Any]]:
+    """As :func:`ovdet.testing.detect`, with scores by the teacher; the batches have ``pixels``."""
+    test, precision = config.test, choose_precision(config.train, device, training=False)
+    for batch in batches:
+        on_skipped(batch["skipped"], len(batch["indices"]))
+        if batch["images"] is None:
+            continue
+        sizes = batch["sizes"]
+        with precision.autocast():
+            maps, regions = detector.judge(detector.prepare(batch["images"].to(device), sizes), sizes)
+        results = []
+        for i, one in enumerate(regions):
+            best = one.objectness.argsort(descending=True, stable=True)[: test.crops]
+            boxes = to_original({"boxes": one.boxes[best]}, sizes[i], batch["originals"][i])["boxes"]
+            scores = judge(batch["pixels"][i], boxes.cpu().numpy(), one.objectness[best], one.scores[best])
+            results.append(
+                select_detections(one.boxes[best], scores, score=test.score, iou=test.nms, most=test.per_image)
+            )
+        with precision.autocast():
+            detector.add_masks(maps, results)
+        for i, result in enumerate(results):
+            result = to_original(result, sizes[i], batch["originals"][i])
+            found = {"index": batch["indices"][i], "original": batch["originals"][i]}
+            found |= {key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels")}
+            if "masks" in result:
+                found["masks"] = encode_pasted(
+                    result["masks"], result["boxes"], tuple(batch["originals"][i]), test.mask_threshold,
+                    repeat_edges=test.mask_edges == "repeated",
+                )  # fmt: skip
+            yield found
+
+
+def test_crops(
+    config: VildConfig,
+    detector: Detector,
+    judge: CropJudge,
+    annotations: Annotations,
+    vocabulary: Vocabulary,
+    *,
+    dist: Dist,
+    kinds: Sequence[str],
+    folder: Path | None = None,
+    level: int = logging.INFO,
+) -> dict[str, dict[str, float]]:
+    """AP of a reference row on the validation set; every process calls it. See :func:`ovdet.testing.test`."""
+    data = config.data
+    dataset = TestDataset(
+        annotations.file_names, root=config.locate(data.val_images), image_size=data.image_size, resize=data.resize,
+        exif=data.exif, keep_pixels=True,
+    )  # fmt: skip
+    loader = test_loader(
+        dataset, batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank, world_size=dist.world_size,
+        pin=False,
+    )  # fmt: skip
+    policy = SkipPolicy(annotations.file, data.max_skipped, "data.max_skipped")
+    detector.eval()
+    bar = tqdm(loader, desc="judging crops", unit="batch", disable=not dist.is_master, mininterval=1)
+    images = detect_with_crops(
+        detector, judge, bar, config=config, device=dist.device, on_skipped=count_skips(policy)
+    )  # fmt: skip
+    return score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
+
+
+test_crops.__test__ = False
