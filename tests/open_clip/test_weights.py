@@ -96,7 +96,8 @@ def test_wrong_file_says_what_differs_and_loads_nothing(golden):
         load_state(model, broken, source="file.pt")
     text = str(error.value)
     assert "file.pt" in text and "visual.trunk.norm.weight" in text and "visual.trunk.extra" in text
-    assert "cls_token (1, 1, 7) instead of (1, 1, 64)" in text and "\n" not in text
+    width = state["visual.cls_token"].shape[-1]
+    assert f"cls_token (1, 1, 7) instead of (1, 1, {width})" in text and "\n" not in text
     with pytest.raises(ValueError, match="another architecture"):
         load_state(model, reference_state(golden, "vit_quickgelu"))
     with pytest.raises(ValueError, match="not a CLIP checkpoint"):
@@ -140,8 +141,10 @@ def test_create_model_with_eva_and_cache_dir(golden, tmp_path):
     file = golden / "eva" / "weights.safetensors"
     model = open_clip.create_model("golden-eva", pretrained="eva", cache_dir=file)
     assert torch.equal(model.visual.trunk.cls_token, reference_state(golden, "eva")["visual.cls_token"])
-    resized = open_clip.create_model("golden-eva", pretrained=file, force_image_size=96, precision="bf16")
-    assert resized.visual.trunk.pos_embed.shape == (1, 37, 64) and resized.logit_scale.dtype == torch.bfloat16
+    grid = (3, 5)  # no size of any draw
+    size = tuple(n * model.visual.patch_size for n in grid)
+    resized = open_clip.create_model("golden-eva", pretrained=file, force_image_size=size, precision="bf16")
+    assert resized.visual.trunk.pos_embed.shape == (1, 1 + 3 * 5, model.visual.width) and resized.logit_scale.dtype == torch.bfloat16
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_clip.create_model("golden-eva", pretrained="eva", cache_dir=tmp_path / "none.pt")
     with pytest.raises(ValueError, match="neither a file nor a tag"):
