@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 GOLDEN = Path(os.environ.get("CLIPSELF_GOLDEN", Path(__file__).parent / "golden"))
 
@@ -57,6 +59,26 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             pytest.param("", marks=pytest.mark.skip(f"{file} with {pattern} is not among the golden files"))
         ]
         metafunc.parametrize(mark.kwargs.get("argument", "case"), cases)
+
+
+@pytest.fixture(scope="session")
+def in_processes() -> Callable[..., None]:
+    """``in_processes(function, world, *args)``: ``function(rank, *args)`` in ``world`` processes at once.
+
+    They are forked, which saves each the seconds of importing torch; where there is a GPU, whose autograd threads do
+    not survive a fork, they are spawned. A process that fails makes the call raise.
+    """
+
+    def run(function: Callable[..., None], world: int, *args: Any) -> None:
+        method = "spawn" if torch.cuda.is_available() else "fork"
+        torch.multiprocessing.start_processes(_one_thread, (function, *args), nprocs=world, start_method=method)
+
+    return run
+
+
+def _one_thread(rank: int, function: Callable[..., None], *args: Any) -> None:
+    torch.set_num_threads(1)
+    function(rank, *args)
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -155,20 +154,23 @@ def test_create_model_with_eva_and_cache_dir(golden, tmp_path):
         open_clip.create_model("golden-eva", precision="fp8")
 
 
-def test_convert_weights_tool(golden, tmp_path):
+def test_convert_weights_tool(golden, tmp_path, capsys):
     kind = golden / "vit_quickgelu"
     config = tmp_path / "golden-vit.json"
     config.write_text((kind / "config.json").read_text())
-    run = lambda *args: subprocess.run(  # noqa: E731
-        [sys.executable, ROOT / "tools/convert_weights.py", "--model", config, *args], capture_output=True, text=True
-    )
+    spec = importlib.util.spec_from_file_location("convert_weights", ROOT / "tools" / "convert_weights.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+
+    def run(*args) -> tuple[int, str]:
+        return tool.main(["--model", str(config), *map(str, args)]), capsys.readouterr().err
+
     there, back = tmp_path / "timm.pt", tmp_path / "back.safetensors"
-    first = run(kind / "weights.safetensors", there, "--layout", "timm")
-    assert first.returncode == 0, first.stderr
-    assert run(there, back).returncode == 0
+    assert run(kind / "weights.safetensors", there, "--layout", "timm")[0] == 0
+    assert run(there, back)[0] == 0
     expected, actual = reference_state(golden, "vit_quickgelu"), load_file(back)
     assert set(actual) == set(expected) and all(torch.equal(actual[k], expected[k]) for k in expected)
-    again = run(there, back)
-    assert again.returncode == 2 and "exists" in again.stderr
-    wrong = run(there, tmp_path / "x.pt", "--layout", "eva")
-    assert wrong.returncode == 2 and 'no "eva" layout' in wrong.stderr and not (tmp_path / "x.pt").exists()
+    status, error = run(there, back)
+    assert status == 2 and "exists" in error
+    status, error = run(there, tmp_path / "x.pt", "--layout", "eva")
+    assert status == 2 and 'no "eva" layout' in error and not (tmp_path / "x.pt").exists()

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
@@ -218,7 +217,6 @@ def test_a_real_model_against_a_naive_loop(golden):
 
 
 def _evaluate_in_process(rank: int, world: int, golden, folder) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous{world}", rank=rank, world_size=world
     )
@@ -239,11 +237,11 @@ def _evaluate_in_process(rank: int, world: int, golden, folder) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 6])
-def test_processes_agree_with_one(golden, tmp_path, world):
+def test_processes_agree_with_one(golden, tmp_path, world, in_processes):
     """Two processes share five images unevenly; of six, one has none. All have the result of a single one."""
     data = build_eval_data(golden_args(golden), **golden_sizes(golden))
     alone = evaluate(golden_eva(golden), data, golden_embeddings(golden), device="cpu", progress=False)
-    mp.start_processes(_evaluate_in_process, (world, golden, tmp_path), nprocs=world, join=True, start_method="fork")
+    in_processes(_evaluate_in_process, world, world, golden, tmp_path)
     for rank in range(world):
         results = json.loads((tmp_path / f"{world}_{rank}.json").read_text())
         assert results == pytest.approx(alone, abs=1e-12)
