@@ -143,7 +143,8 @@ def test_create_model_with_eva_and_cache_dir(golden, tmp_path):
     grid = (3, 5)  # no size of any draw
     size = tuple(n * model.visual.patch_size for n in grid)
     resized = open_clip.create_model("golden-eva", pretrained=file, force_image_size=size, precision="bf16")
-    assert resized.visual.trunk.pos_embed.shape == (1, 1 + 3 * 5, model.visual.width) and resized.logit_scale.dtype == torch.bfloat16
+    assert resized.visual.trunk.pos_embed.shape == (1, 1 + 3 * 5, model.visual.width)
+    assert resized.logit_scale.dtype == torch.bfloat16
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_clip.create_model("golden-eva", pretrained="eva", cache_dir=tmp_path / "none.pt")
     with pytest.raises(ValueError, match="neither a file nor a tag"):

@@ -16,6 +16,7 @@ from ovseg.labels import LabelRule, ScoreMap, Smoothing, label_pixels
 from ovseg.refine import key_smoothing, prompt_denoising
 from ovseg.windows import plan_windows
 
+
 def rule_of(case: str) -> LabelRule:
     """The rule that a recorded label map's name states (``sclip.scale65_bg10_area10``, shares in percent)."""
     if not (match := re.search(r"scale(\d+)_bg(\d+)(?:_area(\d+))?", case)):
@@ -54,7 +55,7 @@ def test_windows_words_thresholds_and_pamr(recorded, golden, tiny, case):
     scores = ScoreMap.of(cosine, windows, *facts["original_size"])
     smoothing = Smoothing(image, 10, (8, 16)) if case.endswith("pamr") else None
     found = label_pixels(scores, owner, int(owner.max()) + 1, rule, smoothing=smoothing)
-    # Where two classes, or one and the threshold, are level within rounding, either may win: at most 3 of 10,000 pixels.
+    # Where two classes, or one and the threshold, are level within rounding, either may win: 3 of 10,000 pixels.
     assert (found.labels != arrays[f"{case}.labels"][0]).float().mean() <= 3e-4
     if case == f"{readout}.plain":
         merged = ScoreMap.of(cosine, windows, *image.shape[1:]).band(0, image.shape[1])

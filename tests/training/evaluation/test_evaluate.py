@@ -228,9 +228,8 @@ def _evaluate_in_process(rank: int, world: int, golden, folder) -> None:
             world_size=world,
             **golden_sizes(golden),
         )
-        results = evaluate(
-            golden_eva(golden), data, golden_embeddings(golden), device="cpu", rank=rank, world_size=world, progress=False
-        )
+        model, embeddings = golden_eva(golden), golden_embeddings(golden)
+        results = evaluate(model, data, embeddings, device="cpu", rank=rank, world_size=world, progress=False)
         (folder / f"{world}_{rank}.json").write_text(json.dumps(results))
     finally:
         torch.distributed.destroy_process_group()

@@ -18,7 +18,6 @@ from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import PanopticDataset, build_eval_data, collate_panoptic, load_panoptic
 
 
-
 def dataset_of(folder, **kwargs) -> PanopticDataset:
     kwargs = {"image_sizes": [128], "patch_size": 16, "crop_size": 32, **kwargs}
     annotations = load_panoptic(str(folder / "panoptic.json"))
