@@ -5,15 +5,16 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 COUNTED = 4  # first steps of a run whose operations are counted; regions, and so the work, differ between steps
 COUNTED_COMPILED = 1
+KEPT = 10_000  # operators with different shapes whose operations are remembered
 
 # Dense matrix products per second, in units of 1e12, as the makers state them: half precision, then float32 (on tensor
 # cores as TF32 where PyTorch is allowed to). The first pattern that fits counts.
@@ -70,6 +71,9 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
+    # Taking an operator apart takes milliseconds, and a step has thousands of few different kinds and shapes.
+    _known: ClassVar[dict[Any, int]] = {}
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
@@ -78,11 +82,28 @@ class _Counter(TorchDispatchMode):
         if formula is not None:
             self.total += formula(*args, **kwargs, out_val=result)
         elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with torch.no_grad(), FlopCounterMode(display=False) as inner:
-                with contextlib.suppress(Exception):  # what needs its data is no product
-                    func(*_without_data(args), **_without_data(kwargs))
-            self.total += inner.get_total_flops()
+            self.total += self._inside(func, args, kwargs)
         return result
+
+    def _inside(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> int:
+        """Operations of a compound operator, which follow from shapes and from what is no tensor."""
+        leaves, structure = tree_flatten((args, kwargs))
+        key = (func, str(structure), tuple(_facts(leaf) for leaf in leaves))
+        if (known := self._known.get(key)) is not None:
+            return known
+        with torch.no_grad(), FlopCounterMode(display=False) as inner:
+            with contextlib.suppress(Exception):  # what needs its data is no product
+                func(*_without_data(args), **_without_data(kwargs))
+        if len(self._known) >= KEPT:
+            self._known.clear()
+        return self._known.setdefault(key, inner.get_total_flops())
+
+
+def _facts(value: Any) -> Any:
+    """What of an argument the number of operations may follow from, hashable."""
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape), value.stride(), value.dtype
+    return type(value), repr(value)
 
 
 def _without_data(values: Any) -> Any:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from training.engine import flops
 from training.engine.flops import FlopMeter, peak_flops
 
 B, N, W, H = 2, 12, 16, 4
@@ -73,3 +74,16 @@ def test_utilisation(monkeypatch):
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == peak
+
+
+def test_operators_that_recur_are_taken_apart_once(monkeypatch):
+    """And count each time; other shapes, or the same with another option, count for themselves."""
+    taken, original = [], flops.FlopCounterMode
+    monkeypatch.setattr(flops, "FlopCounterMode", lambda **k: taken.append(1) or original(**k))
+    monkeypatch.setattr(flops._Counter, "_known", {})
+    with torch.inference_mode():
+        weight, meter = torch.randn(5, 4), FlopMeter(None, 1)
+        with meter.step(1):
+            for rows in (3, 3, 7, 3):
+                nn.functional.linear(torch.randn(rows, 4), weight)
+    assert meter.operations == 2 * 5 * 4 * (3 + 3 + 7 + 3) and len(taken) == 2
