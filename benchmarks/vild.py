@@ -4,8 +4,8 @@
     python benchmarks/vild.py --teacher ViT-Ti-8-64 --images 4       a small one
 
 "plain" cuts each crop out of the image with Pillow, prepares it and embeds it, one at a time, as is usual (and keeps a
-float32 file an image). Both embed the same boxes of the same generated photographs at 1 and 1.5 times their size, taking
-turns; weights are random. Reading takes 300 rows an image in random order from a store on disk, opened anew, as
+float32 file an image). Both embed the same boxes of the same generated photographs at 1 and 1.5 times their size, by
+turns; weights are random. Reading takes 300 rows an image, in random order, from a store opened anew, as
 training does. Everything runs on the CPU. Ends with one line of JSON.
 """
 
