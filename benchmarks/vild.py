@@ -5,8 +5,9 @@
 
 "plain" cuts each crop out of the image with Pillow, prepares it and embeds it, one at a time, as is usual (and keeps a
 float32 file an image). Both embed the same boxes of the same generated photographs at 1 and 1.5 times their size, by
-turns; weights are random. Reading takes 300 rows an image, in random order, from a store opened anew, as
-training does. Everything runs on the CPU. Ends with one line of JSON.
+turns; weights are random. The store is filled by a process for each core, as torchrun does; the loop uses all cores as
+torch does; the start of processes is not counted. Reading takes 300 rows an image, in random order, from a store opened
+anew, as training does. Everything runs on the CPU. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,15 +31,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from common import ROOT, Clock, photograph, print_table, random_boxes  # noqa: E402
 from conventional import to_float  # noqa: E402
 from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 from ovdet.data.images import read_image  # noqa: E402
 from ovdet.data.transforms import View  # noqa: E402
+from ovdet.vild import embed as embedding  # noqa: E402
 from ovdet.vild.assemble import build_detector, load_teacher, read_config  # noqa: E402
 from ovdet.vild.config import VildConfig  # noqa: E402
 from ovdet.vild.crops import crop_pixels  # noqa: E402
 from ovdet.vild.dataset import Distilled  # noqa: E402
-from ovdet.vild.embed import SHARD_IMAGES, Embedder, fill, open_store  # noqa: E402
+from ovdet.vild.embed import SHARD_IMAGES, Embedder  # noqa: E402
 from ovdet.vild.proposals import ProposalList, ProposalWriter  # noqa: E402
 from training.engine.data.annotations import load_annotations  # noqa: E402
 from training.engine.data.store import TeacherStore  # noqa: E402
@@ -43,11 +48,11 @@ from training.engine.distributed import Dist  # noqa: E402
 from training.engine.precision import make_precision  # noqa: E402
 
 CPU = torch.device("cpu")
-ALONE = Dist(0, 1, 0, CPU, False)
+CONFIG = ROOT / "ViLD" / "configs" / "lvis_r50_ensemble.toml"
 READ_IMAGES, READ_ROWS, READ_WIDTH = 300, 300, 512  # 92 MB
 
 
-def prepare(folder: Path, images: int, boxes: int) -> ProposalList:
+def prepare(folder: Path, images: int, boxes: int) -> None:
     """Photographs in ``folder``, and a list of ``boxes`` proposals of each."""
     rng = np.random.default_rng(0)
     found = []
@@ -56,7 +61,7 @@ def prepare(folder: Path, images: int, boxes: int) -> ProposalList:
         own = np.array(list(random_boxes(rng, boxes)), np.float32)
         own[:, 2:] += own[:, :2]
         found.append(own)
-    return write_list(folder / "proposals", found)
+    write_list(folder / "proposals", found)
 
 
 def write_list(folder: Path, found: Sequence[np.ndarray]) -> ProposalList:
@@ -97,16 +102,49 @@ def plain_fill(folder: Path, proposals: ProposalList, embedder: Embedder, root: 
     return np.concatenate(rows)
 
 
-def writing(config: VildConfig, folder: Path, proposals: ProposalList, rounds: int) -> dict[str, float]:
-    """Rows/s of both ways, and of their crops alone; the best of ``rounds``, taking turns."""
-    teacher = load_teacher(config)
-    embedder = Embedder(teacher.model, config.teacher, device=CPU, precision=make_precision("fp32", CPU))
-    number, seconds = len(proposals.boxes), {"store": [], "plain": [], "store_crops": [], "plain_crops": []}
-    embedder.raw(torch.zeros(2, 3, embedder.size, embedder.size))  # not counted
-    for turn in range(rounds):
-        store = open_store(str(folder / f"store_{turn}"), config, proposals, teacher.model)
+def writer(rank: int, processes: int, values: list[str], folder: Path, barrier: Any, turns: int) -> None:
+    """One process that fills its shards of the store of each turn, between two barriers."""
+    torch.set_num_threads(max((os.cpu_count() or 1) // processes, 1))
+    logging.getLogger("ovdet").setLevel(logging.WARNING)
+    embedding.SHARD_IMAGES = 1  # so that every process has some
+    config = read_config(str(CONFIG), values)
+    embedder, teacher = embedder_of(config)
+    proposals = ProposalList.open(folder / "proposals")
+    for turn in range(turns):
+        store = embedding.open_store(str(folder / f"store_{turn}"), config, proposals, teacher)
+        barrier.wait()
+        dist = Dist(rank, processes, rank, CPU, False)
+        embedding.fill(store, proposals, embedder, root=str(folder), exif=True, dist=dist, workers=0)
+        barrier.wait()
+
+
+def embedder_of(config: VildConfig) -> tuple[Embedder, nn.Module]:
+    """The teacher, warm, and what embeds crops with it."""
+    teacher = load_teacher(config).model
+    embedder = Embedder(teacher, config.teacher, device=CPU, precision=make_precision("fp32", CPU))
+    embedder.raw(torch.zeros(2, 3, embedder.size, embedder.size))
+    return embedder, teacher
+
+
+def writing(values: list[str], folder: Path, processes: int, turns: int) -> dict[str, float]:
+    """Rows/s of both ways and, in this process, of their crops alone; the best of the turns, which alternate."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(processes + 1)
+    children = [
+        context.Process(target=writer, args=(rank, processes, values, folder, barrier, turns), daemon=True)
+        for rank in range(processes)
+    ]
+    for child in children:
+        child.start()
+    torch.set_num_threads(os.cpu_count() or 1)
+    config = read_config(str(CONFIG), values)
+    embedder, teacher = embedder_of(config)
+    proposals = ProposalList.open(folder / "proposals")
+    seconds: dict[str, list[float]] = {"store": [], "plain": [], "store_crops": [], "plain_crops": []}
+    for turn in range(turns):
+        barrier.wait(600)
         clock = Clock()
-        fill(store, proposals, embedder, root=str(folder), exif=True, dist=ALONE, workers=0)
+        barrier.wait(3600)
         seconds["store"].append(clock())
         clock = Clock()
         plain = plain_fill(folder / f"plain_{turn}", proposals, embedder, folder)
@@ -124,10 +162,13 @@ def writing(config: VildConfig, folder: Path, proposals: ProposalList, rounds: i
             for _ in plain_squares(image, boxes, config.teacher.crop_scales, embedder.size):
                 pass
         seconds["plain_crops"].append(clock())
+    for child in children:
+        child.join(60)
+    embedding.SHARD_IMAGES = 1
+    store = embedding.open_store(str(folder / "store_0"), config, proposals, teacher)
     stored = np.concatenate([store.of_image(row) for row in range(len(proposals))])
-    cosines = (stored.astype(np.float32) * plain).sum(1)
-    rates = {f"{name}_rows_s": number / min(times) for name, times in seconds.items()}
-    return {**rates, "cosine": float(cosines.min())}
+    rates = {f"{name}_rows_s": len(proposals.boxes) / min(times) for name, times in seconds.items()}
+    return {**rates, "cosine": float((stored.astype(np.float32) * plain).sum(1).min())}
 
 
 # -- reading ----------------------------------------------------------------------------------------------------------
@@ -185,22 +226,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=2, help="photographs whose proposals are embedded")
     parser.add_argument("--proposals", type=int, default=100, help="boxes of each")
     parser.add_argument("--rounds", type=int, default=1, help="turns; the best counts")
-    parser.add_argument("--precision", default="fp32", help="of the teacher in the store: fp32 or amp_bf16")
+    parser.add_argument(
+        "--processes", type=int, default=os.cpu_count() or 1, help="that fill the store (default: one for each core)"
+    )
     parser.add_argument("--trunk", default="resnet50.tv_in1k", help="of the training step; its weights are random")
     parser.add_argument("--size", type=int, default=512, help="image side of the training step")
     parser.add_argument("--read-images", type=int, default=READ_IMAGES, help="images of the store that is read")
     args = parser.parse_args(argv)
     logging.getLogger("ovdet").setLevel(logging.WARNING)
-    config = read_config(
-        str(ROOT / "ViLD" / "configs" / "lvis_r50_ensemble.toml"),
-        [f"teacher.name={args.teacher}", 'teacher.pretrained=""', f"model.trunk={args.trunk}",
-         "model.trunk_weights=random", f"teacher.precision={args.precision}"],
-    )  # fmt: skip
+    values = [f"teacher.name={args.teacher}", 'teacher.pretrained=""', f"model.trunk={args.trunk}",
+              "model.trunk_weights=random"]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = writing(config, folder, prepare(folder, args.images, args.proposals), args.rounds)
+        prepare(folder, args.images, args.proposals)
+        found = writing(values, folder, args.processes, args.rounds)
         found["read_s"] = reading(folder, args.read_images)
-    found["step_s"] = training_step(config, args.size)
+    found["step_s"] = training_step(read_config(str(CONFIG), values), args.size)
     found["ratio"] = found["store_rows_s"] / found["plain_rows_s"]
     found["crops_ratio"] = found["store_crops_rows_s"] / found["plain_crops_rows_s"]
     found["read_share"] = found["read_s"] / found["step_s"]

@@ -22,7 +22,7 @@ quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-ViLD/work_dirs/study${smoke:+_smoke}}"
 seeds="${SEEDS:-0 1}"
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
-train=1000 val=250 proposer_steps=400 steps=400 warmup=30
+train=1200 val=250 proposer_steps=400 steps=400 warmup=30
 if [ -n "$smoke" ]; then train=24 val=12 proposer_steps=8 steps=4 warmup=1; fi
 
 source scripts/_venv.sh

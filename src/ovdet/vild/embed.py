@@ -87,8 +87,8 @@ def check_rows(store: TeacherStore, images: np.ndarray) -> None:
     looked = filled[np.linspace(0, len(filled) - 1, min(len(filled), CHECKED_IMAGES)).astype(np.int64)]
     if len(looked) and not any(np.isfinite(store.answers(int(image), [0])).all() for image in looked):
         raise UserError(
-            f"{store.where}: rows of NaN alone, as the teacher could not embed any of {len(looked)} images looked at; see "
-            "data.train_images, delete the folder and run ViLD/embed.py again"
+            f"{store.where}: rows of NaN alone, as the teacher could not embed any of {len(looked)} images looked at; "
+            "see data.train_images, delete the folder and run ViLD/embed.py again"
         )
 
 
