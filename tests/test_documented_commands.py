@@ -41,6 +41,7 @@ MEANING = {
     "IMAGE...": "a.jpg", "FILE": "epoch_3.pt", "bbox|segm": "bbox", "NAME": "mine", "CLASS": "cat", "FOLDER": "folder",
     "PHOTOS": "--images val2017 --annotations panoptic_val2017.json",
 }  # fmt: skip
+THEIRS = {"ViLD/README.md": {"CONFIG": "configs/lvis_r50_ensemble.toml"}}  # in a document
 # Scripts hand further arguments on to a program.
 FORWARDS = {
     r"scripts/(train|test)_\w+\.sh": "training.main", r"scripts/segment_\w+\.sh": "ovseg.evaluate",
@@ -132,7 +133,8 @@ def words_of(shown: Shown) -> list[str]:
     for word in shlex.split(re.sub(r"(?<=\s)\[([^\]]*)\]", r"\1", shown.text).replace(" ...", "")):
         if words[-1:] == ["--method"] and word == "NAME":
             word = "declip"
-        words += MEANING[word].split() if word in MEANING else [word.split("|")[0]]
+        meaning = {**MEANING, **THEIRS.get(shown.document, {})}
+        words += meaning[word].split() if word in meaning else [word.split("|")[0]]
     while words and re.match(r"^[A-Z_]+=", words[0]):
         words.pop(0)
     return [w for w in words if w != "section.key=value"]

@@ -24,6 +24,7 @@ from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
+from training.evaluation.pictures import evaluation_pictures
 from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args
@@ -74,6 +75,12 @@ class Evaluation:
             model, self.data, embeddings, device=self.dist.device, dtype=self.precision.input_dtype,
             rank=self.dist.rank, world_size=self.dist.world_size, per_class_file=per_class,
         )  # fmt: skip
+        # Every process draws, as fully sharded weights are gathered by all of them; process 0 keeps the pictures.
+        pictures = evaluation_pictures(
+            model, self.data, embeddings, options.eval.log_images, device=self.dist.device,
+            dtype=self.precision.input_dtype,
+        )  # fmt: skip
+        journal.pictures({f"val/{file}": picture for file, picture in pictures}, step)
         if self.dist.is_master:
             print(f"\nmean accuracy after {epoch} epochs ({step} steps), {self.data.num_images} images")
             print(format_table(results), flush=True)

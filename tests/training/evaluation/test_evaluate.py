@@ -20,9 +20,11 @@ from open_clip.factory import build_model
 from open_clip.regions import mask_features, roi_features
 from open_clip.weights import load_state
 from training.engine.errors import UserError
+from training.engine.pictures import distinct_colours
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import build_eval_data, collate_panoptic
+from training.evaluation.pictures import evaluation_pictures
 
 CLASSES = ["red", "green", "blue", "yellow", "violet", "turquoise", "white"]
 COLOURS = torch.tensor([[1, 0.2, 0], [0.2, 1, 0.4], [0.4, 0, 1], [1, 1, 0], [1, 0, 1], [0, 1, 1], [1, 1, 1]])
@@ -46,6 +48,10 @@ class ColourModel(nn.Module):
         dense = F.normalize(F.avg_pool2d(image.float(), 8), dim=1)
         features = roi_features(dense, normed_boxes), mask_features(dense, masks)
         return tuple(F.normalize(f, dim=-1) if normalize else f for f in features)
+
+    def encode_dense(self, image, normalize=False, keep_shape=False):
+        assert keep_shape and not self.training
+        return F.normalize(F.avg_pool2d(image.float(), 8), dim=1)
 
     def encode_image(self, image, normalize=False):
         self.crop_batches.append(len(image))
@@ -136,6 +142,25 @@ def test_crops_are_packed_over_batches(tmp_path, monkeypatch):
     results = evaluate(model, data_of(args), EMBEDDINGS, device="cpu", progress=False)
     assert model.crop_batches == [5, 5, 2]
     assert results["crops.thing.macc1"] == pytest.approx(EXPECTED["thing.macc1"], abs=1e-12)
+
+
+def test_pictures_show_each_quarter_in_its_class_colour(tmp_path):
+    """Two of three images at most; nothing of a damaged one; photograph, labels, legend, components."""
+    model, args = ColourModel().train(), write_coloured(tmp_path, SCENES)
+    data, colours = data_of(args), distinct_colours(len(CLASSES))
+    found = dict(evaluation_pictures(model, data, EMBEDDINGS, 2, device="cpu"))
+    assert list(found) == ["0_rgb.png", "2_rgb.png"] and model.training
+    picture = found["0_rgb.png"].permute(1, 2, 0).numpy()
+    assert picture.dtype == np.uint8 and picture.shape[0] == 384
+    for quarter, (colour, _) in enumerate(SCENES[0]):
+        y, x = 96 + 192 * (quarter // 2), 96 + 192 * (quarter % 2)
+        grey = (255 * COLOURS[colour]).byte().numpy() @ np.asarray([0.299, 0.587, 0.114])
+        expected = 0.35 * grey + 0.65 * colours[colour].astype(float)
+        assert np.abs(picture[y, 384 + 6 + x] - expected).max() <= 1.5, quarter
+    assert len(dict(evaluation_pictures(model, data, EMBEDDINGS, 99, device="cpu"))) == 3
+    assert not dict(evaluation_pictures(model, data, EMBEDDINGS, 0, device="cpu"))
+    (tmp_path / "2_rgb.png").write_bytes(b"nothing")
+    assert list(dict(evaluation_pictures(model, data, EMBEDDINGS, 2, device="cpu"))) == ["0_rgb.png"]
 
 
 def test_skipped_images_are_counted_and_bounded(tmp_path, caplog):
