@@ -28,8 +28,8 @@ SIZES = {
 def plain_map(model, image: Tensor, size: tuple[int, int]) -> Tensor:
     """Dense map ``[D, rows, columns]`` of one image, of its own tokens: none of the packing's code is in it."""
     tower, trunk = model.visual, model.visual.trunk
-    rows, columns = (-(-side // PATCH) for side in size)
-    side, prefix = image.shape[-1] // PATCH, tower.num_prefix_tokens
+    rows, columns = (-(-side // tower.patch_size) for side in size)
+    side, prefix = image.shape[-1] // tower.patch_size, tower.num_prefix_tokens
     inside = [y * side + x for y in range(rows) for x in range(columns)]
     x, table = tower.embed(image[None])
     x = x[:, [*range(prefix), *(prefix + i for i in inside)]]
@@ -76,12 +76,10 @@ def test_maps_boxes_and_masks_are_those_of_each_image_by_itself(tiny, kind, whic
     if kind in ("eva02", "attn_rope", "rope_mixed", "eva_layerscale"):
         model.float()  # rotary tables are float32
     dtype = next(model.parameters()).dtype
-    tower = model.visual
-    assert tower.patch_size in (PATCH, 16)
-    if tower.patch_size != PATCH:
-        pytest.skip("another patch size")
-    image = torch.randn(len(sizes), 3, SIDE, SIDE, dtype=dtype)
-    boxes, masks = regions(sizes)
+    tower, (boxes, masks) = model.visual, regions(sizes)
+    unit = tower.patch_size // PATCH
+    sizes = [(height * unit, width * unit) for height, width in sizes]
+    image = torch.randn(len(sizes), 3, SIDE * unit, SIDE * unit, dtype=dtype)
     expected_boxes, expected_masks = [], []
     for one, size, corners, mask in zip(image, sizes, boxes, masks, strict=True):
         dense = plain_map(model, one, size)
@@ -123,8 +121,8 @@ def test_gradients_are_those_of_each_image_by_itself(tiny, kind):
             total = total + (one[part] * weight[part]).sum()
         got = torch.autograd.grad(total, parameters, allow_unused=True)
         for ours, theirs in zip(got, expected, strict=True):
-            if theirs is None:
-                assert ours is None or not ours.any()
+            if ours is None or theirs is None:  # queries and keys of the last block, which have no effect
+                assert all(t is None or t.abs().max() < 1e-7 for t in (ours, theirs))
                 continue
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * theirs.abs().max().item())
 
