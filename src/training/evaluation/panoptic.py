@@ -254,8 +254,9 @@ def _crops(image: Tensor, boxes: Sequence[Sequence[float]], size: int) -> Tensor
 def collate_panoptic(samples: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
     """Samples to one batch: regions of all images one after the other, with ``counts`` per image.
 
-    ``images`` {S: uint8 [B, 3, S, S]}, ``sizes`` {S: [(height, width)] of the images in them}, ``reach`` (of them and their boxes), ``boxes`` {S: float32 [K, 4]}, ``masks`` {S: bool [K, S/p, S/p]}, ``crops``
-    uint8 [K, 3, n, n], ``labels``, ``is_thing``, ``areas`` [K], ``counts``, ``image_ids`` int64 [B],
+    ``images`` {S: uint8 [B, 3, S, S]}, ``sizes`` {S: [(height, width)] of the images in them}, ``reach`` (of them and
+    their boxes), ``boxes`` {S: float32 [K, 4]}, ``masks`` {S: bool [K, S/p, S/p]}, ``crops`` uint8 [K, 3, n, n],
+    ``labels``, ``is_thing``, ``areas`` [K], ``counts``, ``image_ids`` int64 [B],
     ``absent_segments`` int, ``skipped`` [(file, reason)]. With no usable image the tensors but ``counts`` are absent.
     """
     usable = [sample for sample in samples if not isinstance(sample, Skipped)]

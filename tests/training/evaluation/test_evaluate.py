@@ -40,7 +40,7 @@ class ColourModel(nn.Module):
         self.visual = SimpleNamespace(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
         self.dense_passes, self.crop_batches, self.was_training = 0, [], []
 
-    def encode_regions(self, image, normed_boxes=None, masks=None, normalize=False):
+    def encode_regions(self, image, normed_boxes=None, masks=None, normalize=False, sizes=None):
         self.dense_passes += 1
         self.was_training.append(self.training)
         dense = F.normalize(F.avg_pool2d(image.float(), 8), dim=1)
