@@ -86,6 +86,7 @@ class Evaluation:
             print(format_table(results), flush=True)
             journal.scalars({f"val/{k}": v for k, v in results.items() if "macc" in k}, step)
             read = {"readout": reading.name, "cells_normalized": reading.normalized, "sizes": self.data.image_sizes}
+            read |= {"drop_padding": True} if model.visual.drop_padding else {}
             read |= {"alpha": alpha} if alpha < 1 else {}
             trained = {"method": options.entry.name, "learned_from": options.learned_from} if options.trains else {}
             journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **trained, **results})
@@ -143,6 +144,8 @@ def run(options: Options, dist: Dist) -> int:
             return loop.train(folder, resume)
         if options.readout is not None:
             as_user_error(model.visual.set_readout, options.readout)
+        if options.model.drop_padding:
+            as_user_error(model.visual.set_drop_padding, True)
         model.visual.to(dist.device, precision.param_dtype)
         journal = Journal(folder if dist.is_master else None, report_to=options.run.report_to)
         evaluation(model, journal, epoch=0, step=0, kind="checkpoint", alpha=alpha)

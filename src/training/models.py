@@ -62,6 +62,11 @@ def load_model(options: Options) -> CLIP:
         raise UserError(f"--det-image-size {size} is no multiple of the patch size {patch}: use {near}")
     if getattr(options.own, "extract_type", "v2") == "v1" and reference_layout(model) != "openai":
         raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {name} is none: use v2")
+    drops = model_options.drop_padding or model.visual.drop_padding
+    if drops and getattr(options.own, "extract_type", "v2") == "v1":
+        raise UserError("--extract-type v1 has no form without padding (--drop-padding): use v2")
+    if drops and options.machine.fsdp and options.trains:
+        raise UserError("--drop-padding does not go with --fsdp: it reads blocks from inside")
     return model
 
 
@@ -99,6 +104,7 @@ def ensemble_loaded(options: Options, model: CLIP) -> float:
             f"{path} holds the student of a run with --alpha {alpha:g}, whose start model {source} cannot be loaded "
             f"({' '.join(str(error).split())}): {otherwise}"
         ) from error
+    start.visual.adopt_readout(model.state_dict())  # of which the run's own start model was read, too
     if weights_hash(start.state_dict()) != content["start_hash"]:
         raise UserError(f"{path} began from other weights than those of {source} now: {otherwise}")
     model.load_state_dict(ensemble_state(model.state_dict(), start.state_dict(), alpha))
@@ -123,6 +129,8 @@ def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Preci
 
 def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precision) -> CLIP:
     """The start model as student, on the device and locked. Parts that training does not need stay on the CPU."""
+    if options.model.drop_padding:
+        as_user_error(model.visual.set_drop_padding, True)
     student = model.to(dtype=precision.param_dtype)
     student.visual.to(dist.device)
     student.logit_scale.data = student.logit_scale.data.to(dist.device)

@@ -100,7 +100,8 @@ def evaluate(
                     )
                     with autocast(device, dtype):
                         pixels = pixels_of(model, batch["images"][size], device)
-                        features = model.encode_regions(pixels, boxes, masks, normalize=True)
+                        where = batch["sizes" if getattr(model.visual, "drop_padding", False) else "reach"][size]
+                        features = model.encode_regions(pixels, boxes, masks, normalize=True, sizes=where)
                     for name, feature in zip(region_names[size], features, strict=True):
                         count(name, feature, labels, is_thing)
                 crops.add(batch["crops"], labels, is_thing)

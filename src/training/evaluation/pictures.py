@@ -58,7 +58,8 @@ def evaluation_pictures(
             image = sample["images"][size]
             pixels = pixels_of(model, stack_padded([image], size), device)
             with autocast(device, dtype):
-                dense = model.encode_dense(pixels, normalize=True, keep_shape=True)[0].float()
+                sizes = [tuple(image.shape[-2:])]
+                dense = model.encode_dense(pixels, normalize=True, keep_shape=True, sizes=sizes)[0].float()
             yield dataset.files(index)[0], draw(image, dense, embeddings, eval_data.class_names, colours)
 
 

@@ -41,15 +41,15 @@ class ColourModel(nn.Module):
         self.visual = SimpleNamespace(image_mean=(0.0, 0.0, 0.0), image_std=(1.0, 1.0, 1.0))
         self.dense_passes, self.crop_batches, self.was_training = 0, [], []
 
-    def encode_regions(self, image, normed_boxes=None, masks=None, normalize=False):
+    def encode_regions(self, image, normed_boxes=None, masks=None, normalize=False, sizes=None):
         self.dense_passes += 1
         self.was_training.append(self.training)
         dense = F.normalize(F.avg_pool2d(image.float(), 8), dim=1)
         features = roi_features(dense, normed_boxes), mask_features(dense, masks)
         return tuple(F.normalize(f, dim=-1) if normalize else f for f in features)
 
-    def encode_dense(self, image, normalize=False, keep_shape=False):
-        assert keep_shape and not self.training
+    def encode_dense(self, image, normalize=False, keep_shape=False, sizes=None):
+        assert keep_shape and not self.training and sizes == [(64, 64)]
         return F.normalize(F.avg_pool2d(image.float(), 8), dim=1)
 
     def encode_image(self, image, normalize=False):
