@@ -59,7 +59,7 @@ def loop_options(options: Options) -> LoopOptions:
         log_every=run.log_every_n_steps, save_every_steps=run.save_every_n_steps,
         save_every_epochs=run.save_frequency, keep=run.keep_checkpoints, save_latest=run.save_most_recent,
         evaluate_first=not options.eval.skip_first_eval, evaluate_every=options.eval.zeroshot_frequency,
-        profile=run.profile, report_to=run.report_to, compiled=options.machine.compile,
+        profile=run.profile, report_to=run.report_to,
         fsdp=options.machine.fsdp,
     )  # fmt: skip
 

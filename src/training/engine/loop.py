@@ -112,7 +112,7 @@ class Loop:
         self.schedule: Rate = task.schedule(self.total_steps, self.steps_per_epoch)
         self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped)
         dtype = precision.autocast_dtype or precision.param_dtype
-        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size, compiled=options.compiled)
+        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size)
         self.progress, self.pace = Progress(), Pace()
         self.pending: deque[Outcome] = deque()
         self.journal = Journal(None)
