@@ -192,11 +192,11 @@ class DetectionTask(Task):
         if self.validate is None:
             return
         average_batch_norm(self.detector)
-        self.metrics = self.validate(self.folder / f"epoch_{progress.epoch}")
+        self.metrics = self.validate(self.folder / f"epoch_{progress.begun}")
         for kind, values in self.metrics.items():
             known = {k: v for k, v in values.items() if v >= 0}
             journal.scalars({f"val/{kind}_{k}": v for k, v in known.items()}, progress.step)
-            journal.result({"epoch": progress.epoch, "step": progress.step, "kind": kind, **known})
+            journal.result({"epoch": progress.begun, "step": progress.step, "kind": kind, **known})
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -232,7 +232,7 @@ class Distillation(Task):
         """Evaluate the start model, or the ensemble of start model and student."""
         if self.evaluation is None:
             return
-        run = partial(self.evaluation, self.student, journal, epoch=progress.epoch, step=progress.step)
+        run = partial(self.evaluation, self.student, journal, epoch=progress.begun, step=progress.step)
         if start:
             self.inside(partial(run, kind="start"))
             return

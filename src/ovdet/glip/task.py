@@ -192,9 +192,9 @@ class Grounding(Task):
             return
         metrics = self._test(progress)
         if self.dist.is_master:
-            log.info("after epoch %d (step %d)\n%s", progress.epoch, progress.step, format_metrics(metrics))
+            log.info("after epoch %d (step %d)\n%s", progress.begun, progress.step, format_metrics(metrics))
         journal.scalars({f"val/{k.replace(' ', '_')}": v for k, v in metrics.items()}, progress.step)
-        journal.result({"epoch": progress.epoch, "step": progress.step, "kind": "val", **metrics})
+        journal.result({"epoch": progress.begun, "step": progress.step, "kind": "val", **metrics})
 
     def _test(self, progress: Progress) -> dict[str, float]:
         """Test, note the gain, and keep the model where it is the best so far."""
@@ -205,7 +205,7 @@ class Grounding(Task):
             raise UserError(f'train.metric "{metric}" is not among the results: use one of {", ".join(metrics)}')
         if self.patience.add(metrics[metric]) and self.dist.is_master:
             save_atomically(self._content(), self.work_dir / BEST, FLAGS.folder)
-            write_json(self.work_dir / "best.json", {"epoch": progress.epoch, "step": progress.step, **metrics})
+            write_json(self.work_dir / "best.json", {"epoch": progress.begun, "step": progress.step, **metrics})
         return metrics
 
     # -- state --------------------------------------------------------------------------------------------------------

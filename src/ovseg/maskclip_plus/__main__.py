@@ -215,7 +215,7 @@ class Evaluation:
             log.info("after step %d:\n%s", progress.step, format_table({"student": scores}))
             numbers = {k: v for k, v in scores.items() if k != "per_class" and v is not None}
             journal.scalars({f"val/{k}": v for k, v in numbers.items()}, progress.step)
-            journal.result({"epoch": progress.epoch, "step": progress.step, "kind": "student", **scores})
+            journal.result({"epoch": progress.begun, "step": progress.step, "kind": "student", **scores})
 
 
 def run(args: argparse.Namespace, dist: Dist) -> int:

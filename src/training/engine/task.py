@@ -35,6 +35,11 @@ class Progress:
     step: int = 0
     bad_steps: int = 0
 
+    @property
+    def begun(self) -> int:
+        """Epochs with the one under way: what a run that ends inside an epoch has come to."""
+        return self.epoch + (self.step_in_epoch > 0)
+
 
 @dataclass(frozen=True)
 class LoopOptions:
