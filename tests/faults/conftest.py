@@ -1,4 +1,4 @@
-"""The programs that train, described alike, and runs of them: in this process, or in processes of their own to be killed.
+"""The programs that train, described alike, to be run in this process or in processes of their own that are killed.
 
 All train on the same drawn scenes: 24 images, which are 12 steps of two images in an epoch.
 """
@@ -212,8 +212,9 @@ class FViT(Detector):
                      "novel": [], "image_size": 64, "keep_empty": True, "min_image_side": 0},
             "train": {"precision": "fp32", "eval_every": 0, "warmup_steps": 2, "scale_lr": False},
         }  # fmt: skip
-        lines = [line for name, own in sections.items()
-                 for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items()))]  # fmt: skip
+        lines = []
+        for name, own in sections.items():
+            lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in own.items())]
         (setup / "tiny.toml").write_text("\n".join(lines))
 
     def main(self, argv: list[str]) -> int:
@@ -268,6 +269,12 @@ class Glip(Detector):
 
 
 PROGRAMS = {program.name: program for program in (Distillation, FViT, Glip)}
+
+
+@pytest.fixture(scope="session", name="same")
+def same_of() -> Callable[[Any, Any], bool]:
+    """Whether two contents of files are equal to the last bit."""
+    return same
 
 
 @pytest.fixture(scope="session")

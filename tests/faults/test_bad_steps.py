@@ -54,7 +54,8 @@ def test_bad_steps_in_a_row_stop_the_run(program, monkeypatch, capsys, what):
         spoil(patch, {2, *range(5, 25)}, what)
         assert program("run", *program.bad[0], save_every=4, **{**SHORT, "epochs": 2}) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    found = re.search(rf"the {what} was not finite in {program.bad[1]} steps in a row, lastly of images (\[.+\])", errors[0])
+    said = rf"the {what} was not finite in {program.bad[1]} steps in a row, lastly of images (\[.+\])"
+    found = re.search(said, errors[0])
     assert len(errors) == 1 and len(eval(found[1])) == 2
     path, content = find_latest(program.folder("run") / "checkpoints")
     assert f"last good checkpoint is {path}" in errors[0] and content["step"] >= 4
