@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ovdet.data.dataset import TrainDataset
 from ovdet.data.loader import OrientedSampler, nothing_batch, targets_to, train_loader
 from ovdet.sections import DataConfig, TrainConfig
+from training.engine.data.records import log_left_out
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.workers import check_shared_memory
 from training.engine.distributed import Dist, average_batch_norm, many
@@ -126,6 +127,10 @@ class DetectionTask(Task):
             log.info("batch norm is not synchronised on CPUs: each process normalises by its own images")
 
     # -- data ---------------------------------------------------------------------------------------------------------
+
+    def prepare(self, progress: Progress) -> None:
+        """Say what the data lacks."""
+        log_left_out(self.source, self.dataset.annotations.skipped)
 
     def make_sampler(self, **where: int) -> EpochBatchSampler:
         """The order of the data, for this process.

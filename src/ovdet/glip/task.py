@@ -16,10 +16,12 @@ from ovdet.glip import files, tuning
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.dataset import Collate, TrainDataset
 from ovdet.glip.data.sets import open_set, training_sets
+from ovdet.glip.data.sources import DetectionSource
 from ovdet.glip.losses import GroundTruth
 from ovdet.glip.model import GLIP
 from ovdet.glip.testing import Test, format_metrics
 from training.engine.checkpoint import save_atomically
+from training.engine.data.records import log_left_out
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist
@@ -248,7 +250,11 @@ class Grounding(Task):
         return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
     def prepare(self, progress: Progress) -> None:
-        """A checkpoint at the end of an epoch was written before that epoch's evaluation: it is made up for."""
+        """Say what the data lacks. A checkpoint at the end of an epoch was written before that epoch's evaluation: it
+        is made up for."""
+        for source in self.dataset.sources:
+            if isinstance(source, DetectionSource):
+                log_left_out(source.annotations.file, source.annotations.skipped)
         every = self.config.train.eval_every
         due = self.test is not None and every and progress.epoch and not progress.step_in_epoch
         if due and progress.epoch % every == 0:
