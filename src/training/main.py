@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 import open_clip
 from open_clip import CLIP
 from training.class_embeddings import load_or_compute
+from training.engine.checkpoint import seed_generators
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.dry_run import forecast
 from training.engine.errors import Flags, as_user_error, run_program
@@ -163,8 +162,7 @@ def _main(argv: Sequence[str] | None) -> int:
     machine, seed = options.machine, options.run.seed
     dist = init_distributed(machine.device, machine.dist_backend, machine.dist_timeout)
     setup_logging(dist.rank)
-    random.seed(seed + dist.rank)
-    np.random.seed(seed + dist.rank)
+    seed_generators(seed + dist.rank)
     return run(options, dist)
 
 
