@@ -222,6 +222,7 @@ def training_step(config: VildConfig, size: int) -> float:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and print tables and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("values", nargs="*", help="config values of the training step: section.key=value")
     parser.add_argument("--teacher", default="ViT-B-32-quickgelu", help="a model of open_clip; its weights are random")
     parser.add_argument("--images", type=int, default=2, help="photographs whose proposals are embedded")
     parser.add_argument("--proposals", type=int, default=100, help="boxes of each")
@@ -232,10 +233,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--trunk", default="resnet50.tv_in1k", help="of the training step; its weights are random")
     parser.add_argument("--size", type=int, default=512, help="image side of the training step")
     parser.add_argument("--read-images", type=int, default=READ_IMAGES, help="images of the store that is read")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     logging.getLogger("ovdet").setLevel(logging.WARNING)
     values = [f"teacher.name={args.teacher}", 'teacher.pretrained=""', f"model.trunk={args.trunk}",
-              "model.trunk_weights=random"]  # fmt: skip
+              "model.trunk_weights=random", *args.values]  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prepare(folder, args.images, args.proposals)
