@@ -185,13 +185,8 @@ def check(words: list[str], folder: Path) -> None:
 
 
 def test_documents_have_commands():
-<<<<<<< HEAD
     documents = {"README.md", "F-ViT/README.md", "ViLD/README.md", "benchmarks/README.md"}
     assert len(ALL) > 30 and documents <= {s.document for s in ALL}
-=======
-    wanted = {"README.md", "F-ViT/README.md", "ViLD/README.md", "benchmarks/README.md"}
-    assert len(ALL) > 30 and wanted <= {s.document for s in ALL}
->>>>>>> vild
 
 
 @pytest.mark.parametrize("shown", ALL, ids=[f"{s.document}:{s.line}" for s in ALL])
