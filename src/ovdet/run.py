@@ -10,7 +10,7 @@ from typing import Any
 from ovdet.config import format_config
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS, DetectionTask, loop_options
-from training.engine.checkpoint import read_file, remove_unfinished
+from training.engine.checkpoint import read_file, remove_unfinished, seed_generators
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
 from training.engine.folder import open_folder, resume_after_restart
@@ -48,6 +48,7 @@ def train(
     start = resume_after_restart(folder, "latest" if resume else None, FLAGS)
     with together():
         check_former(folder, start)
+    seed_generators(config.train.seed + dist.rank)
     precision = choose_precision(config.train, dist.device, training=True)
     loop = Loop(
         make_task(config, dist, folder),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ovdet.data.dataset import TrainDataset
 from ovdet.data.loader import OrientedSampler, nothing_batch, targets_to, train_loader
 from ovdet.sections import DataConfig, TrainConfig
+from training.engine.data.records import log_left_out
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.workers import check_shared_memory
 from training.engine.distributed import Dist, average_batch_norm, many
@@ -127,6 +128,10 @@ class DetectionTask(Task):
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
+    def prepare(self, progress: Progress) -> None:
+        """Say what the data lacks."""
+        log_left_out(self.source, self.dataset.annotations.skipped)
+
     def make_sampler(self, **where: int) -> EpochBatchSampler:
         """The order of the data, for this process.
 
@@ -192,11 +197,11 @@ class DetectionTask(Task):
         if self.validate is None:
             return
         average_batch_norm(self.detector)
-        self.metrics = self.validate(self.folder / f"epoch_{progress.epoch}")
+        self.metrics = self.validate(self.folder / f"epoch_{progress.begun}")
         for kind, values in self.metrics.items():
             known = {k: v for k, v in values.items() if v >= 0}
             journal.scalars({f"val/{kind}_{k}": v for k, v in known.items()}, progress.step)
-            journal.result({"epoch": progress.epoch, "step": progress.step, "kind": kind, **known})
+            journal.result({"epoch": progress.begun, "step": progress.step, "kind": kind, **known})
 
     # -- state --------------------------------------------------------------------------------------------------------
 

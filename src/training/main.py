@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import logging
-import random
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 import open_clip
 from open_clip import CLIP
 from training.class_embeddings import load_or_compute
+from training.engine.checkpoint import seed_generators
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.dry_run import forecast
 from training.engine.errors import Flags, as_user_error, run_program
@@ -24,6 +23,7 @@ from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
+from training.evaluation.pictures import evaluation_pictures
 from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args
@@ -74,6 +74,12 @@ class Evaluation:
             model, self.data, embeddings, device=self.dist.device, dtype=self.precision.input_dtype,
             rank=self.dist.rank, world_size=self.dist.world_size, per_class_file=per_class,
         )  # fmt: skip
+        # Every process draws, as fully sharded weights are gathered by all of them; process 0 keeps the pictures.
+        pictures = evaluation_pictures(
+            model, self.data, embeddings, options.eval.log_images, device=self.dist.device,
+            dtype=self.precision.input_dtype,
+        )  # fmt: skip
+        journal.pictures({f"val/{file}": picture for file, picture in pictures}, step)
         if self.dist.is_master:
             print(f"\nmean accuracy after {epoch} epochs ({step} steps), {self.data.num_images} images")
             print(format_table(results), flush=True)
@@ -156,8 +162,7 @@ def _main(argv: Sequence[str] | None) -> int:
     machine, seed = options.machine, options.run.seed
     dist = init_distributed(machine.device, machine.dist_backend, machine.dist_timeout)
     setup_logging(dist.rank)
-    random.seed(seed + dist.rank)
-    np.random.seed(seed + dist.rank)
+    seed_generators(seed + dist.rank)
     return run(options, dist)
 
 

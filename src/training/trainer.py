@@ -19,6 +19,7 @@ from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
 from training.class_embeddings import load_or_compute
 from training.data import DevicePrefetcher, View, build_train_data, prepare_batch
+from training.engine.data.records import log_left_out
 from training.engine.distributed import Dist
 from training.engine.errors import UserError, as_user_error
 from training.engine.journal import Journal
@@ -59,7 +60,7 @@ def loop_options(options: Options) -> LoopOptions:
         log_every=run.log_every_n_steps, save_every_steps=run.save_every_n_steps,
         save_every_epochs=run.save_frequency, keep=run.keep_checkpoints, save_latest=run.save_most_recent,
         evaluate_first=not options.eval.skip_first_eval, evaluate_every=options.eval.zeroshot_frequency,
-        profile=run.profile, report_to=run.report_to, compiled=options.machine.compile,
+        profile=run.profile, report_to=run.report_to,
         fsdp=options.machine.fsdp,
     )  # fmt: skip
 
@@ -232,7 +233,7 @@ class Distillation(Task):
         """Evaluate the start model, or the ensemble of start model and student."""
         if self.evaluation is None:
             return
-        run = partial(self.evaluation, self.student, journal, epoch=progress.epoch, step=progress.step)
+        run = partial(self.evaluation, self.student, journal, epoch=progress.begun, step=progress.step)
         if start:
             self.inside(partial(run, kind="start"))
             return
@@ -274,8 +275,7 @@ class Distillation(Task):
 
     def prepare(self, progress: Progress) -> None:
         """Say what the data lacks; fill the stores of teachers' answers."""
-        for reason, number in self.data.skipped.items():
-            log.warning("%s: %d x %s (left out)", self.source, number, reason)
+        log_left_out(self.source, self.data.skipped)
         log.info("%d images", self.data.num_images)
         for name, store in self.stores.items():
             fill(

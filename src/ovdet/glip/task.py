@@ -16,10 +16,12 @@ from ovdet.glip import files, tuning
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.dataset import Collate, TrainDataset
 from ovdet.glip.data.sets import open_set, training_sets
+from ovdet.glip.data.sources import DetectionSource
 from ovdet.glip.losses import GroundTruth
 from ovdet.glip.model import GLIP
 from ovdet.glip.testing import Test, format_metrics
 from training.engine.checkpoint import save_atomically
+from training.engine.data.records import log_left_out
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist
@@ -192,9 +194,9 @@ class Grounding(Task):
             return
         metrics = self._test(progress)
         if self.dist.is_master:
-            log.info("after epoch %d (step %d)\n%s", progress.epoch, progress.step, format_metrics(metrics))
+            log.info("after epoch %d (step %d)\n%s", progress.begun, progress.step, format_metrics(metrics))
         journal.scalars({f"val/{k.replace(' ', '_')}": v for k, v in metrics.items()}, progress.step)
-        journal.result({"epoch": progress.epoch, "step": progress.step, "kind": "val", **metrics})
+        journal.result({"epoch": progress.begun, "step": progress.step, "kind": "val", **metrics})
 
     def _test(self, progress: Progress) -> dict[str, float]:
         """Test, note the gain, and keep the model where it is the best so far."""
@@ -205,7 +207,7 @@ class Grounding(Task):
             raise UserError(f'train.metric "{metric}" is not among the results: use one of {", ".join(metrics)}')
         if self.patience.add(metrics[metric]) and self.dist.is_master:
             save_atomically(self._content(), self.work_dir / BEST, FLAGS.folder)
-            write_json(self.work_dir / "best.json", {"epoch": progress.epoch, "step": progress.step, **metrics})
+            write_json(self.work_dir / "best.json", {"epoch": progress.begun, "step": progress.step, **metrics})
         return metrics
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -248,7 +250,11 @@ class Grounding(Task):
         return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
     def prepare(self, progress: Progress) -> None:
-        """A checkpoint at the end of an epoch was written before that epoch's evaluation: it is made up for."""
+        """Say what the data lacks. A checkpoint at the end of an epoch was written before that epoch's evaluation: it
+        is made up for."""
+        for source in self.dataset.sources:
+            if isinstance(source, DetectionSource):
+                log_left_out(source.annotations.file, source.annotations.skipped)
         every = self.config.train.eval_every
         due = self.test is not None and every and progress.epoch and not progress.step_in_epoch
         if due and progress.epoch % every == 0:

@@ -19,12 +19,10 @@ import argparse
 import json
 import logging
 import math
-import random
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +37,7 @@ from ovseg.options import add_class_options, add_model_options, classes_from, lo
 from ovseg.pictures import list_images
 from ovseg.protocols import Protocol
 from ovseg.refine import KEY_FORMS
+from training.engine.checkpoint import seed_generators
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
 from training.engine.flags import Parser
@@ -215,7 +214,7 @@ class Evaluation:
             log.info("after step %d:\n%s", progress.step, format_table({"student": scores}))
             numbers = {k: v for k, v in scores.items() if k != "per_class" and v is not None}
             journal.scalars({f"val/{k}": v for k, v in numbers.items()}, progress.step)
-            journal.result({"epoch": progress.epoch, "step": progress.step, "kind": "student", **scores})
+            journal.result({"epoch": progress.begun, "step": progress.step, "kind": "student", **scores})
 
 
 def run(args: argparse.Namespace, dist: Dist) -> int:
@@ -277,8 +276,7 @@ def _main(argv: Sequence[str] | None) -> int:
     args = parse_args(argv)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
-    random.seed(args.seed + dist.rank)
-    np.random.seed(args.seed + dist.rank)
+    seed_generators(args.seed + dist.rank)
     return run(args, dist)
 
 

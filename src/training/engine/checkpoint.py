@@ -31,6 +31,7 @@ __all__ = [
     "remove_unfinished",
     "restore_random_state",
     "save_atomically",
+    "seed_generators",
     "weights_hash",
 ]
 
@@ -137,6 +138,12 @@ def prune(folder: Path, keep: int, pattern: str) -> None:
 
 
 # -- random states ----------------------------------------------------------------------------------------------------
+
+
+def seed_generators(seed: int) -> None:
+    """Seed Python's and numpy's global generators, so that whatever draws from them is the same in each run."""
+    random.seed(seed)
+    np.random.seed(seed)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 COUNTED = 4  # first steps of a run whose operations are counted; regions, and so the work, differ between steps
-COUNTED_COMPILED = 1
 
 # Dense matrix products per second, in units of 1e12, as the makers state them: half precision, then float32 (on tensor
 # cores as TF32 where PyTorch is allowed to). The first pattern that fits counts.
@@ -57,68 +55,83 @@ _FORMULAS = {  # beside torch's own
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+_BELOW = torch._C._dispatch_keyset_full_after(torch._C.DispatchKey.BackendSelect)  # the kernels themselves
 
 
-class _Counter(TorchDispatchMode):
+class _Counter:
     """Counts operations and lets everything run as it would.
 
-    torch's own counter takes compound operators apart, and what they then compute differs in the last bits. Here they
-    are taken apart on tensors without data, beside the computation.
+    A ``TorchDispatchMode``, such as torch's own counter, changes what it counts: while one is active, derivatives are
+    computed by other formulas (of ``prod``, for one), compound operators may be taken apart and compiled code does not
+    run, and all of that is rounded otherwise. Here the operators that count get, for as long as this lasts, a stop
+    right before their kernels, below everything that decides what is computed.
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.total = 0
+        self._inside = threading.local()  # a backward pass has its own threads
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        kind = func._overloadpacket
-        formula = flop_registry.get(kind) or _FORMULAS.get(kind)
-        if formula is not None:
-            self.total += formula(*args, **kwargs, out_val=result)
-        elif torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
-            with torch.no_grad(), FlopCounterMode(display=False) as inner:
-                with contextlib.suppress(Exception):  # what needs its data is no product
-                    func(*_without_data(args), **_without_data(kwargs))
-            self.total += inner.get_total_flops()
-        return result
+    def __enter__(self) -> _Counter:
+        self._library = torch.library.Library("aten", "IMPL")
+        for packet, formula in {**flop_registry, **_FORMULAS}.items():
+            if str(packet).startswith("aten."):
+                for overload in packet.overloads():
+                    operator = getattr(packet, overload)
+                    name = operator.name().removeprefix("aten::")
+                    self._library.impl(name, self._stop(operator, formula), "BackendSelect", with_keyset=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._library._destroy()
+
+    def _stop(self, operator: Any, formula: Callable[..., int]) -> Callable[..., Any]:
+        def stop(keys: Any, *args: Any, **kwargs: Any) -> Any:
+            counts = not getattr(self._inside, "operator", False)  # kernels may be made of further products
+            self._inside.operator = True
+            try:
+                result = operator.redispatch(keys & _BELOW, *args, **kwargs)
+            finally:
+                self._inside.operator = not counts
+            if counts and not _is_meta(args):  # as the compiler's trials are
+                self.total += formula(*args, **kwargs, out_val=result)
+            return result
+
+        return stop
 
 
-def _without_data(values: Any) -> Any:
-    def shape(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+def _is_meta(args: tuple) -> bool:
+    return any(isinstance(a, torch.Tensor) and a.device.type == "meta" for a in args)
 
-    return tree_map_only(torch.Tensor, shape, values)
+
+_counting = threading.Lock()  # there is one table of operators
 
 
 class FlopMeter:
     """Counts the operations of a run's first steps, and tells from them how busy the devices are later.
 
     Products of matrices, convolutions and attention count, forward and backward, a multiplication and an addition as
-    two; recomputed activations count as well, what a compiled kernel fuses away does not.
+    two; recomputed activations count as well, what a compiled kernel computes by itself does not.
 
     Args:
         peak: operations a second of one device; None if unknown.
         devices: how many compute.
-        compiled: whether the module is compiled. PyTorch runs it uncompiled while operations are counted; as that may
-            take more memory than there is, a single step is counted, with activations kept on the CPU.
     """
 
-    def __init__(self, peak: float | None, devices: int, *, compiled: bool = False) -> None:
-        self.peak, self.devices, self.compiled = peak, devices, compiled
-        self.left = COUNTED_COMPILED if compiled else COUNTED
+    def __init__(self, peak: float | None, devices: int) -> None:
+        self.peak, self.devices, self.left = peak, devices, COUNTED
         self.operations, self.samples = 0.0, 0.0
 
     @contextlib.contextmanager
     def step(self, samples: int) -> Iterator[None]:
         """A step of this process with so many samples; nothing once enough steps have been counted."""
-        if self.left <= 0:
+        if self.left <= 0 or not _counting.acquire(blocking=False):
             yield
             return
-        memory = torch.autograd.graph.save_on_cpu() if self.compiled else contextlib.nullcontext()
-        with memory, _Counter() as counter:
-            yield
+        try:
+            with _Counter() as counter:
+                yield
+        finally:
+            _counting.release()
         self.left -= 1
         self.operations += counter.total
         self.samples += samples

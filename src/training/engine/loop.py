@@ -112,7 +112,7 @@ class Loop:
         self.schedule: Rate = task.schedule(self.total_steps, self.steps_per_epoch)
         self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped)
         dtype = precision.autocast_dtype or precision.param_dtype
-        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size, compiled=options.compiled)
+        self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size)
         self.progress, self.pace = Progress(), Pace()
         self.pending: deque[Outcome] = deque()
         self.journal = Journal(None)
@@ -204,7 +204,8 @@ class Loop:
                 self._report(bar, totals, rate, waited, now - clock)
                 clock = now
                 self._save_if_due(totals)
-        progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+        if self.end == self.steps_per_epoch:  # not where the run ends inside it: it may be given more steps later
+            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
 
     def _reading_is_due(self) -> bool:
         """Whether the state after this very step is about to be told or saved."""
@@ -292,13 +293,13 @@ class Loop:
     def _after_epoch(self) -> None:
         options, progress = self.options, self.progress
         last = progress.epoch >= options.epochs or progress.step >= self.total_steps
-        if last or (options.save_every_epochs and progress.epoch % options.save_every_epochs == 0):
-            self._save(f"epoch_{progress.epoch}.pt")
+        if last or (options.save_every_epochs and progress.begun % options.save_every_epochs == 0):
+            self._save(f"epoch_{progress.begun}.pt")
             if self.dist.is_master:
                 self.checkpoints.prune_after_epoch()
         if options.save_latest:
             self._save("epoch_latest.pt")
-        due = options.evaluate_every and progress.epoch % options.evaluate_every == 0
+        due = options.evaluate_every and progress.begun % options.evaluate_every == 0
         if due or (last and options.evaluate_last):
             self.task.evaluate(progress, self.journal)
 

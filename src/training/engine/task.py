@@ -35,6 +35,11 @@ class Progress:
     step: int = 0
     bad_steps: int = 0
 
+    @property
+    def begun(self) -> int:
+        """Epochs with the one under way: what a run that ends inside an epoch has come to."""
+        return self.epoch + (self.step_in_epoch > 0)
+
 
 @dataclass(frozen=True)
 class LoopOptions:
@@ -55,7 +60,6 @@ class LoopOptions:
         evaluate_first: evaluate before the first step.
         evaluate_every: evaluate after every so many epochs; 0: never.
         evaluate_last: evaluate after the last step, whatever ``evaluate_every`` says.
-        compiled: whether the module is compiled; see :class:`~training.engine.flops.FlopMeter`.
         report_to: where scalars go besides the log: "tensorboard", "wandb" or "none".
         fsdp: divide parameters and optimizer states over the processes (FSDP2).
         profile: optimizer steps to trace with torch's profiler; 0: none.
@@ -79,7 +83,6 @@ class LoopOptions:
     evaluate_first: bool = True
     evaluate_every: int = 1
     evaluate_last: bool = True
-    compiled: bool = False
     fsdp: bool = False
     profile: int = 0
     report_to: str = "tensorboard"

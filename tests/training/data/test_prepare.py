@@ -59,8 +59,12 @@ def test_resampling_against_torch_in_float64(height, width, size):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prepared_batches(device, dtype):
+def test_prepared_batches(device):
+    for dtype in (torch.float32, torch.bfloat16):
+        check_prepared_batches(device, dtype)
+
+
+def check_prepared_batches(device: str, dtype: torch.dtype) -> None:
     images = [picture(40, 60, 1), picture(90, 30, 2)]
     crop_boxes = [torch.tensor([[0.0, 0, 30, 40], [10, 10, 50, 20]]), torch.tensor([[3.0, 3, 28, 80]])]
     common = {

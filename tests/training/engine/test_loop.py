@@ -125,7 +125,7 @@ def test_it_learns_saves_and_evaluates(tmp_path, caplog):
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["epoch_11.pt", "epoch_12.pt"]
     assert torch.load(tmp_path / "line.pt", weights_only=True)["epoch"] == 12
     lines = [r.getMessage() for r in caplog.records if " loss " in r.getMessage()]
-    assert len(lines) == 120 and all("  small " in line and "left 0:00:0" in line for line in lines)
+    assert len(lines) == 120 and all("  small " in line and "left 0:0" in line for line in lines)
     assert list((tmp_path / "tensorboard").iterdir())
 
 
@@ -234,6 +234,30 @@ def test_resume_names_changed_options_and_follows_them(tmp_path, caplog):
     assert [group["weight_decay"] for group in made[0].param_groups] == [0.0, 0.3]
 
 
+def test_a_run_that_is_given_more_steps_goes_on_inside_its_epoch(tmp_path):
+    """Ended at step 13 and at 15 of epochs of 10 steps, then not at all: the batches and weights of one run."""
+    seen = []
+
+    class Watched(Line):
+        def batches(self, epoch, start):
+            for batch in super().batches(epoch, start):
+                seen.append(batch["image_ids"][0])
+                yield batch
+
+        def schedule(self, total_steps, steps_per_epoch):  # other ones follow the number of steps
+            return lambda step, epoch: 0.1
+
+    assert train(Watched(), tmp_path / "whole", epochs=3) == 0
+    whole = list(seen)
+    seen.clear()
+    for steps in (13, 15, 0):
+        assert train(Watched(), tmp_path / "parts", epochs=3, max_steps=steps, resume="latest") == 0
+    assert seen == whole and len(whole) == 30
+    one, other = (last(tmp_path / name, "epoch_3.pt") for name in ("whole", "parts"))
+    assert all(torch.equal(v, other["state_dict"][k]) for k, v in one["state_dict"].items())
+    assert [other[k] for k in ("epoch", "step_in_epoch", "step")] == [3, 0, 30]
+
+
 @pytest.mark.parametrize("name", ["bf16", "pure_bf16"])
 def test_weights_in_half_precision_are_refused(name):
     precision = make_precision(name, CPU.device)
@@ -243,7 +267,9 @@ def test_weights_in_half_precision_are_refused(name):
 
 def test_steps_end_a_run(tmp_path):
     assert train(Line(), tmp_path, max_steps=13) == 0
-    assert (last(tmp_path)["step"], last(tmp_path)["epoch"]) == (13, 2)
+    content = last(tmp_path)
+    assert (content["step"], content["epoch"], content["step_in_epoch"]) == (13, 1, 3)
+    assert (tmp_path / "checkpoints" / "epoch_2.pt").is_file()
     with pytest.raises(UserError, match="--accum-freq 11 exceeds an epoch's 10 batches"):
         train(Line(), tmp_path, accum_freq=11)
     task = Line()

@@ -14,6 +14,7 @@ from ovdet.glip.config import GlipConfig
 from ovdet.glip.task import BEST, FLAGS, LAST, Grounding, loop_options
 from ovdet.glip.testing import open_test
 from ovdet.precision import choose_precision
+from training.engine.checkpoint import seed_generators
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import UserError, run_program
 from training.engine.flags import Parser
@@ -56,6 +57,7 @@ def train(
         if start is None and work_dir.exists() and any(work_dir.iterdir()):
             raise UserError(f"--work-dir {work_dir} is not empty: give --resume to go on there, or another folder")
         model = start_model(config)
+    seed_generators(config.train.seed + dist.rank)
     precision = choose_precision(config.train, dist.device, training=True)
     test = None
     if config.data.val_annotations and config.train.eval_every:

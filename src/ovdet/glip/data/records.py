@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,10 +10,8 @@ from typing import Any
 import numpy as np
 
 from ovdet.glip.tokens import Span
-from training.engine.data.records import Strings
+from training.engine.data.records import Strings, log_left_out
 from training.engine.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -100,8 +97,7 @@ class Builder:
 
     def finish(self, key: str) -> Records:
         """The records; ``key`` is what the file was given as, for messages. UserError when there are none."""
-        for reason, number in self.skipped.items():
-            log.warning("%s %s: %d x %s (left out)", key, self.file, number, reason)
+        log_left_out(f"{key} {self.file}", self.skipped)
         if not self._ids:
             raise UserError(f"{key} {self.file}: holds no image with a caption; give a grounding or caption file")
         spans = [span for group in self._spans for span in group]

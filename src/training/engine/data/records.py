@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+log = logging.getLogger(__name__)
+
+
+def log_left_out(source: str, skipped: Mapping[str, int]) -> None:
+    """Say what was left out of a source: (reason -> number of entries)."""
+    for reason, number in skipped.items():
+        log.warning("%s: %d x %s (left out)", source, number, reason)
 
 
 @dataclass

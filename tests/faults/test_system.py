@@ -22,7 +22,8 @@ from training.engine.loop import Loop
 from training.main import continue_after_restart
 from training.params import parse_args
 
-SHORT = {"epochs": 2, "warmup": 1, "save_every_n_steps": 2}
+SHORT = {"epochs": 2, "save_every": 2}
+ENDLESS = {**SHORT, "epochs": 200}
 
 
 def one_error(text: str) -> str:
@@ -31,11 +32,6 @@ def one_error(text: str) -> str:
     errors = re.findall(r"^error: .*$", text, re.MULTILINE)
     assert len(errors) == 1, text[-3000:]
     return errors[0]
-
-
-def same_weights(a: Path, b: Path) -> bool:
-    a, b = (read_checkpoint(f)["state_dict"] for f in (a, b))
-    return all(torch.equal(a[k], b[k]) for k in a)
 
 
 # -- disk -------------------------------------------------------------------------------------------------------------
@@ -54,22 +50,25 @@ def largest_file(size: int):
 
 def test_a_file_size_limit_leaves_the_former_checkpoint(program, capfd):
     """Writing fails in the middle of a checkpoint."""
-    assert program(name="whole", **SHORT) == 0
-    shutil.copytree(program.logs / "whole", program.logs / "run")
-    folder = program.logs / "run/checkpoints"
+    assert program("whole", **SHORT) == 0
+    shutil.copytree(program.folder("whole"), program.folder("run"))
+    folder = program.folder("run") / "checkpoints"
     (folder / "epoch_2.pt").unlink()
-    before = {f: f.read_bytes() for f in folder.iterdir()}
+    released = program.folder("run") / program.release
+    before = {f: f.read_bytes() for f in (*folder.iterdir(), released)}
     size = (folder / "epoch_1.pt").stat().st_size
     for limit in (size // 2, size - 5):
         capfd.readouterr()
         with largest_file(limit):
-            assert program(name="run", resume="latest", **SHORT) == 2
+            assert program("run", resume=True, **SHORT) == 2
         error = one_error(capfd.readouterr().err)
         assert "epoch_1_step_2.pt cannot be written" in error and "free some space" in error
-        assert {f: f.read_bytes() for f in folder.iterdir()} == before
+        assert program.flags.folder in error
+        assert {f: f.read_bytes() for f in (*folder.iterdir(), released)} == before
+        assert not list(program.folder("run").rglob(".*.pt.*"))
     assert find_latest(folder)[0].name == "epoch_1.pt"
-    assert program(name="run", resume="latest", **SHORT) == 0
-    assert same_weights(*(program.logs / n / "checkpoints/epoch_2.pt" for n in ("whole", "run")))
+    assert program("run", resume=True, **SHORT) == 0
+    program.check_equal(2, "whole", "run")
 
 
 @contextlib.contextmanager
@@ -91,23 +90,23 @@ def small_disk(place: Path, megabytes: float):
 @pytest.mark.parametrize("room", [0.7, 1.2, 2.6, 5.2])
 def test_a_full_disk_leaves_the_former_checkpoint(program, tmp_path, capfd, room):
     """``room`` for so many checkpoints, so that the disk ends now in a checkpoint, now in a release file or the log."""
-    assert program(name="measure", max_steps=2, **SHORT) == 0
-    size = (program.logs / "measure/checkpoints/epoch_1.pt").stat().st_size / 2**20
+    assert program("measure", max_steps=2, **SHORT) == 0
+    size = (program.folder("measure") / "checkpoints/epoch_1.pt").stat().st_size / 2**20
     disk, many = tmp_path / "disk", {**SHORT, "epochs": 20}
     capfd.readouterr()
     with small_disk(disk, room * size):
-        assert program(name="run", logs=disk, **many) in (2, EXIT_FAILED)
+        assert program("run", place=disk, **many) in (2, EXIT_FAILED)
         assert "free some space" in one_error(capfd.readouterr().err)
-        shutil.copytree(disk / "run", program.logs / "run")
+        shutil.copytree(disk / "run", program.folder("run"))
     # What was complete is still there and readable; on a larger disk the run goes on from it.
-    folder = program.logs / "run/checkpoints"
+    folder = program.folder("run") / "checkpoints"
     assert not list(folder.glob(".*"))
     assert all(read_checkpoint(f) for f in folder.glob("epoch_*.pt"))
     found = find_latest(folder)
     assert (found is not None) == (room > 1)
     if found is not None:
         epochs = found[1]["epoch"] + 1
-        assert program(name="run", resume="latest", **many, max_steps=12 * epochs) == 0
+        assert program("run", resume=True, **many, max_steps=12 * epochs) == 0
         assert read_checkpoint(folder / f"epoch_{epochs}.pt")["step"] == 12 * epochs
 
 
@@ -133,19 +132,19 @@ def test_failures_are_told_from_programming_errors():
 
 @pytest.mark.slow  # torch reports the death from a signal handler: wherever Python is then, and a hook may swallow it
 def test_a_killed_loader_worker_ends_the_run_with_one_line(launcher):
-    flags = {**SHORT, "epochs": 200, "name": "run", "workers": 2}
-    run = launcher.start(**flags)
-    run.until(lambda: launcher.steps() >= 2, "checkpoint")
+    program = launcher.program
+    run = launcher.start("run", workers=2, **ENDLESS)
+    run.until(lambda: program.steps("run") >= 2, "checkpoint")
     workers = [pid for pid in run.descendants() if Path(f"/proc/{pid}/comm").read_text().strip() != "torch_shm_manag"]
     os.kill(workers[0], signal.SIGKILL)
     assert run.wait(120) == EXIT_FAILED, run.text[-3000:]
     assert "loader worker has died" in one_error(run.text)
-    assert not run.descendants() and read_checkpoint(launcher.checkpoints()[-1])
+    assert not run.descendants() and read_checkpoint(program.checkpoints("run")[-1])
 
 
-def two_processes(launcher, **flags):
-    run = launcher.start(name="run", processes=2, workers=0, **{**SHORT, "epochs": 200, "batch_size": 1, **flags})
-    run.until(lambda: launcher.steps() >= 2, "checkpoint")
+def two_processes(launcher, *more: str):
+    run = launcher.start("run", *more, processes=2, batch_size=1, **ENDLESS)
+    run.until(lambda: launcher.program.steps("run") >= 2, "checkpoint")
     return run
 
 
@@ -161,12 +160,13 @@ def test_a_killed_process_ends_the_others_with_one_line(launcher, rank):
     errors = run.errors()
     assert len(errors) == 1 and "another process of this run has died or hangs" in errors[0], run.text[-3000:]
     assert not os.path.exists(f"/proc/{other}")
-    assert find_latest(launcher.logs / "run/checkpoints") is not None
+    assert find_latest(launcher.program.folder("run") / "checkpoints") is not None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("program", ["clipself"], indirect=True)  # the others have no flag for it
 def test_a_process_that_hangs_ends_the_others_after_the_timeout(launcher):
-    run = two_processes(launcher, dist_timeout=8)
+    run = two_processes(launcher, "--dist-timeout=8")
     begin = time.monotonic()
     os.kill(run.ranks()[1], signal.SIGSTOP)
     assert run.wait(120) != 0
@@ -178,29 +178,29 @@ def test_a_process_that_hangs_ends_the_others_after_the_timeout(launcher):
 @pytest.mark.slow
 def test_torchrun_restarts_continue_by_themselves(launcher):
     """The command line has no --resume; two deaths later the weights are those of an undisturbed run."""
-    flags = {**SHORT, "epochs": 4, "batch_size": 1, "processes": 2, "workers": 0}
-    run = launcher.start(name="run", restarts=3, **flags)
+    program, flags = launcher.program, {**SHORT, "epochs": 4, "batch_size": 1, "processes": 2}
+    run = launcher.start("run", restarts=3, **flags)
     rng = random.Random(0)
     for at in (4, 1004):
-        run.until(lambda at=at: launcher.steps() >= at, f"step {at}")
+        run.until(lambda at=at: program.steps("run") >= at, f"step {at}")
         os.kill(run.ranks()[rng.randrange(2)], signal.SIGKILL)
     assert run.wait() == 0, run.text[-4000:]
     assert run.text.count("resumed ") == 2
-    whole = launcher.start(name="whole", **flags)
+    whole = launcher.start("whole", **flags)
     assert whole.wait() == 0
-    assert same_weights(*(launcher.logs / n / "checkpoints/epoch_4.pt" for n in ("whole", "run")))
+    program.check_equal(4, "whole", "run")
 
 
-def test_what_a_restart_resumes(program, monkeypatch, tmp_path):
+def test_what_a_restart_resumes(distillation, monkeypatch, tmp_path):
     def resume(*extra: str) -> str | None:
-        options = parse_args(program.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
+        options = parse_args(distillation.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
         return continue_after_restart(options).run.resume
 
-    folder = program.logs / "run/checkpoints"
+    folder = distillation.logs / "run/checkpoints"
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     assert resume() is None and resume("--resume", "a.pt") == "a.pt"
-    unnamed = parse_args(program.arguments())
+    unnamed = parse_args(distillation.arguments())
     with pytest.raises(UserError, match="--max-restarts needs --name"):
         continue_after_restart(unnamed)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
@@ -214,28 +214,29 @@ def test_what_a_restart_resumes(program, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_with_its_own_status(launcher, number):
-    flags = {"epochs": 2, "warmup": 1, "workers": 1, "log_every_n_steps": 1}
-    run = launcher.start(name="run", **flags)
+    program, flags = launcher.program, {"epochs": 2, "workers": 1, "log_every": 1}
+    run = launcher.start("run", **flags)
     run.until(lambda: "step 2/" in run.text, "step 2")
     os.killpg(run.process.pid, number)  # as a terminal or a scheduler does: to the workers as well
     assert run.wait(120) == EXIT_INTERRUPTED, run.text[-3000:]
-    assert "Traceback" not in run.text and "go on with --resume latest" in run.text
-    run = launcher.start(name="run", resume="latest", **flags)
+    assert "Traceback" not in run.text and f"go on with {program.flags.resume}" in run.text
+    run = launcher.start("run", resume=True, **flags)
     assert run.wait() == 0, run.text[-3000:]
-    whole = launcher.start(name="whole", **flags)
+    whole = launcher.start("whole", **flags)
     assert whole.wait() == 0
-    assert same_weights(*(launcher.logs / n / "checkpoints/epoch_2.pt" for n in ("whole", "run")))
+    program.check_equal(2, "whole", "run")
 
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_saves(launcher):
     """It passes the signal on, and gives the processes time to finish their step and save."""
-    run = launcher.start(name="run", processes=2, epochs=200, batch_size=1, workers=1, warmup=1, log_every_n_steps=1)
+    program = launcher.program
+    run = launcher.start("run", processes=2, epochs=200, batch_size=1, workers=1, log_every=1)
     run.until(lambda: "step 2/" in run.text, "step 2")
-    assert not launcher.checkpoints()
+    assert not program.checkpoints("run")
     run.process.terminate()
     assert run.wait(150) != 0 and not run.descendants()
-    path, checkpoint = find_latest(launcher.logs / "run/checkpoints")
+    path, checkpoint = find_latest(program.folder("run") / "checkpoints")
     assert checkpoint["step"] >= 2 and len(checkpoint["random_states"]) == 2 and not run.errors()
     assert f"interrupted: saved as {path}" in run.text
 
@@ -254,12 +255,11 @@ def test_an_image_root_that_vanishes_stops_the_run(program, scenes, tmp_path, mo
         original(loop, *args)
 
     monkeypatch.setattr(Loop, "_judge", judge)
-    status = program(name="run", train_image_root=images, save_every_n_steps=2, epochs=20, batch_size=2)
-    assert status == 2
+    assert program("run", images=images, save_every=2, epochs=20) == 2
     error = one_error(capsys.readouterr().err)
-    assert "could not be used" in error and "--max-skipped" in error
-    log = (program.logs / "run/out.log").read_text()
+    assert "could not be used" in error and program.flags.max_skipped in error
+    log = program.text("run")
     assert "no such file" in log and str(images) in log
     (tmp_path / "elsewhere").rename(images)
     monkeypatch.undo()
-    assert find_latest(program.logs / "run/checkpoints")[1]["epoch"] >= 1
+    assert find_latest(program.folder("run") / "checkpoints")[1]["epoch"] >= 1

@@ -1,4 +1,4 @@
-"""The whole program in processes of its own, to be killed."""
+"""Processes of a program, to be killed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pytest
-
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Run:
@@ -82,7 +82,7 @@ class Run:
                 found[rank] = pid
         return found
 
-    def until(self, condition, what: str, seconds: float = 240) -> None:
+    def until(self, condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
         """Wait until ``condition()``; fail when the run ends before it or takes too long."""
         deadline = time.monotonic() + seconds
         while not condition():
@@ -94,40 +94,23 @@ class Run:
 
 
 class Launcher:
-    """Starts ``python -m training.main``, or torchrun with it, with the tiny model on the drawn scenes."""
+    """Starts a program, or torchrun with it."""
 
-    def __init__(self, program, folder: Path) -> None:
-        self.program, self.folder, self.logs = program, folder, program.logs
+    def __init__(self, program: Any, folder: Path) -> None:
+        self.program, self.folder = program, folder
         self.started: list[Run] = []
         self.environment = {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "HOME": str(folder),
-                            "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+                            "PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # fmt: skip
 
-    def start(self, *extra: str, processes: int = 1, restarts: int = 0, script: Path | None = None, before: tuple = (),
-              environment: dict[str, str] | None = None, **flags) -> Run:  # fmt: skip
-        """``before`` is put in front of the command; ``script`` is run instead of the module."""
-        what = ["-m", "training.main"] if script is None else [str(script)]
+    def start(self, run: str, *more: str, processes: int = 1, restarts: int = 0, script: Path | None = None,
+              **options: Any) -> Run:  # fmt: skip
+        """``script`` is run instead of the program, which it finds in its arguments."""
+        what = self.program.entry if script is None else [str(script), *self.program.entry]
         if processes > 1 or restarts:
             what = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes),
                     "--max-restarts", str(restarts), "--monitor-interval", "0.1",
-                    *(["-m", "--", "training.main"] if script is None else ["--", str(script)])]  # fmt: skip
-        command = [*before, sys.executable, *what, *self.program.arguments(*extra, **flags)]
+                    *(["-m", "--", *what[1:]] if what[0] == "-m" else ["--", *what])]  # fmt: skip
+        command = [sys.executable, *what, *self.program.arguments(run, *more, **options)]
         output = self.folder / f"output{len(self.started)}"
-        self.started.append(Run(command, output, self.environment | (environment or {})))
+        self.started.append(Run(command, output, self.environment))
         return self.started[-1]
-
-    def checkpoints(self, name: str = "run") -> list[Path]:
-        """Complete checkpoints of an experiment."""
-        return sorted((self.logs / name / "checkpoints").glob("epoch_*.pt"))
-
-    def steps(self, name: str = "run") -> int:
-        """Optimizer steps of the newest checkpoint inside an epoch, from file names; -1 without one."""
-        found = [re.fullmatch(r"epoch_(\d+)_step_(\d+)\.pt", f.name) for f in self.checkpoints(name)]
-        return max((1000 * int(m[1]) + int(m[2]) for m in found if m), default=-1)
-
-
-@pytest.fixture
-def launcher(program, tmp_path):
-    found = Launcher(program, tmp_path)
-    yield found
-    for run in found.started:
-        run.kill()

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from training.engine.checkpoint import find_latest, read_checkpoint
+from training.engine.checkpoint import find_latest
 from training.engine.step import Stepper
 
-SHORT = {"epochs": 1, "warmup": 1, "log_every_n_steps": 1}
+SHORT = {"epochs": 1, "log_every": 1}
 
 
 def spoil(monkeypatch, steps: set[int], what: str) -> None:
@@ -37,11 +37,11 @@ def spoil(monkeypatch, steps: set[int], what: str) -> None:
 def test_a_bad_step_is_skipped_and_counted(program, monkeypatch, what):
     with monkeypatch.context() as patch:
         spoil(patch, {3, 4, 7, 8, 11}, what)  # never three in a row
-        assert program(name="run", max_nan_steps=3, **SHORT) == 0
-    log = (program.logs / "run/out.log").read_text()
+        assert program("run", *program.bad[0], **SHORT) == 0
+    log = program.text("run")
     named = re.findall(rf"step (\d+): the {what} is not finite .* the step is skipped \(images \[(\d+), (\d+)\]\)", log)
     assert [int(step) for step, *_ in named] == [3, 4, 7, 8, 11]
-    checkpoint = read_checkpoint(program.logs / "run/checkpoints/epoch_1.pt")
+    checkpoint = program.last("run", 1)
     assert checkpoint["step"] == 12  # the schedule goes on
     assert {float(state["step"]) for state in checkpoint["optimizer"]["state"].values()} == {7.0}  # the weights do not
     assert all(torch.isfinite(v).all() for v in checkpoint["state_dict"].values())
@@ -51,15 +51,16 @@ def test_a_bad_step_is_skipped_and_counted(program, monkeypatch, what):
 def test_bad_steps_in_a_row_stop_the_run(program, monkeypatch, capsys, what):
     """With the ids of the images and the last good checkpoint, which is one indeed."""
     with monkeypatch.context() as patch:
-        spoil(patch, {2, *range(5, 13)}, what)
-        assert program(name="run", max_nan_steps=3, save_every_n_steps=4, **SHORT) == 2
+        spoil(patch, {2, *range(5, 25)}, what)
+        assert program("run", *program.bad[0], save_every=4, **{**SHORT, "epochs": 2}) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    found = re.search(rf"the {what} was not finite in 3 steps in a row, lastly of images (\[.+\])", errors[0])
+    said = rf"the {what} was not finite in {program.bad[1]} steps in a row, lastly of images (\[.+\])"
+    found = re.search(said, errors[0])
     assert len(errors) == 1 and len(eval(found[1])) == 2
-    path, content = find_latest(program.logs / "run/checkpoints")
-    assert f"last good checkpoint is {path}" in errors[0] and path.name == "epoch_0_step_4.pt"
+    path, content = find_latest(program.folder("run") / "checkpoints")
+    assert f"last good checkpoint is {path}" in errors[0] and content["step"] >= 4
     assert all(torch.isfinite(v).all() for v in content["state_dict"].values())
-    assert program(name="run", resume="latest", **SHORT) == 0
+    assert program("run", resume=True, **SHORT) == 0
 
 
 def test_float16_overflow_is_the_scalers_business():
@@ -87,12 +88,9 @@ def test_float16_overflow_is_the_scalers_business():
 
 def test_a_seed_fixes_the_run_whatever_the_workers(program):
     """Weights, order of the data and regions: the same with 0 and 2 workers, others with another seed."""
-    runs = {"a": {"workers": 0}, "b": {"workers": 2}, "c": {"workers": 0, "seed": 1}}
-    states = {}
-    for name, flags in runs.items():
-        assert program(name=name, **SHORT, **flags) == 0
-        states[name] = read_checkpoint(program.logs / name / "checkpoints/epoch_1.pt")
-    a, b, c = (states[name]["state_dict"] for name in "abc")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    assert states["a"]["start_hash"] == states["b"]["start_hash"] != states["c"]["start_hash"]
+    seed = "--seed=1" if program.name == "clipself" else "train.seed=1"
+    for run, workers, more in (("a", 0, []), ("b", 2, []), ("c", 0, [seed])):
+        assert program(run, *more, workers=workers, **SHORT) == 0
+    program.check_equal(1, "a", "b")
+    a, c = (program.last(run, 1)["state_dict"] for run in "ac")
     assert any(not torch.equal(a[k], c[k]) for k in a)
