@@ -43,13 +43,9 @@ class DensePasses:
 
         Class token and cells of the image attend to each other alone, with the positions that they have in the square
         around the input. That is another function than the published one, in which padding takes part. It acts where
-        calls are given ``sizes``, and on inputs that are not square.
-
-        Raises:
-            ValueError: a trunk that drops activations at random, which packed blocks do not.
+        calls are given ``sizes``, and on inputs that are not square. A trunk that drops activations at random cannot be
+        trained so on images of different sizes.
         """
-        if drop and drops_at_random(self.trunk):
-            raise ValueError("padding cannot be dropped in a trunk with dropout or drop path: set their rates to 0")
         self.drop_padding = bool(drop)
         self._write_spec()
 
@@ -110,7 +106,8 @@ class DensePasses:
             sizes: see :meth:`encode_dense`.
 
         Raises:
-            ValueError: a block or size that does not exist, or an image whose sides are no multiples of the patch.
+            ValueError: a block or size that does not exist, an image whose sides are no multiples of the patch, or
+                images of different sizes without padding in a trunk in training mode that drops at random.
         """
         timm_blocks.check_dense(self.trunk)
         blocks, count = set(blocks), len(self.trunk.blocks)
@@ -120,6 +117,8 @@ class DensePasses:
         asked, grid, prefix = {i % count for i in blocks}, self.grid(image), self.num_prefix_tokens
         canvas = Canvas.of(sizes, len(image), grid, self.patch_size) if self.drop_padding else None
         packed = canvas is not None and not canvas.uniform
+        if packed and self._drops_now:
+            raise ValueError("padding cannot be left out in training with dropout or drop path: set their rates to 0")
         x, table = self.embed(image, canvas)
         tokens: dict[int, Tensor] = {}
         cells: dict[int, Tensor] = {}
@@ -130,6 +129,10 @@ class DensePasses:
                 tokens[i], cells[i] = x, without_prefix(x, canvas.numbers, prefix) if packed else x[:, prefix:]
         inner = grid if canvas is None or packed else canvas.taken[0]
         return BlockInputs(self, tokens, cells, table, inner, canvas)
+
+    @property
+    def _drops_now(self) -> bool:
+        return self.trunk.training and drops_at_random(self.trunk)
 
     def _read_inputs(self, image: Tensor, reading: Readout, sizes: Sizes | None) -> BlockInputs:
         """:meth:`block_inputs` for one reading; the last block but one makes nothing that the reading leaves alone.
@@ -142,7 +145,7 @@ class DensePasses:
         if sizes is None or self.drop_padding or not self.leave_unread or not reading.tokenwise or blocks != (last,):
             return self.block_inputs(image, blocks, sizes)
         kept = Canvas.of(sizes, len(image), self.grid(image), self.patch_size, margin=1)
-        if kept.full or last == 0 or drops_at_random(self.trunk):
+        if kept.full or last == 0 or self._drops_now:
             return self.block_inputs(image, blocks)
         inputs = self.block_inputs(image, (last - 1,))
         x, table = inputs.tokens[last - 1], inputs.rotary(last - 1)

@@ -80,9 +80,11 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         self.leave_unread = True
         #: Functions of a block that are compiled, by what they stand for.
         self.compiled: dict[Callable, Callable] = {}
+        self._tables: dict[tuple, Tensor] = {}  # rotary tables that do not train, by grid and device
         self.set_readout(DEFAULT)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ImageTower:
+        self._tables = {}
         with timm_blocks.rotary_in_float32(self.trunk):
             return super()._apply(fn, recurse)
 
@@ -155,7 +157,17 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         return getattr(self.trunk, "rope", None) is not None
 
     def _rotary(self, grid: tuple[int, int]) -> Tensor:
-        return timm_blocks.rotary_table(self.trunk, grid)
+        """Rotary table of a grid; one that does not train is made once, in place of some twenty kernels a pass."""
+        if getattr(self.trunk, "rope_mixed", False):
+            return timm_blocks.rotary_table(self.trunk, grid)
+        device = next((b.device for b in self.trunk.rope.buffers()), None)
+        table = self._tables.get((grid, device))
+        if table is None:
+            with torch.inference_mode(False), torch.no_grad():  # a table made for an evaluation serves training too
+                table = timm_blocks.rotary_table(self.trunk, grid)
+            if device is not None and type(table) is Tensor:
+                self._tables[grid, device] = table
+        return table
 
     @staticmethod
     def _rows(table: Callable, grid: tuple[int, int], canvas: Canvas | None) -> Tensor:

@@ -119,3 +119,7 @@ def runs(numbers: Sequence[int]) -> list[tuple[int, int, int]]:
         else:
             found.append([start, length, 1])
     return [tuple(run) for run in found]
+
+
+#: What there is to compile, around the attention of packed and of partly read blocks.
+PIECES = (heads_of, finish, partial_heads)

@@ -232,8 +232,9 @@ def test_wrong_sizes_are_refused(tiny):
     with pytest.raises(ValueError, match='has no form without padding; use "v2"'):
         model.encode_pseudo_boxes(image, [torch.rand(1, 4).sort().values] * 2, extract_type="v1")
     model.visual.trunk.blocks[0].attn.proj_drop.p = 0.1
+    model.encode_dense(image, sizes=[(64, 64), (64, 40)])  # in eval mode nothing is dropped
     with pytest.raises(ValueError, match="dropout"):
-        model.visual.set_drop_padding(True)
+        model.train().encode_dense(image, sizes=[(64, 64), (64, 40)])
 
 
 def test_layout_of_a_canvas():
