@@ -47,7 +47,10 @@ def test_boxes_on_the_device_are_pooled_without_a_copy_from_the_host():
     try:
         with FakeTensorMode():
             torch.full_like(torch.empty(1, device="cuda"), 1)
+            roi_features(torch.empty(1, 8, 4, 6, device="cuda"), [torch.empty(3, 4, device="cuda")])
     except RuntimeError as error:  # torch 2.6 looks for a driver here
+        if "driver" not in str(error):
+            raise
         pytest.skip(f"no imagined GPU with torch {torch.__version__}: {str(error).splitlines()[0]}")
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
         dense = torch.empty(2, 8, 4, 6, device="cuda", dtype=torch.bfloat16)
