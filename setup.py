@@ -18,6 +18,7 @@ extras = {
     "glip": [*DETECTION, "transformers", "pyyaml"],  # BERT
     "hf": ["transformers", "tokenizers"],  # tokenizers of SigLIP, CLIPA and other models of the hub
     "page": ["gradio"],
+    "notebook": ["jupyter"],  # docs/first_steps.ipynb
     "remote": ["requests", "aiohttp", "s3fs"],  # images behind http(s):// and s3://
     "wandb": ["wandb"],
     "test": ["pytest", "hypothesis", "scipy", "packaging", "tokenizers", "transformers", *DETECTION],

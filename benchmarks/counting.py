@@ -63,6 +63,12 @@ def _size(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor))
 
 
+def _on_host(*values: Any) -> bool:
+    """Whether every tensor lies on the CPU: arithmetic of the host, beside the device whose kernels are counted."""
+    devices = {t.device.type for t in tree_leaves(values) if isinstance(t, Tensor)}
+    return devices == {"cpu"}
+
+
 class _Counting(TorchDispatchMode):
     """Counts every operator that starts a kernel: one whose result is neither a view nor freshly allocated memory."""
 
@@ -76,7 +82,7 @@ class _Counting(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         name = function._schema.name.split("::")[-1]
         views = any(r.alias_info is not None and not r.alias_info.is_write for r in function._schema.returns)
-        if views or name.startswith(self.FREE):
+        if views or name.startswith(self.FREE) or _on_host(args, kwargs, out):
             return out
         flops = flop_registry.get(function.overloadpacket)
         flop = 0 if flops is None else flops(*args, **(kwargs or {}), out_val=out)

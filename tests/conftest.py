@@ -2,22 +2,83 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+
+GOLDEN = Path(os.environ.get("CLIPSELF_GOLDEN", Path(__file__).parent / "golden"))
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of numbers recorded from the reference implementation.
+    """Folder of numbers recorded from the reference implementations.
 
-    The repository holds a part of them (tests/golden). Set CLIPSELF_GOLDEN to a folder with the complete set to check
-    against all of it; tests whose files are not there skip themselves.
+    CLIPSELF_GOLDEN names another draw, with other models, sizes, counts and names; tests whose files are not there
+    skip themselves.
     """
-    return Path(os.environ.get("CLIPSELF_GOLDEN", Path(__file__).parent / "golden"))
+    return GOLDEN
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "recorded(file, pattern, argument='case'): one test for each different text that the pattern (its group, where "
+        "it has one) finds among the names in a golden .json or .npz file, or among the files of a golden folder",
+    )
+
+
+def recorded_names(file: str, pattern: str) -> list[str]:
+    """What ``pattern`` matches of each name recorded in ``file`` of the golden folder, in order, each once."""
+    path = GOLDEN / file
+    if path.is_dir():
+        names = sorted(p.name for p in path.iterdir())
+    elif not path.is_file():
+        return []
+    elif path.suffix == ".json":
+        names = list(json.loads(path.read_text(encoding="utf-8")))
+    else:
+        with np.load(path) as arrays:
+            names = arrays.files
+    found = [match for name in names if (match := re.fullmatch(pattern, name))]
+    return list(dict.fromkeys(match[1] if match.re.groups else match[0] for match in found))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases of another draw have other names and numbers: tests are made of what its files hold."""
+    for mark in metafunc.definition.iter_markers("recorded"):
+        file, pattern = mark.args
+        cases = recorded_names(file, pattern) or [
+            pytest.param("", marks=pytest.mark.skip(f"{file} with {pattern} is not among the golden files"))
+        ]
+        metafunc.parametrize(mark.kwargs.get("argument", "case"), cases)
+
+
+@pytest.fixture(scope="session")
+def in_processes() -> Callable[..., None]:
+    """``in_processes(function, world, *args)``: ``function(rank, *args)`` in ``world`` processes at once.
+
+    They are forked, which saves each the seconds of importing torch; where there is a GPU, whose autograd threads do
+    not survive a fork, they are spawned. A process that fails makes the call raise.
+    """
+
+    def run(function: Callable[..., None], world: int, *args: Any) -> None:
+        method = "spawn" if torch.cuda.is_available() else "fork"
+        torch.multiprocessing.start_processes(_one_thread, (function, *args), nprocs=world, start_method=method)
+
+    return run
+
+
+def _one_thread(rank: int, function: Callable[..., None], *args: Any) -> None:
+    torch.set_num_threads(1)
+    function(rank, *args)
 
 
 @pytest.fixture(autouse=True)

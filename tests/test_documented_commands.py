@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from ovdet.fvit.assemble import read_config
+from ovdet.vild.assemble import read_config as read_vild_config
 from training.engine.errors import UserError
 from training.engine.flags import flags_of, spelling
 from training.methods import list_methods
@@ -32,6 +33,7 @@ DOCUMENTS = sorted(
 COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|bash|torchrun) \S")
 LAUNCHER_ALONE = re.compile(r"^torchrun(?!.*(\.py| -m))")  # a flag of torchrun, not a command
 OWN_EXAMPLE = re.compile(r"--method (mine|areas)\b")  # of the text; tests/training/methods/test_extending.py runs it
+READERS = {"F-ViT": read_config, "ViLD": read_vild_config}  # of configs, by the folder of a document
 # Words that stand for what a user has.
 MEANING = {
     "CONFIG": "configs/ov_coco_vitb16_original.toml", "MODE": "full", "CHECKPOINT": "epoch_3.pt",
@@ -39,6 +41,7 @@ MEANING = {
     "IMAGE...": "a.jpg", "FILE": "epoch_3.pt", "bbox|segm": "bbox", "NAME": "mine", "CLASS": "cat", "FOLDER": "folder",
     "PHOTOS": "--images val2017 --annotations panoptic_val2017.json",
 }  # fmt: skip
+THEIRS = {"ViLD/README.md": {"CONFIG": "configs/lvis_r50_ensemble.toml"}}  # in a document
 # Scripts hand further arguments on to a program.
 FORWARDS = {
     r"scripts/(train|test)_\w+\.sh": "training.main", r"scripts/segment_\w+\.sh": "ovseg.evaluate",
@@ -130,7 +133,8 @@ def words_of(shown: Shown) -> list[str]:
     for word in shlex.split(re.sub(r"(?<=\s)\[([^\]]*)\]", r"\1", shown.text).replace(" ...", "")):
         if words[-1:] == ["--method"] and word == "NAME":
             word = "declip"
-        words += MEANING[word].split() if word in MEANING else [word.split("|")[0]]
+        meaning = {**MEANING, **THEIRS.get(shown.document, {})}
+        words += meaning[word].split() if word in meaning else [word.split("|")[0]]
     while words and re.match(r"^[A-Z_]+=", words[0]):
         words.pop(0)
     return [w for w in words if w != "section.key=value"]
@@ -174,14 +178,15 @@ def check(words: list[str], folder: Path) -> None:
             main()
     except Parsed as parsed:
         given = parsed.args[0]
-        if folder.name == "F-ViT" and hasattr(given, "overrides"):
-            read_config(str(program_file(given.config, folder)), given.overrides)
+        if folder.name in READERS and hasattr(given, "overrides"):
+            READERS[folder.name](str(program_file(given.config, folder)), given.overrides)
         return
     raise AssertionError(f"{' '.join(words)} ended before its command line was taken")
 
 
 def test_documents_have_commands():
-    assert len(ALL) > 30 and {"README.md", "F-ViT/README.md", "benchmarks/README.md"} <= {s.document for s in ALL}
+    documents = {"README.md", "F-ViT/README.md", "ViLD/README.md", "benchmarks/README.md"}
+    assert len(ALL) > 30 and documents <= {s.document for s in ALL}
 
 
 @pytest.mark.parametrize("shown", ALL, ids=[f"{s.document}:{s.line}" for s in ALL])
@@ -210,7 +215,7 @@ def test_flags_in_the_text_exist():
     known = {"--area-power"} | set(OTHERS_FLAGS) | {spelling(n) for n in _WITHOUT_EFFECT}
     for cls in (*ROOMS.values(), *(e.options for e in list_methods().values())):
         known |= {spelling(n) for n in flags_of(cls)}
-    for place in ("src", "tools", "benchmarks", "scripts", "F-ViT", "GLIP"):
+    for place in ("src", "tools", "benchmarks", "scripts", "F-ViT", "GLIP", "ViLD"):
         for file in (f for suffix in ("*.py", "*.sh") for f in (ROOT / place).rglob(suffix)):
             known |= set(re.findall(r"--[a-z][a-z0-9-]+", file.read_text(encoding="utf-8")))
     unknown = [

@@ -92,8 +92,6 @@ def _main(program: str) -> Callable[[list[str]], int]:
     """The main function of a program; one that only raises is run as its command runs it."""
     kind, _, name = program.partition(":")
     if kind == "tools":
-        if name == "page":
-            pytest.importorskip("gradio", reason="the page needs gradio")
         main = _tool(name).main
         return main if name != "convert_detector" else lambda argv: run_program(lambda: main(argv))
     if kind == "F-ViT":

@@ -60,6 +60,11 @@ class DenseInput:
         """Cells (h, w) of the dense map."""
         return self.image.shape[-2] // self.patch_size, self.image.shape[-1] // self.patch_size
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """(height, width) in pixels that each image takes of the input, for the ``sizes`` of dense and region calls."""
+        return [place.inner for place in self.placements]
+
     def _each(self, values: Sequence | Tensor, what: str) -> list:
         if len(values) != len(self.placements):
             raise ValueError(f"{len(values)} {what} for {len(self.placements)} images: give one (possibly empty) each")

@@ -8,7 +8,7 @@ no door. What is known of blocks and attention stands in :mod:`open_clip.timm_bl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 from . import timm_blocks
 from .checks import check_images
-from .readouts import DEFAULT, SPEC_KEY, BlockInputs, Readout, build_readout, read_spec, write_spec
+from .dense_passes import DensePasses
+from .packed_blocks import packed_block
+from .padding import Canvas, interleave, packed_rotary
+from .readouts import DEFAULT
 from .upstream_api import ImageTowerAPI
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -39,7 +42,7 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
     return grid.to(positions.dtype).permute(0, 2, 3, 1).reshape(1, -1, channels)
 
 
-class ImageTower(ImageTowerAPI, nn.Module):
+class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
     """A timm trunk read as a CLIP image encoder.
 
     Args:
@@ -72,9 +75,16 @@ class ImageTower(ImageTowerAPI, nn.Module):
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)
         self.interpolation, self.resize_mode = interpolation, resize_mode
         self.grad_checkpointing = False
+        self.drop_padding = False
+        #: Exact and on: what of a block no caller reads is not computed. Off where a block may only be called whole.
+        self.leave_unread = True
+        #: Functions of a block that are compiled, by what they stand for.
+        self.compiled: dict[Callable, Callable] = {}
+        self._tables: dict[tuple, Tensor] = {}  # rotary tables that do not train, by grid and device
         self.set_readout(DEFAULT)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> ImageTower:
+        self._tables = {}
         with timm_blocks.rotary_in_float32(self.trunk):
             return super()._apply(fn, recurse)
 
@@ -115,34 +125,85 @@ class ImageTower(ImageTowerAPI, nn.Module):
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
-    def embed(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens entering the first block ``[B, prefix + h*w, W]``, and the rotary table (or None)."""
+    def embed(self, image: Tensor, canvas: Canvas | None = None) -> tuple[Tensor, Tensor | None]:
+        """Tokens entering the first block ``[B, prefix + h*w, W]``, and the rotary table (or None).
+
+        Args:
+            canvas: where the images lie, to leave the rest out: ``[B, prefix + n, W]`` where all take the same cells,
+                else packed ``[1, T, W]``, prefix tokens ahead of each image's cells.
+        """
         trunk, grid = self.trunk, self.grid(image)
         x = trunk.patch_embed.norm(trunk.patch_embed.proj(image).flatten(2).transpose(1, 2))  # [B, h*w, W]
         prefix = [t.expand(x.shape[0], -1, -1) for t in (trunk.cls_token, trunk.reg_token) if t is not None]
-        if trunk.pos_embed is None:
-            x = torch.cat([*prefix, x], dim=1)
-        else:
+        prefix = torch.cat(prefix, dim=1) if prefix else x[:, :0]
+        x = x if canvas is None else canvas.gather(x)
+        if trunk.pos_embed is not None:
             covered = 0 if trunk.no_embed_class else self.num_prefix_tokens
-            patches = resize_positions(trunk.pos_embed[:, covered:], self.native_grid, grid)
             if covered:
-                x = torch.cat([*prefix, x], dim=1) + torch.cat([trunk.pos_embed[:, :covered], patches], dim=1)
-            else:
-                x = torch.cat([*prefix, x + patches], dim=1)
-        x = trunk.norm_pre(trunk.pos_drop(x))
-        return x, timm_blocks.rotary_table(trunk, grid)
+                prefix = prefix + trunk.pos_embed[:, :covered]
+            x = x + self._rows(
+                lambda g: resize_positions(trunk.pos_embed[:, covered:], self.native_grid, g), grid, canvas
+            )
+        if canvas is None or canvas.uniform:
+            x = torch.cat([prefix, x], dim=1)
+            table = None if not self._turns else self._rows(self._rotary, grid, canvas)
+        else:
+            x = interleave(prefix, canvas.split(x))
+            table = None if not self._turns else packed_rotary(canvas.rows(self._rotary), self.num_prefix_tokens)
+        return trunk.norm_pre(trunk.pos_drop(x)), table
 
-    def run_block(self, index: int, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None = None) -> Tensor:
-        """Block ``index`` as usual, recomputed in the backward pass when gradient checkpointing is on."""
-        kwargs = {}
-        if rope is not None:
-            kwargs["rope"] = timm_blocks.block_rotary(self.trunk, rope, index)
-        if attn_mask is not None:
-            kwargs["attn_mask"] = attn_mask
+    @property
+    def _turns(self) -> bool:
+        return getattr(self.trunk, "rope", None) is not None
+
+    def _rotary(self, grid: tuple[int, int]) -> Tensor:
+        """Rotary table of a grid; one that does not train is made once, in place of some twenty kernels a pass."""
+        if getattr(self.trunk, "rope_mixed", False):
+            return timm_blocks.rotary_table(self.trunk, grid)
+        device = next((b.device for b in self.trunk.rope.buffers()), None)
+        table = self._tables.get((grid, device))
+        if table is None:
+            with torch.inference_mode(False), torch.no_grad():  # a table made for an evaluation serves training too
+                table = timm_blocks.rotary_table(self.trunk, grid)
+            if device is not None and type(table) is Tensor:
+                self._tables[grid, device] = table
+        return table
+
+    @staticmethod
+    def _rows(table: Callable, grid: tuple[int, int], canvas: Canvas | None) -> Tensor:
+        """Rows of a table of positions for all cells, end to end."""
+        if canvas is None:
+            return table(grid)
+        rows = canvas.rows(table)
+        return rows[0] if canvas.uniform else torch.cat(rows, dim=-2)
+
+    def run_block(
+        self,
+        index: int,
+        x: Tensor,
+        rope: Tensor | None,
+        attn_mask: Tensor | None = None,
+        canvas: Canvas | None = None,
+    ) -> Tensor:
+        """Block ``index`` as usual, recomputed in the backward pass when gradient checkpointing is on; on packed tokens
+        where a canvas says that they are."""
         block = self.trunk.blocks[index]
+        rope = timm_blocks.block_rotary(self.trunk, rope, index)
+        if canvas is not None and not canvas.uniform:
+            numbers = [n + self.num_prefix_tokens for n in canvas.numbers]
+            return self.run(packed_block, block, x, rope, numbers, self.faster)
+        kwargs = {name: t for name, t in (("rope", rope), ("attn_mask", attn_mask)) if t is not None}
+        return self.run(block, x, **kwargs)
+
+    def run(self, function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Call a function of tensors; recomputed in the backward pass when gradient checkpointing is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, use_reentrant=False, **kwargs)
-        return block(x, **kwargs)
+            return checkpoint(function, *args, use_reentrant=False, **kwargs)
+        return function(*args, **kwargs)
+
+    def faster(self, function: Callable) -> Callable:
+        """The compiled form of a function of a block where there is one, else itself."""
+        return self.compiled.get(function, function)
 
     # -- global reading -------------------------------------------------------------------------------------------
 
@@ -155,155 +216,11 @@ class ImageTower(ImageTowerAPI, nn.Module):
         block = self.trunk.blocks[last]
         # Cheap enough to look at each time: the answer changes when somebody exchanges a part of the trunk.
         if self.trunk.global_pool == "token" and not self.pools_by_attention and timm_blocks.has_prefix_reading(block):
-            arguments = (block, x, timm_blocks.block_rotary(self.trunk, rope, last), self.num_prefix_tokens)
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(timm_blocks.prefix_block, *arguments, use_reentrant=False)
-            else:
-                x = timm_blocks.prefix_block(*arguments)
+            table = timm_blocks.block_rotary(self.trunk, rope, last)
+            x = self.run(self.faster(timm_blocks.prefix_block), block, x, table, self.num_prefix_tokens)
         else:
             x = self.run_block(last, x, rope)
         return self.trunk.forward_head(self.trunk.norm(x))
-
-    # -- dense reading --------------------------------------------------------------------------------------------
-
-    @property
-    def pools_by_attention(self) -> bool:
-        """True for a trunk with an attention-pooling head (SigLIP) instead of a class token."""
-        return getattr(self.trunk, "attn_pool", None) is not None
-
-    def set_readout(self, readout: str | Readout, **options: Any) -> None:
-        """Make a dense reading the model's own: what ``readout=None`` means, and what its weights' file names.
-
-        Args:
-            readout: a name and its options, see :func:`open_clip.readouts.build_readout`; or a reading built for
-                this tower.
-
-        Raises:
-            ValueError, TypeError: as ``build_readout``.
-        """
-        self.readout = readout if isinstance(readout, Readout) else build_readout(readout, self, **options)
-        # Among the weights, so that any kind of file keeps it; the default is not written, which keeps files as ever.
-        default = self.readout.spec() == build_readout(DEFAULT, self).spec()
-        self.register_buffer("readout_spec", None if default else write_spec(self.readout))
-
-    def adopt_readout(self, state: dict[str, Tensor], source: str = "state dict") -> None:
-        """Ahead of loading a CLIP's state dict: take over the reading that it names.
-
-        A state dict that names none leaves the model's own in place, and gets its entries here.
-        """
-        if SPEC_KEY in state:
-            spec = read_spec(state[SPEC_KEY], source)
-            try:
-                if spec != self.readout.spec():
-                    self.set_readout(build_readout(tower=self, **spec))
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{source}: {error}") from error
-            if self.readout_spec is None:
-                del state[SPEC_KEY]
-        else:
-            own = {f"visual.{n}": t for n, t in self.state_dict().items() if n.startswith("readout")}
-            state.update({n: t for n, t in own.items() if n not in state})
-
-    def resolve_readout(self, readout: str | Readout | None) -> Readout:
-        """The reading that ``readout=`` means: the model's own (None, or its name), another one by name, or itself.
-
-        Raises:
-            ValueError: an unknown name, or one of a reading with parameters that is not the model's own.
-        """
-        if isinstance(readout, Readout):
-            return readout
-        if readout is None or readout == self.readout.name:
-            return self.readout
-        built = build_readout(readout, self)
-        if built.name == self.readout.name:  # "gated" is short for "gated:3"
-            return self.readout
-        if next(built.parameters(), None) is not None:
-            raise ValueError(f'the reading "{readout}" has weights of its own: make it the model\'s by set_readout')
-        return built
-
-    def block_inputs(self, image: Tensor, blocks: Iterable[int] = (-1,)) -> BlockInputs:
-        """One pass up to the last of some blocks: the tokens that enter these, for readings and projections.
-
-        Args:
-            image: ``[B, 3, H, W]``.
-            blocks: indices; negative ones count from the end.
-
-        Raises:
-            ValueError: a block that does not exist, or an image whose sides are no multiples of the patch.
-        """
-        timm_blocks.check_dense(self.trunk)
-        blocks, count = set(blocks), len(self.trunk.blocks)
-        wrong = sorted(i for i in blocks if not -count <= i < count)
-        if wrong:
-            raise ValueError(f"blocks {wrong} do not exist: the trunk has blocks 0 to {count - 1}")
-        asked = {i % count for i in blocks}
-        x, table = self.embed(image)
-        tokens: dict[int, Tensor] = {}
-        cells: dict[int, Tensor] = {}
-        for i in range(max(asked, default=-1) + 1):
-            if i > 0:
-                x = self.run_block(i - 1, x, table)
-            if i in asked:
-                tokens[i], cells[i] = x, x[:, self.num_prefix_tokens :]
-        return BlockInputs(self, tokens, cells, table, self.grid(image))
-
-    def dense_tokens(
-        self, image: Tensor, take: Sequence[int] = (), readout: str | Readout | None = None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Tokens ``[B, h*w, W]`` of a dense reading, before the final norm; no prefix tokens.
-
-        Args:
-            take: indices of ordinary blocks whose outputs are returned as well, as maps ``[B, W, h, w]`` in that order.
-                The index of the last block stands for the reading's tokens.
-            readout: see :meth:`encode_dense`.
-        """
-        last = len(self.trunk.blocks) - 1
-        missing = sorted(i for i in take if not 0 <= i <= last)
-        if missing:
-            raise ValueError(f"blocks {missing} do not exist: the trunk has blocks 0 to {last}")
-        reading = self.resolve_readout(readout)
-        inputs = self.block_inputs(image, (*reading.blocks(self), *(i + 1 for i in take if i < last)))
-        tokens = reading.tokens(inputs)
-        levels = []
-        for i in take:
-            cells, grid = (inputs.cells[i + 1], inputs.grid) if i < last else (tokens, reading.grid(inputs))
-            levels.append(cells.transpose(1, 2).unflatten(2, grid))
-        return tokens, levels
-
-    def project_dense(self, x: Tensor, readout: str | Readout | None = None) -> Tensor:
-        """What follows :meth:`dense_tokens`: final norm, (per-token pooling head,) projection and L2 normalisation,
-        as far as the reading has them: ``[B, N, W] -> [B, N, D]``."""
-        return self.resolve_readout(readout).embed(self, x)
-
-    def encode_dense(self, image: Tensor, keep_shape: bool = True, readout: str | Readout | None = None) -> Tensor:
-        """Dense embedding: ``[B, D, h, w]``, or ``[B, h*w, D]`` when the shape is not kept.
-
-        Args:
-            image: ``[B, 3, H, W]``, sides multiples of the patch.
-            readout: dense reading (:mod:`open_clip.readouts`), by name or built; None for the model's own. Cells have
-                unit length unless the reading says otherwise (``readout.normalized``).
-        """
-        reading = self.resolve_readout(readout)
-        inputs = self.block_inputs(image, reading.blocks(self))
-        return reading.map(inputs) if keep_shape else reading(inputs)
-
-    def encode_dense_many(self, image: Tensor, readouts: Sequence[str | Readout | None]) -> dict[str | None, Tensor]:
-        """Maps ``[B, D, h, w]`` of several readings from one pass of the blocks that they have in common.
-
-        Returns:
-            By the name as it was given; of a built reading by its ``name``.
-
-        Raises:
-            ValueError: two built readings of the same name.
-        """
-        readings: dict[str | None, Readout] = {}
-        for one in readouts:
-            name = one.name if isinstance(one, Readout) else one
-            reading = self.resolve_readout(one)
-            if readings.setdefault(name, reading).spec() != reading.spec():
-                raise ValueError(f'two readings are named "{name}": read one at a time')
-        inputs = self.block_inputs(image, {i for r in readings.values() for i in r.blocks(self)})
-        return {name: reading.map(inputs) for name, reading in readings.items()}
 
     # -- region tokens (extraction "v1") --------------------------------------------------------------------------
 
@@ -318,6 +235,8 @@ class ImageTower(ImageTowerAPI, nn.Module):
         """
         if timm_blocks.is_eva(self.trunk) or self.trunk.cls_token is None:
             raise ValueError('extract type "v1" (and mask attention) needs a CLIP ViT with a class token; use "v2"')
+        if self.drop_padding:
+            raise ValueError('extract type "v1" (and mask attention) has no form without padding; use "v2"')
         counts = [len(m) for m in masks]
         x, _ = self.embed(image)
         most, length = max(counts, default=0), x.shape[1]
@@ -364,10 +283,3 @@ class ImageTower(ImageTowerAPI, nn.Module):
             for parameter in group:
                 parameter.requires_grad_(True)
         self.readout.requires_grad_(unlocked_groups > 0)
-
-    def unreached_by_dense(self, readout: str | Readout | None = None) -> list[nn.Parameter]:
-        """Parameters that a dense reading never uses: no loss on it can train them, and DDP would wait for them.
-
-        Of fused projections some rows may be unread besides: :meth:`open_clip.readouts.Readout.unread` lists those too.
-        """
-        return [u.parameter for u in self.resolve_readout(readout).unread(self) if not u.index]

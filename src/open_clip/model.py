@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_boxes
 from .image_tower import ImageTower
+from .padding import Sizes
 from .readouts import Readout
 from .regions import box_masks, mask_features, roi_features
 from .text_tower import TextTower
@@ -95,6 +96,7 @@ class CLIP(CLIPAPI, nn.Module):
         normalize: bool = False,
         keep_shape: bool = False,
         readout: str | Readout | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor:
         """Dense embedding: ``[B, h*w, D]``, or as a map ``[B, D, h, w]`` when the shape is kept.
 
@@ -102,8 +104,10 @@ class CLIP(CLIPAPI, nn.Module):
             normalize: unit length per cell. On the value path, and on most others, cells have it in any case.
             keep_shape: the published default is False.
             readout: dense reading.
+            sizes: per image the pixels (height, width) that it takes of the input, top left, where the rest is padding;
+                see :meth:`open_clip.ImageTower.encode_dense`. ``dense_transform`` tells them.
         """
-        features = self.visual.encode_dense(image, keep_shape=keep_shape, readout=readout)
+        features = self.visual.encode_dense(image, keep_shape=keep_shape, readout=readout, sizes=sizes)
         return F.normalize(features, dim=1 if keep_shape else -1) if normalize else features
 
     def encode_pseudo_boxes(
@@ -113,6 +117,7 @@ class CLIP(CLIPAPI, nn.Module):
         normalize: bool = False,
         extract_type: str = "v2",
         readout: str | Readout | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor:
         """Embedding of each box.
 
@@ -122,6 +127,7 @@ class CLIP(CLIPAPI, nn.Module):
             extract_type: ``"v2"`` (RoIAlign of the dense map) or ``"v1"`` (one masked token per box; CLIP ViT only).
                 The published default is "v1", but all published training and evaluation asks for "v2".
             readout: dense reading that "v2" pools.
+            sizes: of the pictures within the padded input, see :meth:`encode_dense`; boxes lie on them.
 
         Returns:
             ``[sum K_i, D]``, images one after the other.
@@ -131,7 +137,7 @@ class CLIP(CLIPAPI, nn.Module):
         """
         check_boxes(normed_boxes)
         if extract_type == "v2":
-            features = roi_features(self.visual.encode_dense(image, readout=readout), normed_boxes)
+            features = roi_features(self.visual.encode_dense(image, readout=readout, sizes=sizes), normed_boxes)
         elif extract_type == "v1":
             self._refuse_readout(readout, 'extract type "v1"')
             features = self.visual.encode_region_tokens(image, box_masks(normed_boxes, self.visual.grid(image)))
@@ -146,6 +152,7 @@ class CLIP(CLIPAPI, nn.Module):
         normalize: bool = True,
         mask_attn: bool = False,
         readout: str | Readout | None = None,
+        sizes: Sizes | None = None,
     ) -> Tensor:
         """Embedding ``[sum K_i, D]`` of each mask.
 
@@ -154,6 +161,7 @@ class CLIP(CLIPAPI, nn.Module):
             normalize: the published default is True.
             mask_attn: one token per mask that attends inside it (CLIP ViT only) instead of the mean of the dense map.
             readout: dense reading whose map is averaged.
+            sizes: of the pictures within the padded input, see :meth:`encode_dense`; masks lie on them.
 
         Raises:
             ValueError: ``mask_attn`` with a trunk that is not a CLIP ViT, or with a dense reading.
@@ -162,7 +170,7 @@ class CLIP(CLIPAPI, nn.Module):
             self._refuse_readout(readout, "mask attention")
             features = self.visual.encode_region_tokens(image, masks)
         else:
-            features = mask_features(self.visual.encode_dense(image, readout=readout), masks)
+            features = mask_features(self.visual.encode_dense(image, readout=readout, sizes=sizes), masks)
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_regions(
@@ -172,11 +180,12 @@ class CLIP(CLIPAPI, nn.Module):
         masks: Sequence[Tensor] | None = None,
         normalize: bool = False,
         readout: str | Readout | None = None,
+        sizes: Sizes | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Boxes and masks from one dense pass: (``[sum K_i, D]`` or None, ``[sum M_i, D]`` or None)."""
         if normed_boxes is not None:
             check_boxes(normed_boxes)
-        dense = self.visual.encode_dense(image, readout=readout)
+        dense = self.visual.encode_dense(image, readout=readout, sizes=sizes)
         boxes = None if normed_boxes is None else roi_features(dense, normed_boxes)
         pooled = None if masks is None else mask_features(dense, masks)
         if normalize:
@@ -184,10 +193,14 @@ class CLIP(CLIPAPI, nn.Module):
         return boxes, pooled
 
     def encode_rois_and_image(
-        self, image: Tensor, normed_boxes: Sequence[Tensor], readout: str | Readout | None = None
+        self,
+        image: Tensor,
+        normed_boxes: Sequence[Tensor],
+        readout: str | Readout | None = None,
+        sizes: Sizes | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Box embeddings ``[sum K_i, D]`` and global embeddings ``[B, D]``, both of unit length."""
-        boxes = self.encode_pseudo_boxes(image, normed_boxes, normalize=True, readout=readout)
+        boxes = self.encode_pseudo_boxes(image, normed_boxes, normalize=True, readout=readout, sizes=sizes)
         return boxes, self.encode_image(image, normalize=True)
 
     @staticmethod

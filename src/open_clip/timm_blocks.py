@@ -1,7 +1,7 @@
 """What is known of timm's insides, in one place: attention modules, blocks, rotary tables, attention pooling.
 
 A dense reading enters a trunk where timm has no door, so parts of its forward pass are written out here. They hold for
-timm 1.0.17 and later; ``tests/open_clip/test_supported_versions.py`` runs the oldest and the newest release.
+timm 1.0.21 and later; ``tests/open_clip/test_supported_versions.py`` runs the oldest and the newest release.
 
 Three attention modules are known: ``Attention`` (one fused projection), ``EvaAttention`` (fused with biases apart, or
 split) and ``AttentionRope`` (fused or split, grouped keys and values). Releases before 1.0.28 have no gate, before

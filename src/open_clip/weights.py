@@ -181,7 +181,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
         state = to_internal(state)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    readout = model.visual.readout
+    readout, drops = model.visual.readout, model.visual.drop_padding
     model.visual.adopt_readout(state, source)
     own = model.state_dict()
     _reconcile(state, own, model, resize)
@@ -194,6 +194,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
     ]
     if missing or unexpected or shapes:
         model.visual.set_readout(readout)
+        model.visual.set_drop_padding(drops)
         parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
         text = "; ".join(f"{len(p)} {what}: {_some(p)}" for p, what in parts if p)
         raise ValueError(f"{source} does not fit the model (another architecture?): {text}")

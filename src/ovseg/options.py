@@ -58,6 +58,10 @@ def add_model_options(
         metavar="NAME[:FILE]",
         help="timm trunk for the reading proxyclip (random: its weights)",
     )
+    group.add_argument(
+        "--drop-padding", action="store_true", help="read the image without the padding around it, as weights trained "
+        "with --drop-padding are read in any case",
+    )  # fmt: skip
 
 
 def add_protocol_options(parser: argparse.ArgumentParser) -> None:
@@ -145,6 +149,8 @@ def load_model(args: argparse.Namespace, pretrained: str, device: torch.device) 
             name = path.parent.name if path.stem == "config" else path.stem
             open_clip.add_model_config(args.model, name)
         model = open_clip.create_model(name, pretrained or None, device=device, cache_dir=args.cache_dir)
+        if args.drop_padding:
+            model.visual.set_drop_padding(True)
     return model.eval().requires_grad_(False), name
 
 

@@ -228,6 +228,11 @@ class Segmenter(ImageSegmenter):
         )
         if len(embeddings) != len(classes.all_words):
             raise ValueError(f"{len(embeddings)} embeddings for {len(classes.all_words)} words")
+        if model.visual.drop_padding and self.multiple > self.patch_size:
+            raise UserError(
+                "--external pads images to its own patches, but this model is read without padding: use an external "
+                f"model whose patches of {external.patch_size} pixels divide {self.patch_size}, or other weights"
+            )
         self.model = model
         self.embeddings = embeddings.to(self.device, torch.float32)
         self.reader = DenseReader(

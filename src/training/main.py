@@ -23,6 +23,7 @@ from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
+from training.evaluation.pictures import evaluation_pictures
 from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args
@@ -73,11 +74,18 @@ class Evaluation:
             model, self.data, embeddings, device=self.dist.device, dtype=self.precision.input_dtype,
             rank=self.dist.rank, world_size=self.dist.world_size, per_class_file=per_class,
         )  # fmt: skip
+        # Every process draws, as fully sharded weights are gathered by all of them; process 0 keeps the pictures.
+        pictures = evaluation_pictures(
+            model, self.data, embeddings, options.eval.log_images, device=self.dist.device,
+            dtype=self.precision.input_dtype,
+        )  # fmt: skip
+        journal.pictures({f"val/{file}": picture for file, picture in pictures}, step)
         if self.dist.is_master:
             print(f"\nmean accuracy after {epoch} epochs ({step} steps), {self.data.num_images} images")
             print(format_table(results), flush=True)
             journal.scalars({f"val/{k}": v for k, v in results.items() if "macc" in k}, step)
             read = {"readout": reading.name, "cells_normalized": reading.normalized, "sizes": self.data.image_sizes}
+            read |= {"drop_padding": True} if model.visual.drop_padding else {}
             read |= {"alpha": alpha} if alpha < 1 else {}
             trained = {"method": options.entry.name, "learned_from": options.learned_from} if options.trains else {}
             journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **trained, **results})
@@ -135,6 +143,8 @@ def run(options: Options, dist: Dist) -> int:
             return loop.train(folder, resume)
         if options.readout is not None:
             as_user_error(model.visual.set_readout, options.readout)
+        if options.model.drop_padding:
+            as_user_error(model.visual.set_drop_padding, True)
         model.visual.to(dist.device, precision.param_dtype)
         journal = Journal(folder if dist.is_master else None, report_to=options.run.report_to)
         evaluation(model, journal, epoch=0, step=0, kind="checkpoint", alpha=alpha)

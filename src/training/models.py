@@ -6,13 +6,17 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 import open_clip
 from open_clip import CLIP, ImageTower
+from open_clip.packed_blocks import PIECES
 from open_clip.readouts import build_readout
+from open_clip.timm_blocks import prefix_block, value_block
 from open_clip.weights import export_state_dict, reference_layout
 from training.engine.checkpoint import mapped_checkpoint, weights_hash
 from training.engine.distributed import Dist
@@ -25,6 +29,8 @@ from training.options import ModelOptions, OptimOptions, Options
 from training.teachers.build import Teacher, build_teacher
 
 log = logging.getLogger(__name__)
+
+COMPILED_GRAPHS = 64  # of one function, before PyTorch stops compiling it; a run needs a dozen in all
 
 
 def model_name(name: str) -> str:
@@ -62,6 +68,11 @@ def load_model(options: Options) -> CLIP:
         raise UserError(f"--det-image-size {size} is no multiple of the patch size {patch}: use {near}")
     if getattr(options.own, "extract_type", "v2") == "v1" and reference_layout(model) != "openai":
         raise UserError(f"--extract-type v1 needs a CLIP ViT with a class token; {name} is none: use v2")
+    drops = model_options.drop_padding or model.visual.drop_padding
+    if drops and getattr(options.own, "extract_type", "v2") == "v1":
+        raise UserError("--extract-type v1 has no form without padding (--drop-padding): use v2")
+    if drops and options.machine.fsdp and options.trains:
+        raise UserError("--drop-padding does not go with --fsdp: it reads blocks from inside")
     return model
 
 
@@ -99,6 +110,7 @@ def ensemble_loaded(options: Options, model: CLIP) -> float:
             f"{path} holds the student of a run with --alpha {alpha:g}, whose start model {source} cannot be loaded "
             f"({' '.join(str(error).split())}): {otherwise}"
         ) from error
+    start.visual.adopt_readout(model.state_dict())  # of which the run's own start model was read, too
     if weights_hash(start.state_dict()) != content["start_hash"]:
         raise UserError(f"{path} began from other weights than those of {source} now: {otherwise}")
     model.load_state_dict(ensemble_state(model.state_dict(), start.state_dict(), alpha))
@@ -123,6 +135,8 @@ def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Preci
 
 def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precision) -> CLIP:
     """The start model as student, on the device and locked. Parts that training does not need stay on the CPU."""
+    if options.model.drop_padding:
+        as_user_error(model.visual.set_drop_padding, True)
     student = model.to(dtype=precision.param_dtype)
     student.visual.to(dist.device)
     student.logit_scale.data = student.logit_scale.data.to(dist.device)
@@ -131,17 +145,52 @@ def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precis
     if options.optim.grad_checkpointing:
         student.set_grad_checkpointing(True)
     if options.machine.compile:
+        report_compiling()
         compile_blocks(student)
     if options.model.lock_image:
         student.lock_image_tower(options.model.lock_image_unlocked_groups)
     return student
 
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile the transformer blocks of an image tower, or of a bare trunk."""
+def compile_blocks(model: nn.Module, **options: Any) -> None:
+    """Compile the transformer blocks of an image tower, or of a bare trunk, and what a tower runs of their insides.
+
+    All blocks of all models share a few graphs: one for each kind of input (training or evaluation, one side fixed or
+    changing). PyTorch's limit of 8 a function is reached by a run with two input sizes, and beyond it code runs
+    uncompiled; the limit is raised here, and reaching it all the same is said (:func:`report_compiling`).
+
+    Args:
+        options: of ``torch.compile``.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
     tower = model.visual if isinstance(model, CLIP) else model
     for block in getattr(tower, "trunk", tower).blocks:
-        block.compile()
+        block.compile(**options)
+    if isinstance(tower, ImageTower):
+        tower.compiled = {f: torch.compile(f, **options) for f in (value_block, prefix_block, *PIECES)}
+
+
+class _Limits(logging.Handler):
+    """Repeats in this program's log what PyTorch's compiler says about a limit: the rest runs uncompiled."""
+
+    said = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """A record of the compiler's log."""
+        text = record.getMessage()
+        if "recompile_limit" in text and not self.said:
+            self.said = True
+            log.warning(
+                "--compile: PyTorch reached its limit of compilations and runs a part of the blocks uncompiled from "
+                "now on, slower: use fewer input sizes, or leave --compile out (%s)", " ".join(text.split())[:160],
+            )  # fmt: skip
+
+
+def report_compiling() -> None:
+    """Have the log say when the compiler gives up."""
+    compiler = logging.getLogger("torch._dynamo")
+    if not any(isinstance(h, _Limits) for h in compiler.handlers):
+        compiler.addHandler(_Limits())
 
 
 def is_undecayed(name: str, parameter: Tensor) -> bool:

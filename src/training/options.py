@@ -27,6 +27,9 @@ class ModelOptions:
     readout: str = flag(
         "", "dense reading to train and evaluate; by default the method's, or that of the weights", metavar="NAME"
     )
+    drop_padding: bool = flag(
+        False, "leave padding out of the dense pass, in training and wherever these weights are read (not as published)"
+    )
     lock_image: bool = flag(False, "freeze the image tower but for --lock-image-unlocked-groups")
     lock_image_unlocked_groups: int = flag(
         0, "last N groups that train: blocks for EVA; for CLIP ViT also positions and stem before them", type=NATURAL,

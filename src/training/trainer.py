@@ -45,7 +45,7 @@ RELEASE = "clipself.pt"
 TEXTS = 256  # embedded at a time
 # Options that make a run what it is; a resume with others is refused.
 _IDENTITY = (
-    "method", "model", "dataset_type", "readout", "extract_type", "multiscale", "lock_image",
+    "method", "model", "dataset_type", "readout", "drop_padding", "extract_type", "multiscale", "lock_image",
     "lock_image_unlocked_groups", "train_ratio", "seed",
 )  # fmt: skip
 Evaluate = Callable[..., dict]

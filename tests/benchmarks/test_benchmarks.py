@@ -150,3 +150,19 @@ def test_glip(run: Run):
     text, result = run("glip", "--config", config, *flags)
     assert "dynamic blocks" in text and 0 < result["training"]["deformable convolution, share"] < 1
     assert all(seconds > 0 for seconds, _ in result["testing"].values())
+
+
+@pytest.mark.slow
+def test_the_store_of_vild_beside_the_usual_loop(load: Callable[[str], ModuleType]) -> None:
+    """Both ways give the same rows; a store is filled by two processes."""
+    load("vild")
+    from common import run_self
+
+    small = ["model.channels=16", "model.box_width=32", "model.roi_samples=8", "model.mask_convs=1"]
+    result = run_self(
+        str(BENCHMARKS / "vild.py"),
+        ["--teacher", "ViT-Ti-8-64", "--images", "2", "--proposals", "6", "--processes", "2", "--trunk", "test_resnet",
+         "--size", "64", "--read-images", "3", *small],
+    )  # fmt: skip
+    assert result["cosine"] > 0.999 and result["ratio"] > 0 and result["crops_ratio"] > 0
+    assert 0 < result["read_share"] == pytest.approx(result["read_s"] / result["step_s"])

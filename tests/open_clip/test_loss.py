@@ -88,9 +88,9 @@ def one_process(rank: int, file: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-def test_over_two_processes(tmp_path):
+def test_over_two_processes(tmp_path, in_processes):
     """The mean over processes is the loss of all rows; so are the gradients, where they are gathered."""
-    torch.multiprocessing.spawn(one_process, (str(tmp_path / "store"), str(tmp_path / "rank")), nprocs=2)
+    in_processes(one_process, 2, str(tmp_path / "store"), str(tmp_path / "rank"))
     parts = [torch.load(tmp_path / f"rank{r}.pt") for r in range(2)]
     images, texts = (f.clone().requires_grad_() for f in features(0))
     for name in LOSSES:

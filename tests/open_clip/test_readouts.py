@@ -88,7 +88,7 @@ def test_self_attention_readings_of_eva(golden):
     assert {"value", "vanilla", "qq", "kk", "vv", "csa"} <= compared
 
 
-@pytest.mark.parametrize("kind", ["eva", "vit_gelu"])
+@pytest.mark.recorded("methods/declip.npz", r"(\w+)\.map\..*", argument="kind")
 def test_declip_maps_projections_and_regions(golden, kind):
     expected = numbers(golden / "methods" / "declip.npz")
     batch = numbers(golden / "methods" / "batch.npz")
@@ -125,16 +125,15 @@ def test_window_branch(golden):
     check("global_map", tower.encode_dense(images), expected["global_map"])
 
 
-@pytest.mark.parametrize("kind", ["eva", "vit_gelu"])
+@pytest.mark.recorded("methods/denserc.npz", r"(\w+)\.map", argument="kind")
 def test_gated_values_and_their_gradients(golden, kind):
     """DenseRC in closed form: the map, and the gate's gradient of semantics + 0.025 coherence."""
     everything = numbers(golden / "methods" / "denserc.npz")
     expected = {n.removeprefix(f"{kind}."): v for n, v in everything.items() if n.startswith(f"{kind}.")}
-    if not expected:
-        pytest.skip(f"denserc.npz has no {kind} in the part kept in the repository")
+    facts = json.loads((golden / "methods" / "denserc.json").read_text())
     model, images = load(golden / kind)
     tower = model.visual
-    tower.set_readout("gated:3")
+    tower.set_readout(f"gated:{facts['layers_read']}")
     try:
         gate = tower.readout.gate.requires_grad_(True)
         gate.load_state_dict({"weight": expected["gate_weight"], "bias": expected["gate_bias"]})
@@ -150,8 +149,7 @@ def test_gated_values_and_their_gradients(golden, kind):
         ours, theirs = (F.normalize(m.flatten(1).T, dim=-1) for m in (dense[0], expected["vfm_map"]))
         loss = 1 - cosine.mean() + 0.025 * (ours @ ours.T - theirs @ theirs.T).square().mean()
         loss.backward()
-        recorded = json.loads((golden / "methods" / "denserc.json").read_text())[kind]["total"]
-        assert loss.item() == pytest.approx(recorded, rel=1e-5)
+        assert loss.item() == pytest.approx(facts[kind]["total"], rel=1e-5)
         for name, gradient in (("grad_gate_weight", gate.weight.grad), ("grad_gate_bias", gate.bias.grad)):
             torch.testing.assert_close(gradient.double(), expected[name], rtol=1e-4, atol=1e-6)
     finally:

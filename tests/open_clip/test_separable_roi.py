@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.ops import roi_align
 
+from open_clip import regions
 from open_clip.separable_roi import separable_roi_align
 
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -69,3 +70,22 @@ def test_reversed_and_distant_boxes_are_zero():
 
 def test_no_images():
     assert separable_roi_align(torch.zeros(0, 5, 4, 4), []).shape == (0, 5, 1, 1)
+
+
+@pytest.mark.parametrize(("share", "count", "graded", "expected"),
+                         [(0.3, 20, True, True), (0.3, 20, False, True), (0.15, 20, False, False),
+                          (0.05, 20, True, False), (0.3, 200, True, False), (0.3, 0, True, False)])  # fmt: skip
+def test_the_faster_of_two_ways_is_chosen_and_they_agree(share, count, graded, expected, monkeypatch):
+    """Sides of boxes are a share of the map's."""
+    torch.manual_seed(0)
+    features = torch.randn(2, 4, 16, 16, requires_grad=graded)
+    low = torch.rand(count, 2) * (1 - share)
+    boxes = [torch.cat([low, low + share], dim=1), torch.zeros(0, 4)]
+    called = []
+    monkeypatch.setattr(
+        regions, "separable_roi_align", lambda *a: called.append(1) or separable_roi_align(*a)
+    )
+    pooled = regions.roi_features(features, boxes)
+    assert bool(called) == expected
+    torch.testing.assert_close(pooled, roi_align(features, [16 * b for b in boxes], 1, 1.0, -1, True)[..., 0, 0])
+

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -110,9 +109,9 @@ def _sharded(rank: int, world: int, port: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [6, 7])
-def test_shards_are_held_by_the_processes_that_have_them(rows, unused_port):
+def test_shards_are_held_by_the_processes_that_have_them(rows, unused_port, in_processes):
     """Two processes have 3 and 3 rows, or 4 and 3, as FSDP2 divides: the part begins in one and ends in the other."""
-    mp.spawn(_sharded, args=(2, unused_port, rows), nprocs=2)
+    in_processes(_sharded, 2, 2, unused_port, rows)
 
 
 @pytest.fixture

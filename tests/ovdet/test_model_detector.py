@@ -176,6 +176,32 @@ def test_other_readings_of_the_vit():
         make(clip, readout="nonsense")
 
 
+def test_a_vit_that_leaves_padding_out():
+    """Maps are those of the pictures alone, whatever stands beside them, in training and detection."""
+    images, sizes, targets = batch()
+    clip = tiny_clip()
+    detector = make(clip, drop_padding=True).eval()
+    assert clip.visual.drop_padding
+    maps = detector.backbone(images, sizes, dense=True)
+    height, width = sizes[1]
+    alone = clip.visual.encode_dense(images, sizes=sizes)[1:, :, : -(-height // 16), : -(-width // 16)]
+    own = maps.dense[1:, :, : alone.shape[2], : alone.shape[3]]
+    assert torch.allclose(own, alone, atol=1e-6)
+    others = images.clone()
+    others[1, :, height:] = 3.0
+    others[1, :, :, width:] = -2.0
+    before, after = detector(images, sizes), detector(others, sizes)
+    for theirs, ours in zip(before, after, strict=True):
+        torch.testing.assert_close(ours["scores"], theirs["scores"])
+        torch.testing.assert_close(ours["boxes"], theirs["boxes"])
+    detector.train()
+    losses = []
+    for pictures in (images, others):
+        torch.manual_seed(0)
+        losses.append(sum(detector(pictures, sizes, targets).values()))
+    torch.testing.assert_close(*losses)
+
+
 def test_detections_are_fused_scores_of_valid_boxes():
     detector = make().eval()
     detector.test_config.vlm_weight_base = detector.test_config.vlm_weight_novel = 1.0  # the VLM alone decides

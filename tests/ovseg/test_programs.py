@@ -28,7 +28,8 @@ _spec.loader.exec_module(trees)
 def model(golden, tmp_path) -> list[str]:
     """Flags of a tiny model, with embeddings of the words "person" and "cat" from a file."""
     folder = golden / "vit_quickgelu"
-    embeddings = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
+    width = json.loads((folder / "config.json").read_text())["embed_dim"]
+    embeddings = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
     torch.save(dict(zip(("person", "cat"), embeddings, strict=True)), tmp_path / "words.pt")
     return [
         "--model", str(folder / "config.json"), "--pretrained", str(folder / "weights.safetensors"),

@@ -12,7 +12,7 @@ from ovseg.refine import key_smoothing, prompt_denoising
 SUFFIX = {"released": "", "paper": ".channel_norm"}
 
 
-@pytest.mark.parametrize("source", ["random", "vit_gelu", "vit_quickgelu"])
+@pytest.mark.recorded("dense_labels/maskclip_head.npz", r"(\w+)\.cosine", argument="source")
 def test_golden(recorded, source):
     arrays = recorded("maskclip_head.npz")
     cosine, keys = arrays[f"{source}.cosine"], arrays[f"{source}.keys"]
@@ -31,7 +31,7 @@ def test_golden(recorded, source):
                 scores = key_smoothing(scores, keys, threshold, form)
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-6)
         checked += 1
-    assert checked >= 5
+    assert checked
 
 
 @pytest.mark.parametrize("form", ["paper", "released"])

@@ -97,6 +97,25 @@ def test_readings_and_refinements_of_a_photograph(model):
     assert torch.equal(from_pil.labels, alone.labels)
 
 
+def test_weights_that_leave_padding_out(model):
+    """A photograph that is not square is read as in training: with the positions of the square around it."""
+    image = torch.randint(0, 256, (3, 40, 64), dtype=torch.uint8)
+    embeddings = F.normalize(torch.randn(len(NAMES.all_words), model.embed_dim), dim=-1)
+    protocol = replace(OWN, short_side=model.visual.patch_size * 5, long_side=model.visual.patch_size * 8)
+    patch = model.visual.patch_size
+    model.visual.set_drop_padding(True)
+    try:
+        segmenter = Segmenter(model, NAMES, embeddings, protocol)
+        prepared = segmenter.prepare(image)
+        maps, _ = segmenter.dense(prepared)
+        square = torch.zeros(1, 3, 8 * patch, 8 * patch)
+        square[..., : prepared.shape[1], : prepared.shape[2]] = segmenter._normalize(prepared[None])
+        expected = model.encode_dense(square, keep_shape=True, sizes=[tuple(prepared.shape[1:])])
+        torch.testing.assert_close(maps[None], expected[0, :, :5].detach(), rtol=0, atol=1e-5)
+    finally:
+        model.visual.set_drop_padding(False)
+
+
 def test_another_model_s_similarity(model):
     """A timm trunk on a grid of its own: the result lies on it, and is of unit length."""
     external = load_external("vit_tiny_patch16_224:random")

@@ -39,12 +39,13 @@ def test_largest_size_within(size, within, expected):
     assert fit_within(*size, *within) == expected
 
 
-def test_golden_merge(recorded):
+def test_golden_merge(golden, recorded):
     """Patch means of each window, at the input's size and at another."""
     arrays = recorded("windows.npz")
-    image, expected = arrays["rule.image"][0].float(), arrays["rule.merged_input_size"][0]
-    patch, crop, stride = 16, 64, 32
-    windows = plan_windows(*image.shape[1:], patch, crop, stride, "drop")
+    facts = json.loads((golden / "dense_labels" / "windows.json").read_text())
+    patch = json.loads((golden / "vit_quickgelu" / "config.json").read_text())["vision_cfg"]["patch_size"]
+    image = arrays["rule.image"][0].float()
+    windows = plan_windows(*image.shape[1:], patch, facts["crop"], facts["stride"], "drop")
     cells = windows.join(F.avg_pool2d(cut(windows, image), patch))
     for name in ("rule.merged_input_size", "rule.merged_original_size"):
         expected = arrays[name][0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -77,26 +78,29 @@ def test_overlay_leaves_pixels_without_a_class():
 
 
 def test_pictures_of_a_golden_model(tool, golden, tmp_path, capsys):
-    folder, image = golden / "vit_quickgelu", golden / "data" / "images" / "000_rgb.jpg"
+    folder, image = golden / "vit_quickgelu", min((golden / "data" / "images").glob("*rgb.jpg"))
+    config = json.loads((folder / "config.json").read_text())
+    width, short = config["embed_dim"], str(4 * config["vision_cfg"]["patch_size"])
+    words = np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
     weights = folder / "weights.safetensors"
-    np.save(tmp_path / "words.npy", np.random.default_rng(0).normal(size=(3, 32)).astype(np.float32))
+    np.save(tmp_path / "words.npy", words)
     common = ["--model", str(folder / "config.json"), "--device", "cpu", "--embed-path", str(tmp_path / "words.npy")]
-    common += ["--short-side", "64", "--classes", "cat,dog", "sky"]
+    common += ["--short-side", short, "--classes", "cat,dog", "sky"]
     output = ["--output", str(tmp_path / "out")]
     arguments = [str(image), *common, "--pretrained", str(weights), "", "--query", "5,5,40,40", *output]
     assert tool.main(arguments) == 0
-    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / "000_rgb.png")]
-    assert Image.open(tmp_path / "out" / "000_rgb.png").size[0] > 1000
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / f"{image.stem}.png")]
+    assert Image.open(tmp_path / "out" / f"{image.stem}.png").size[0] > 1000
 
     assert tool.main([str(golden / "data" / "images"), *common, "--output", str(tmp_path / "one.png")]) == 2
     assert "name a folder" in capsys.readouterr().err
     for wrong, message in [
         ([str(image), *common, "--classes", "cat", "cat"], '"cat" is given 2 times'),
-        ([str(image), *common, "--classes", "cat"], "(3, 32)"),
+        ([str(image), *common, "--classes", "cat"], f"(3, {width})"),
         ([str(image), *common, "--pretrained", "a.pt", "a.pt"], "the same checkpoint twice"),
         ([str(tmp_path / "none"), *common], "no such file or folder"),
         ([str(image), *common, "--query", "500000,3"], "outside a photograph"),
-        ([str(image), *common, "--pretrained", str(image)], "000_rgb.jpg"),
+        ([str(image), *common, "--pretrained", str(image)], image.name),
     ]:
         assert tool.main([*wrong, *output]) == 2
         error = capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,8 @@ def test_ensemble_is_the_recorded_one(golden):
     student = load_file(golden / "train" / "weights_after_3_steps.safetensors")
     start = load_file(golden / "eva" / "weights.safetensors")
     recorded = load_file(golden / "train" / "ensemble.safetensors")
-    mixed = ensemble_state(student, {n: start[n] for n in student}, 0.7)
+    alpha = json.loads((golden / "train" / "train.json").read_text())["ensemble"]["alpha"]
+    mixed = ensemble_state(student, {n: start[n] for n in student}, alpha)
     assert set(mixed) == set(recorded)
     for name, value in recorded.items():
         assert (mixed[name] - value).abs().max() <= 1e-6, name

@@ -27,9 +27,10 @@ def test_groups_are_the_recorded_ones(golden):
     expected = json.loads((golden / "train" / "train.json").read_text())["three_steps"]
     model = build_model(json.loads((golden / "eva" / "config.json").read_text()))
     model.lock_text_tower()
-    model.lock_image_tower(4)  # the reference also lets the temperature train
-    undecayed, decayed = parameter_groups(model, 0.1)
-    assert published_names(model, decayed["params"]) == expected["decay"] and decayed["weight_decay"] == 0.1
+    model.lock_image_tower(expected["unlocked_groups"])  # the reference also lets the temperature train
+    decay = expected["weight_decay"]
+    undecayed, decayed = parameter_groups(model, decay)
+    assert published_names(model, decayed["params"]) == expected["decay"] and decayed["weight_decay"] == decay
     assert sorted(published_names(model, undecayed["params"])) == sorted(expected["no_decay"])
     assert undecayed["weight_decay"] == 0
 
@@ -96,6 +97,6 @@ def test_updates_are_those_of_adamw(monkeypatch):
 def test_nothing_to_train_is_said(golden):
     model = build_model(json.loads((golden / "eva" / "config.json").read_text()))
     model.lock_image_tower(0)
-    method = make_method("regionclip", Setting(model, embed=lambda names: torch.randn(5, 32)))
+    method = make_method("regionclip", Setting(model, embed=lambda names: torch.randn(5, model.embed_dim)))
     with pytest.raises(UserError, match="--lock-image-unlocked-groups"):
         build_optimizer(OptimOptions(), "x", method.student)

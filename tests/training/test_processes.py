@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import open_clip
 from training.engine.checkpoint import read_checkpoint
+from training.engine.loop import Loop
+from training.main import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,15 +29,47 @@ def torchrun(program, *extra, processes: int = 2, **flags) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def train_together(rank: int, port: int, arguments: list[str], compare: bool = False) -> None:
+    """One of two processes of a run, as torchrun would start them; ``compare``: their weights after each epoch."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+    if compare:
+        original = Loop._after_epoch
+
+        def check(self: Loop) -> None:
+            flat = torch.cat([p.detach().flatten() for p in self.task.student.parameters()])
+            others = [torch.empty_like(flat) for _ in range(2)]
+            dist.all_gather(others, flat)
+            assert torch.equal(others[0], others[1])
+            compared.append(1)
+            original(self)
+
+        compared, Loop._after_epoch = [], check
+    assert main(arguments) == 0
+    assert not compare or compared
+
+
+@pytest.fixture
+def two(program, in_processes):
+    """Runs the program in two processes."""
+
+    def run(*extra: str, compare: bool = False, **flags) -> None:
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            port = one.getsockname()[1]
+        in_processes(train_together, 2, port, program.arguments(*extra, **flags), compare)
+
+    return run
+
+
 @pytest.mark.parametrize("method", ["grid_distill", "region_clip", "contrastive"])
-def test_two_processes_equal_one_with_the_doubled_batch(program, method):
+def test_two_processes_equal_one_with_the_doubled_batch(program, two, method):
     """Region counts differ between images, so this fails when losses are averaged per process or not exchanged."""
     accumulate = 1 if method == "contrastive" else 2
     # A large eps: AdamW would blow rounding noise in near-zero gradients up to a full step.
     common = {"train": method, "max_steps": 3, "warmup": 1, "val": True, "eval_image_sizes": 64, "eps": 1e-3,
               "accum_freq": accumulate}  # fmt: skip
-    two = torchrun(program, name="two", batch_size=2, **common)
-    assert two.returncode == 0, two.stderr[-3000:]
+    two(name="two", batch_size=2, **common)
     assert program(name="one", batch_size=4, **common) == 0
     a, b = (read_checkpoint(program.logs / n / "checkpoints" / "epoch_1.pt") for n in ("one", "two"))
     assert a["step"] == b["step"] == 3
@@ -41,44 +78,15 @@ def test_two_processes_equal_one_with_the_doubled_batch(program, method):
     for name, value in a["state_dict"].items():
         torch.testing.assert_close(b["state_dict"][name], value, rtol=0, atol=1e-6)
     assert max(float((v - start[n]).abs().max()) for n, v in a["state_dict"].items()) > 1e-4
-    one, two = (json.loads((program.logs / n / "results.json").read_text()) for n in ("one", "two"))
+    one, both = (json.loads((program.logs / n / "results.json").read_text()) for n in ("one", "two"))
     # The start model: every segment counted once.
-    assert one[0].keys() == two[0].keys()
+    assert one[0].keys() == both[0].keys()
     for key, value in one[0].items():
-        assert two[0][key] == (pytest.approx(value, abs=1e-12) if isinstance(value, float) else value), key
+        assert both[0][key] == (pytest.approx(value, abs=1e-12) if isinstance(value, float) else value), key
 
 
-def test_weights_are_identical_on_both_processes(program, tmp_path):
-    script = tmp_path / "compare.py"
-    script.write_text(
-        "import sys, torch, torch.distributed as dist\n"
-        "from training.engine.loop import Loop\n"
-        "original = Loop._after_epoch\n"
-        "def check(self):\n"
-        "    flat = torch.cat([p.detach().flatten() for p in self.task.student.parameters()])\n"
-        "    others = [torch.empty_like(flat) for _ in range(2)]\n"
-        "    dist.all_gather(others, flat)\n"
-        "    assert torch.equal(others[0], others[1])\n"
-        "    original(self)\n"
-        "Loop._after_epoch = check\n"
-        "from training.main import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--"]
-    environment = {
-        "PYTHONPATH": str(ROOT / "src"),
-        "OMP_NUM_THREADS": "1",
-        "HOME": str(tmp_path),
-        "PATH": "/usr/bin:/bin",
-    }
-    done = subprocess.run(
-        [*torchrun, str(script), *program.arguments(name="run", max_steps=4)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_weights_are_identical_on_both_processes(two):
+    two(name="run", max_steps=4, compare=True)
 
 
 def test_an_error_of_the_user_ends_all_processes_with_one_line(program, tmp_path):
@@ -90,14 +98,13 @@ def test_an_error_of_the_user_ends_all_processes_with_one_line(program, tmp_path
     assert not program.logs.exists()
 
 
-def test_resuming_on_another_number_of_processes_follows_the_same_data(program):
+def test_resuming_on_another_number_of_processes_follows_the_same_data(program, two):
     """Same global batch: one process to the middle, two to the end, against one throughout."""
     common = {"batch_size": 4, "epochs": 2, "warmup": 1}
     assert program(name="whole", **common) == 0
     assert program(name="half", **common, max_steps=0, save_frequency=1) == 0
     (program.logs / "half/checkpoints/epoch_2.pt").unlink()
-    done = torchrun(program, name="half", resume="latest", **{**common, "batch_size": 2})
-    assert done.returncode == 0, done.stderr[-3000:]
+    two(name="half", resume="latest", **{**common, "batch_size": 2})
     a, b = (read_checkpoint(program.logs / n / "checkpoints" / "epoch_2.pt") for n in ("whole", "half"))
     assert a["step"] == b["step"] == 12
     for name, value in a["state_dict"].items():

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import open_clip
 from training.engine.checkpoint import read_checkpoint
@@ -19,8 +20,11 @@ def results(program, name: str) -> list[dict]:
 @pytest.mark.parametrize("method", ["grid_distill", "proposals_distill", "region_clip", "contrastive"])
 def test_each_method_trains_evaluates_and_releases(program, method):
     assert program("--lock-image", train=method, val=True, name="run", alpha=0.7,
-                   lock_image_unlocked_groups=3, eval_image_sizes="64") == 0  # fmt: skip
+                   lock_image_unlocked_groups=3, eval_image_sizes="64", log_images=1) == 0  # fmt: skip
     folder = program.logs / "run"
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+    (tag,) = events.Tags()["images"]
+    assert tag.startswith("val/") and [e.step for e in events.Images(tag)] == [0, 12, 24]
     records = results(program, "run")
     assert [r["epoch"] for r in records] == [0, 1, 2] and all(0 <= r["rois.thing.macc1"] <= 1 for r in records)
     assert "dataset_type: " + method in (folder / "params.txt").read_text()

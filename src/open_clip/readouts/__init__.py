@@ -109,9 +109,9 @@ def build_readout(name: str, tower: ImageTower, **options: Any) -> Readout:
 SPEC_KEY = "visual.readout_spec"
 
 
-def write_spec(readout: Readout) -> Tensor:
+def write_spec(spec: dict[str, Any]) -> Tensor:
     """A reading's spec as a tensor (uint8, the bytes of its json), to stand among weights in any kind of file."""
-    return torch.tensor(list(json.dumps(readout.spec(), sort_keys=True).encode()), dtype=torch.uint8)
+    return torch.tensor(list(json.dumps(spec, sort_keys=True).encode()), dtype=torch.uint8)
 
 
 def read_spec(tensor: Tensor, source: str = "state dict") -> dict[str, Any]:

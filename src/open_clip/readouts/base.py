@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .. import timm_blocks as tb
+from ..padding import Canvas
 
 if TYPE_CHECKING:
     from ..image_tower import ImageTower
@@ -27,7 +27,8 @@ class BlockInputs:
         tokens: by block index, ``[B, prefix + h*w, W]``.
         cells: the same without prefix tokens, ``[B, h*w, W]``.
         table: rotary table of the grid, see :func:`open_clip.timm_blocks.rotary_table`.
-        grid: cells (h, w).
+        grid: cells (h, w); where padding was left out and all images are of one size, those of an image.
+        canvas: where the images lie, if padding was left out. Of different sizes, they are packed: ``[1, T, W]``.
     """
 
     tower: ImageTower
@@ -35,6 +36,31 @@ class BlockInputs:
     cells: Mapping[int, Tensor]
     table: Tensor | None
     grid: tuple[int, int]
+    canvas: Canvas | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether images lie end to end."""
+        return self.canvas is not None and not self.canvas.uniform
+
+    def images(self) -> list[BlockInputs]:
+        """Of packed images, each by itself."""
+        prefix, taken = self.tower.num_prefix_tokens, self.canvas.taken
+        numbers = [n + prefix for n in self.canvas.numbers]
+        tokens = {i: x.split(numbers, dim=1) for i, x in self.tokens.items()}
+        cells = {i: self.canvas.split(x) for i, x in self.cells.items()}
+        tables = [None] * len(taken) if self.table is None else self.table.split(numbers, dim=-2)
+        return [
+            BlockInputs(
+                self.tower, {i: x[n] for i, x in tokens.items()}, {i: x[n] for i, x in cells.items()},
+                None if tables[n] is None else tables[n][..., prefix:, :], taken[n],
+            )
+            for n in range(len(taken))
+        ]  # fmt: skip
+
+    def spread(self, cells: Tensor) -> Tensor:
+        """What was made of :attr:`cells`, for all cells of the batch ``[B, h*w, C]``."""
+        return cells if self.canvas is None else self.canvas.spread(cells)
 
     @property
     def last(self) -> int:
@@ -65,14 +91,13 @@ class BlockInputs:
         block = self.tower.trunk.blocks[index]
         x = tb.attention_input(block, self.cells[index])
         if through_output:
-            return tb.finish_attention(block.attn, tb.project(block.attn, x, which), x)
-        return tb.project_heads(block.attn, x, which).transpose(1, 2).flatten(2)
+            return self.spread(tb.finish_attention(block.attn, tb.project(block.attn, x, which), x))
+        return self.spread(tb.project_heads(block.attn, x, which).transpose(1, 2).flatten(2))
 
     def run(self, function: Callable[..., Tensor], *args: Any) -> Tensor:
-        """Call a function of tensors; recomputed in the backward pass when gradient checkpointing is on."""
-        if self.tower.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
+        """Call a function of tensors, compiled where it is; recomputed in the backward pass when gradient checkpointing
+        is on."""
+        return self.tower.run(self.tower.faster(function), *args)
 
 
 class Unread(NamedTuple):
@@ -102,12 +127,16 @@ class Readout(nn.Module):
         normalized: whether every cell has unit length, ahead of any pooling over cells.
         projected: whether cells are in the joint space (D) instead of the trunk's (W).
         reads_prefix: whether class token and registers take part in the blocks that the reading runs itself.
+        tokenwise: whether :meth:`tokens` treats every cell by itself.
+        own_grid: whether the map lives on another grid than the tower's.
     """
 
     name: str
     normalized = True
     projected = True
     reads_prefix = True
+    tokenwise = False
+    own_grid = False
 
     # -- what a reading defines ---------------------------------------------------------------------------------------
 
@@ -146,11 +175,20 @@ class Readout(nn.Module):
 
     def forward(self, inputs: BlockInputs) -> Tensor:
         """Embeddings of the cells ``[B, h*w, D]``."""
-        return self.embed(inputs.tower, self.tokens(inputs))
+        return inputs.spread(self.embed(inputs.tower, self.all_tokens(inputs)))
+
+    def all_tokens(self, inputs: BlockInputs) -> Tensor:
+        """:meth:`tokens`, of packed images each by itself; laid out as the inputs' cells."""
+        if inputs.canvas is not None and self.own_grid and not inputs.canvas.full:
+            raise ValueError(f"the reading {self.name} has no form without padding: use another one")
+        if inputs.packed and not self.tokenwise:
+            return torch.cat([self.tokens(one) for one in inputs.images()], dim=1)
+        return self.tokens(inputs)
 
     def map(self, inputs: BlockInputs) -> Tensor:
         """Dense map ``[B, D, h, w]``."""
-        return self(inputs).transpose(1, 2).unflatten(2, self.grid(inputs))
+        whole = inputs.canvas is None or self.own_grid
+        return self(inputs).transpose(1, 2).unflatten(2, self.grid(inputs) if whole else inputs.canvas.grid)
 
     def embed(self, tower: ImageTower, x: Tensor) -> Tensor:
         """Final norm, (per-token pooling head,) projection and unit length: ``[B, N, W] -> [B, N, D]``."""

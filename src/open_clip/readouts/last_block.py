@@ -136,6 +136,7 @@ class LastBlock(Readout):
             self.mixing = ordinary
         self.ordinary = self.mixing == ordinary and self.scaled and self.rotated
         self.reads_prefix = bool(self.mixing.pairs)
+        self.tokenwise = not self.reads_prefix
 
     def options(self) -> dict[str, Any]:
         options = super().options()
@@ -145,11 +146,12 @@ class LastBlock(Readout):
 
     def tokens(self, inputs: BlockInputs) -> Tensor:
         tower, index = inputs.tower, inputs.last
-        block, x, prefix = tower.trunk.blocks[index], inputs.tokens[index], tower.num_prefix_tokens
+        block, prefix = tower.trunk.blocks[index], tower.num_prefix_tokens
+        if not self.mixing.pairs:
+            return inputs.run(tb.value_block if self.mixing.full else _bare_value, block, inputs.cells[index])
+        x = inputs.tokens[index]
         if self.ordinary:
             return tower.run_block(index, x, inputs.table)[:, prefix:]
-        if not self.mixing.pairs:
-            return inputs.run(tb.value_block if self.mixing.full else _bare_value, block, x[:, prefix:])
         return inputs.run(self._mixed, block, x, inputs.rotary(index), prefix, inputs.grid)
 
     def _mixed(self, block: nn.Module, x: Tensor, table: Tensor | None, prefix: int, grid: tuple[int, int]) -> Tensor:
@@ -229,6 +231,7 @@ class ProxyCLIP(Readout):
 
     name = "proxyclip"
     reads_prefix = False
+    own_grid = True
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ class MultiValue(Readout):
     """
 
     reads_prefix = False
+    tokenwise = True
     family = "multi-v"
 
     def __init__(self, tower: ImageTower, *, layers: int = 3, normalized: bool | None = None) -> None:

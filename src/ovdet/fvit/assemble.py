@@ -72,6 +72,8 @@ def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> d
         if section != "train" and (value := getattr(getattr(trained, section), key)) != getattr(
             getattr(config, section), key)
     ]  # fmt: skip
+    if trained.model.drop_padding != config.model.drop_padding:
+        differing.append(f"model.drop_padding={str(trained.model.drop_padding).lower()}")
     try:
         detector.load_trainable_state_dict(checkpoint.detector_state(content))
     except ValueError as error:

@@ -53,15 +53,19 @@ class FrozenViT(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, images: Tensor, *, dense: bool) -> BackboneMaps:
+    def forward(
+        self, images: Tensor, image_sizes: Sequence[tuple[int, int]] | None = None, *, dense: bool
+    ) -> BackboneMaps:
         """One pass over images ``[B, 3, H, W]``, sides multiples of the patch.
 
         Args:
+            image_sizes: (height, width) of the valid area of each image, which is all that a ViT sees that drops
+                padding; None for all of it.
             dense: whether the dense embedding is wanted as well (a norm and a projection more, not another pass).
         """
         # The ViT may be stored in half precision: nothing of it is trained.
         images, dtype = images.to(next(self.vit.parameters()).dtype), images.dtype
-        tokens, levels = self.vit.dense_tokens(images, take=self.take, readout=self.readout)
+        tokens, levels = self.vit.dense_tokens(images, take=self.take, readout=self.readout, sizes=image_sizes)
         levels = [level.to(dtype) for level in levels]
         if not dense:
             return BackboneMaps(levels, None)

@@ -21,6 +21,7 @@ class ModelConfig:
     cache_dir: str = ""  # checkpoint file when pretrained is "eva", else the download cache
     blocks: list[int] = field(default_factory=lambda: [3, 5, 7])  # outputs of levels 1-3
     readout: str = ""  # dense reading of level 4 and of the VLM's map (open_clip.readouts); "" = the model's own
+    drop_padding: bool = False  # (*) the ViT leaves padding out; weights trained so are read so in any case
     channels: int = 256  # of the feature pyramid
     # Region proposals.
     rpn_convs: int = 2

@@ -48,6 +48,8 @@ class Detector(nn.Module):
         self.config, self.test_config = model, config.test
         self.strides = level_strides(visual.patch_size)
         pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest or 14 * self.strides[0]}
+        if model.drop_padding:
+            visual.set_drop_padding(True)
         self.backbone = FrozenViT(visual, model.blocks, model.readout or None)
         self.neck = Neck(self.backbone.width, model.channels)
         self.rpn = RPN(
@@ -167,7 +169,7 @@ class Detector(nn.Module):
     ) -> dict[str, Tensor]:
         classes = len(self.base_mask)
         self.check_targets(targets)
-        maps = self.neck(self.backbone(images, dense=False).levels)
+        maps = self.neck(self.backbone(images, image_sizes, dense=False).levels)
         out = self.rpn(maps)
         model, truth = self.config, [target["boxes"] for target in targets]
         rpn_class, rpn_box = self.rpn.losses(out, image_sizes, truth)
@@ -208,7 +210,7 @@ class Detector(nn.Module):
     @torch.no_grad()
     def _detect(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         config = self.test_config
-        vit = self.backbone(images, dense=True)  # the only pass: detection features and VLM map together
+        vit = self.backbone(images, image_sizes, dense=True)  # the only pass: detection features and VLM map together
         maps = self.neck(vit.levels)
         proposals = [p["boxes"] for p in self.rpn.proposals(self.rpn(maps), image_sizes)]
         embeddings, offsets = self.box_head(maps[:4], proposals)
@@ -240,7 +242,7 @@ class Detector(nn.Module):
             Per image and by falling score ``boxes`` ``[N, 4]`` and ``scores`` ``[N]`` (objectness), after another NMS
             at ``model.rpn_nms``, as refined boxes move together.
         """
-        maps = self.neck(self.backbone(images, dense=False).levels)
+        maps = self.neck(self.backbone(images, image_sizes, dense=False).levels)
         found = self.rpn.proposals(self.rpn(maps), image_sizes)
         first = [p["boxes"] for p in found]
         refined = self.box_head.refine(self.box_head(maps[:4], first)[1], first, image_sizes)

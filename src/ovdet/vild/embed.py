@@ -33,6 +33,7 @@ from training.engine.skips import SkipPolicy
 log = logging.getLogger(__name__)
 
 SHARD_IMAGES = 100  # 31 MB at 300 proposals an image of 512 numbers
+CHECKED_IMAGES = 256  # before training
 AHEAD = 1  # images that a worker makes ahead: 90 MB each
 
 
@@ -73,6 +74,21 @@ def check_filled(store: TeacherStore) -> None:
         raise UserError(
             f"{store.where}: {len(missing)} of {store.num_shards} shards are not there; run ViLD/embed.py again, which "
             "goes on where it was"
+        )
+
+
+def check_rows(store: TeacherStore, images: np.ndarray) -> None:
+    """UserError where the teacher embedded nothing, as with images that could not be read; few rows are looked at.
+
+    Args:
+        images: rows of ``store`` that are used.
+    """
+    filled = images[np.diff(store.offsets)[images] > 0]
+    looked = filled[np.linspace(0, len(filled) - 1, min(len(filled), CHECKED_IMAGES)).astype(np.int64)]
+    if len(looked) and not any(np.isfinite(store.answers(int(image), [0])).all() for image in looked):
+        raise UserError(
+            f"{store.where}: rows of NaN alone, as the teacher could not embed any of {len(looked)} images looked at; "
+            "see data.train_images, delete the folder and run ViLD/embed.py again"
         )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ovdet import files, run
 from ovdet.clip import Clip
@@ -14,26 +17,35 @@ from ovdet.testing import test
 from ovdet.vild.assemble import FORMAT, NOBODY, learned, learned_labels, load_teacher, make_detector
 from ovdet.vild.config import VildConfig
 from ovdet.vild.dataset import DistilDataset, Distilled
-from ovdet.vild.embed import check_filled, open_store
+from ovdet.vild.embed import check_filled, check_rows, open_store
 from ovdet.vild.proposals import ProposalList
 from ovdet.vild.propose import recall_on_validation
 from ovdet.vild.task import VildTask
 from ovdet.vocabulary import Vocabulary, make_vocabulary
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
+from training.engine.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def open_distilled(config: VildConfig, annotations: Annotations, teacher: Clip) -> Distilled:
     """Proposals of the training images with the teacher's embeddings.
 
     Raises:
-        UserError: either is missing, incomplete, or of other images, another teacher or other crops.
+        UserError: either is missing, incomplete, empty, or of other images, another teacher or other crops.
     """
     data = config.data
     proposals = ProposalList.open(config.locate(data.proposals))
     rows = proposals.rows_of(annotations)
     store = open_store(config.locate(data.store), config, proposals, teacher.model)
     check_filled(store)
+    bare = int((np.diff(proposals.offsets)[rows] == 0).sum())
+    if bare == len(rows):
+        raise UserError(f"data.proposals {data.proposals}: no image has any; train the network that makes them longer")
+    if bare:
+        log.warning("data.proposals %s: %d of %d images have none, and distil nothing", data.proposals, bare, len(rows))
+    check_rows(store, rows)
     return Distilled(
         proposals, store, rows, most=data.distil_most, min_side=data.distil_min_side, min_share=data.distil_min_share
     )

@@ -9,14 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.engine.data.samples import Sample, Skipped, stack_padded
+from open_clip.transform import detection_size
+from training.engine.data.samples import Sample, Skipped, reach, stack_padded
 
 
 class Collate:
     """Callable that packs samples (picklable, for worker processes).
 
     The batch: ``images`` (uint8 ``[B, 3, S, S]``, padded right and bottom; or a list of originals for crops on the
-    device), ``boxes`` float32 ``[K, 4]``, ``counts`` int64 ``[B]``, ``crops`` / ``crop_boxes`` / ``labels``
+    device), ``sizes`` (per image the pixels (height, width) that it takes of its square), ``reach`` (the same of it and
+    of its boxes), ``boxes`` float32 ``[K, 4]``, ``counts`` int64 ``[B]``, ``crops`` / ``crop_boxes`` / ``labels``
     ``[K, ...]``, ``texts`` ``[B, L]``, ``answers`` (kept answers of teachers by name, ``[K, D]`` or ``[B, N, D]``),
     extras (see :mod:`training.data.extras`; ``NAME`` ``[M, ...]`` and ``NAME_of`` ``[M]``), ``image_ids``, ``indices``,
     ``samples`` (the number of usable ones) and ``skipped``: (file, reason) of those left out. A batch with nothing left
@@ -63,6 +65,9 @@ class Collate:
             batch["texts"] = torch.stack([s["text"] for s in samples])
         if "boxes" in samples[0]:
             batch["counts"] = torch.tensor([len(s["boxes"]) for s in samples])
+            side = self.image_size
+            batch["sizes"] = [detection_size(*image.shape[-2:], side)[:2] for image in images]
+            batch["reach"] = [reach(own, s["boxes"], side) for own, s in zip(batch["sizes"], samples, strict=True)]
         if "crops" in samples[0]:
             batch["crops"] = stack_padded([crop for s in samples for crop in s["crops"]], self.crop_size)
         for name in ("boxes", "crop_boxes", "labels"):
@@ -83,6 +88,7 @@ class Collate:
         if not self.regions:
             return {**batch, "images": black[:0]}
         batch |= {"boxes": torch.zeros(0, 4), "counts": torch.zeros(1, dtype=torch.int64)}
+        batch["sizes"] = batch["reach"] = [(self.image_size, self.image_size)]
         return {**batch, "images": [black[0]]} if self.on_device else batch
 
 

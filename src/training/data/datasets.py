@@ -103,7 +103,7 @@ class RegionDataset(Dataset):
         if len(drawn.boxes) == 0:
             return Skipped(self.annotations.file_name(row), "the image has no region")
         sample = self._sample(image, row, index, drawn)
-        if isinstance(sample, Skipped):
+        if isinstance(sample, Skipped) or not self.extras:  # a generator takes a while to be made
             return sample
         rng = np.random.default_rng([self.options.seed, epoch, row, 1])  # apart: extras leave the regions as they are
         return sample | {extra.name: extra(row, drawn, rng) for extra in self.extras}

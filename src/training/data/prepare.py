@@ -91,7 +91,10 @@ def _resized(pixels: Tensor, size: int) -> Tensor:
 
 
 class DevicePrefetcher:
-    """Iterates over prepared batches, one ahead: on CUDA the next one is copied and prepared on a side stream.
+    """Iterates over prepared batches; on CUDA each is copied and prepared on a side stream.
+
+    A batch is asked for when the step before is queued whole, backward pass and all, and is made ready while the GPU is
+    busy with that. Nothing waits for a batch before the one that is already here is used.
 
     Args:
         loader: collated batches.
@@ -107,15 +110,10 @@ class DevicePrefetcher:
             yield from map(self.prepare, self.loader)
             return
         stream = torch.cuda.Stream(self.device)
-        ahead = None
         for batch in self.loader:
             with torch.cuda.stream(stream):
-                following = self.prepare(batch)
-            if ahead is not None:
-                yield self._hand_over(*ahead)
-            ahead = (following, stream.record_event())
-        if ahead is not None:
-            yield self._hand_over(*ahead)
+                prepared = self.prepare(batch)
+            yield self._hand_over(prepared, stream.record_event())
 
     def _hand_over(self, batch: dict, ready: torch.cuda.Event) -> dict:
         current = torch.cuda.current_stream(self.device)

@@ -44,6 +44,8 @@ def device_crops(image: Tensor, boxes: Tensor, size: int, chunk: int = 32) -> Te
     """
     whole = [crop_box(b, *image.shape[-2:]) for b in boxes.tolist()]
     parts = [resample(image, whole[i : i + chunk], size, centred=True) for i in range(0, len(whole), chunk)]
+    if len(parts) == 1:
+        return parts[0]
     return torch.cat(parts) if parts else torch.zeros(0, 3, size, size, device=image.device)
 
 

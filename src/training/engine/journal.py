@@ -1,4 +1,4 @@
-"""Messages to the terminal and the experiment's log file; scalars to TensorBoard; records to results.json."""
+"""Messages to the terminal and the experiment's log file; scalars and pictures to TensorBoard; results.json."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from training.engine.errors import UserError
@@ -101,6 +102,12 @@ class _Wandb:
         """One value of one step; W&B gathers those of a step."""
         self.run.log({name: value}, step=step)
 
+    def add_image(self, name: str, picture: Tensor, step: int) -> None:
+        """A picture uint8 ``[3, H, W]`` of one step."""
+        import wandb
+
+        self.run.log({name: wandb.Image(picture.permute(1, 2, 0).numpy())}, step=step)
+
     def close(self) -> None:
         """Send what is left."""
         self.run.finish()
@@ -135,6 +142,12 @@ class Journal:
         if self.writer is not None:
             for name, value in values.items():
                 self.writer.add_scalar(name, value, step)
+
+    def pictures(self, values: dict[str, Tensor], step: int) -> None:
+        """Pictures uint8 ``[3, H, W]`` by tag."""
+        if self.writer is not None:
+            for name, picture in values.items():
+                self.writer.add_image(name, picture, step)
 
     def result(self, record: dict[str, Any]) -> None:
         """Append a record (``epoch``, ``step``, metrics) to results.json; one of the same step and kind is replaced."""

@@ -87,7 +87,7 @@ def evaluate(
         counters[name] = MeanAccuracy(len(embeddings), device=device)
     crops = _CropQueue(model, device, dtype, lambda *args: count("crops", *args))
 
-    with _eval_mode(model), _bar(eval_data, progress and rank == 0) as bar:
+    with eval_mode(model), _bar(eval_data, progress and rank == 0) as bar:
         for batch in eval_data.loader:
             skipped += batch["skipped"]
             counts = batch["counts"].tolist()
@@ -98,9 +98,10 @@ def evaluate(
                     boxes, masks = (
                         batch[key][size].to(device, non_blocking=True).split(counts) for key in ("boxes", "masks")
                     )
-                    with _autocast(device, dtype):
-                        pixels = _pixels(model, batch["images"][size], device)
-                        features = model.encode_regions(pixels, boxes, masks, normalize=True)
+                    with autocast(device, dtype):
+                        pixels = pixels_of(model, batch["images"][size], device)
+                        where = batch["sizes" if getattr(model.visual, "drop_padding", False) else "reach"][size]
+                        features = model.encode_regions(pixels, boxes, masks, normalize=True, sizes=where)
                     for name, feature in zip(region_names[size], features, strict=True):
                         count(name, feature, labels, is_thing)
                 crops.add(batch["crops"], labels, is_thing)
@@ -151,14 +152,14 @@ class _CropQueue:
         crops, labels, is_thing = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
         for start in range(0, number, self.chunk):
             part = slice(start, min(start + self.chunk, number))
-            with _autocast(self.device, self.dtype):
-                features = self.model.encode_image(_pixels(self.model, crops[part], self.device), normalize=True)
+            with autocast(self.device, self.dtype):
+                features = self.model.encode_image(pixels_of(self.model, crops[part], self.device), normalize=True)
             self.count(features, labels[part], is_thing[part])
         self.waiting = [(crops[number:], labels[number:], is_thing[number:])]
         self.length -= number
 
 
-def _pixels(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
+def pixels_of(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     """uint8 ``[B, 3, H, W]`` to the model's normalised input on its device."""
     weight = next(model.parameters(), None)
     dtype = torch.float32 if weight is None else weight.dtype  # a model cast as a whole takes its own dtype
@@ -166,12 +167,13 @@ def _pixels(model: nn.Module, images: Tensor, device: torch.device) -> Tensor:
     return normalize(images, model.visual.image_mean, model.visual.image_std, dtype=dtype)
 
 
-def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Autocast to a dtype; none for float32."""
     return torch.autocast(device.type, dtype=dtype if dtype != torch.float32 else None, enabled=dtype != torch.float32)
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode for the time being; afterwards each module (frozen parts may differ) is as it was."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -24,3 +24,7 @@ class EvalOptions:
     skip_first_eval: bool = flag(False, "do not evaluate before training")
     mask_antialias: bool = flag(False, "bring masks to the grid with antialias (not as published)")
     per_class: bool = flag(False, "also write the accuracy of each class, per_class.json in the experiment's folder")
+    log_images: int = flag(
+        0, "pictures of N validation images (labels, components of the dense map) to TensorBoard at each evaluation",
+        type=NATURAL, metavar="N",
+    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from open_clip.transform import crop_region, resize_longest
 from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
 from training.engine.data.masks import read_segment_ids, tight_box
-from training.engine.data.samples import Skipped, black, check_image_root, stack_padded
+from training.engine.data.samples import Skipped, black, check_image_root, reach, stack_padded
 from training.engine.data.workers import Loader
 from training.engine.errors import UserError
 from training.evaluation.grid_masks import grid_masks
@@ -253,8 +254,9 @@ def _crops(image: Tensor, boxes: Sequence[Sequence[float]], size: int) -> Tensor
 def collate_panoptic(samples: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
     """Samples to one batch: regions of all images one after the other, with ``counts`` per image.
 
-    ``images`` {S: uint8 [B, 3, S, S]}, ``boxes`` {S: float32 [K, 4]}, ``masks`` {S: bool [K, S/p, S/p]}, ``crops``
-    uint8 [K, 3, n, n], ``labels``, ``is_thing``, ``areas`` [K], ``counts``, ``image_ids`` int64 [B],
+    ``images`` {S: uint8 [B, 3, S, S]}, ``sizes`` {S: [(height, width)] of the images in them}, ``reach`` (of them and
+    their boxes), ``boxes`` {S: float32 [K, 4]}, ``masks`` {S: bool [K, S/p, S/p]}, ``crops`` uint8 [K, 3, n, n],
+    ``labels``, ``is_thing``, ``areas`` [K], ``counts``, ``image_ids`` int64 [B],
     ``absent_segments`` int, ``skipped`` [(file, reason)]. With no usable image the tensors but ``counts`` are absent.
     """
     usable = [sample for sample in samples if not isinstance(sample, Skipped)]
@@ -265,7 +267,11 @@ def collate_panoptic(samples: Sequence[dict[str, Any] | Skipped]) -> dict[str, A
     }
     if usable:
         sizes = list(usable[0]["images"])
-        batch["images"] = {size: stack_padded([sample["images"][size] for sample in usable], size) for size in sizes}
+        images = {size: [sample["images"][size] for sample in usable] for size in sizes}
+        batch["images"] = {size: stack_padded(images[size], size) for size in sizes}
+        batch["sizes"] = {size: [tuple(image.shape[-2:]) for image in images[size]] for size in sizes}
+        boxes = {size: [sample["boxes"][size] for sample in usable] for size in sizes}
+        batch["reach"] = {size: list(map(reach, batch["sizes"][size], boxes[size], repeat(size))) for size in sizes}
         for key in ("boxes", "masks"):
             batch[key] = {size: torch.cat([sample[key][size] for sample in usable]) for size in sizes}
         for key in ("labels", "is_thing", "areas"):

@@ -264,17 +264,32 @@ class RegionMethod(Method):
             images = F.interpolate(images, size=(self.size, self.size), mode="bilinear", align_corners=False)
         return images
 
+    def sizes(self, batch: dict) -> list[tuple[int, int]] | None:
+        """Per image the pixels (height, width) of :meth:`images` that are read: those of the picture, and of its boxes
+        unless padding is dropped. None where the batch tells nothing."""
+        name = "sizes" if self.student.visual.drop_padding else "reach"
+        sizes, side = batch.get(name), batch["images"].shape[-1]
+        if sizes is None or not self.multiscale or side == self.size:
+            return sizes
+        return [(-(-height * self.size // side), -(-width * self.size // side)) for height, width in sizes]
+
     def embed_regions(self, batch: dict) -> Tensor:
         """The student's embeddings ``[K, D]`` of a batch's boxes, float32, unit length."""
         regions = self.student.encode_pseudo_boxes(
-            self.images(batch), batch["boxes"], normalize=True, extract_type=self.extract_type
+            self.images(batch), batch["boxes"], normalize=True, extract_type=self.extract_type, sizes=self.sizes(batch)
         )
         return regions.float()
 
-    def read(self, images: Tensor, projections: Sequence[str] = ()) -> tuple[Tensor, dict[str, Tensor]]:
-        """(dense map ``[B, D, h, w]``, by name the asked ``q``, ``k``, ``v`` ``[B, N, W]`` of the last block)."""
+    def read(
+        self, images: Tensor, projections: Sequence[str] = (), sizes: Sequence[tuple[int, int]] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(dense map ``[B, D, h, w]``, by name the asked ``q``, ``k``, ``v`` ``[B, N, W]`` of the last block).
+
+        Args:
+            sizes: those of :meth:`sizes`; None where images fill their squares.
+        """
         visual = self.student.visual
-        inputs = visual.block_inputs(images, {*visual.readout.blocks(visual), *([-1] if projections else [])})
+        inputs = visual.block_inputs(images, {*visual.readout.blocks(visual), *([-1] if projections else [])}, sizes)
         return visual.readout.map(inputs), {which: inputs.projection(which) for which in projections}
 
     def pool_regions(self, dense: Tensor, batch: dict) -> Tensor:

@@ -71,7 +71,7 @@ class DeCLIP(RegionMethod):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """Distance summed over regions, and context over images."""
-        dense, tokens = self.read(self.images(batch), self.projections)
+        dense, tokens = self.read(self.images(batch), self.projections, self.sizes(batch))
         return self.content_and_context(batch, dense, tokens)
 
     def content_and_context(self, batch: dict, dense: Tensor, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:

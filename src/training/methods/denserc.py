@@ -52,7 +52,7 @@ class DenseRC(RegionMethod):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """Distance summed over regions, and coherence over images."""
-        dense, _ = self.read(self.images(batch))
+        dense, _ = self.read(self.images(batch), sizes=self.sizes(batch))
         out = {}
         if "distance" in self.weights:
             cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)

@@ -80,7 +80,7 @@ class FineCLIP(RegionMethod):
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """The losses, summed over regions, captions and region captions."""
         images = self.images(batch)
-        regions = self.pool_regions(self.read(images)[0], batch)
+        regions = self.pool_regions(self.read(images, sizes=self.sizes(batch))[0], batch)
         out = {}
         if "distance" in self.weights:
             crops = self.student.encode_image(batch["crops"], normalize=True).float() if len(regions) else regions

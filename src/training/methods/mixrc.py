@@ -81,7 +81,7 @@ class MixRC(DenseVLM):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """All parts from one pass of the student."""
-        dense, _ = self.read(self.images(batch))
+        dense, _ = self.read(self.images(batch), sizes=self.sizes(batch))
         regions = self.pool_regions(dense, batch)
         out = self.divergences(regions, batch) if "things" in self.weights else {}
         if "distance" in self.weights:

@@ -53,7 +53,7 @@ class SC(RegionMethod):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """Both, summed over regions."""
-        dense, _ = self.read(self.images(batch))
+        dense, _ = self.read(self.images(batch), sizes=self.sizes(batch))
         out = {}
         if "distance" in self.weights:
             cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)

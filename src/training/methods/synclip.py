@@ -67,7 +67,7 @@ class SynCLIP(DeCLIP):
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """DeCLIP's, and the semantics summed over names."""
-        dense, tokens = self.read(self.images(batch), self.projections)
+        dense, tokens = self.read(self.images(batch), self.projections, self.sizes(batch))
         out = self.content_and_context(batch, dense, tokens)
         start, vfm = self.ask("start", batch), self.ask("vfm", batch)
         texts = self.label_texts, self.rich_texts

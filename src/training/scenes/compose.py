@@ -44,7 +44,7 @@ class SceneOptions:
         pattern_names: the pattern is part of the class ("red striped circle"); otherwise each object's is random.
         min_object, max_object: side of an object's square.
         max_objects: objects per scene, 1 to this many.
-        min_aspect: the shorter side is a random share of the longer one, from this to 1.
+        min_aspect, max_aspect: the shorter side is a random share of the longer one, between these.
         pair_size: side of the pictures in ``pairs/``, in pixels.
         exchange_colors: all segments of a scene wear the same two colours (:mod:`training.scenes.exchange`), and a
             thing's class is its pattern and shape ("dotted star").
@@ -59,6 +59,7 @@ class SceneOptions:
     max_object: float = 0.42
     max_objects: int = 5
     min_aspect: float = 1.0
+    max_aspect: float = 1.0
     pair_size: int = 64
     exchange_colors: bool = False
 
@@ -70,9 +71,10 @@ class SceneOptions:
                 f"min_object {self.min_object:g}, max_object {self.max_object:g}: shares of the image, the first no "
                 "more than the second"
             )
-        if not 0 < self.min_aspect <= 1 or self.max_objects < 1:
+        if not 0 < self.min_aspect <= self.max_aspect <= 1 or self.max_objects < 1:
             raise ValueError(
-                f"min_aspect {self.min_aspect:g}, max_objects {self.max_objects}: above 0 to 1, and 1 or more"
+                f"aspects {self.min_aspect:g} to {self.max_aspect:g}, max_objects {self.max_objects}: above 0 to 1 and "
+                "ascending, and 1 or more"
             )
 
 
@@ -160,7 +162,7 @@ def draw_scene(rng: Generator, options: SceneOptions, classes: Sequence[Category
     classes = categories(options) if classes is None else classes
     things = [c for c in classes if c.is_thing]
     size = options.size
-    short = max(1, round(size * rng.uniform(options.min_aspect, 1)))
+    short = max(1, round(size * rng.uniform(options.min_aspect, options.max_aspect)))
     h, w = (size, short) if rng.random() < 0.5 else (short, size)
     tone = exchange.draw_tone(rng) if options.exchange_colors else None
     image, segments = _background(rng, h, w, size / 128, [c for c in classes if not c.is_thing], tone)

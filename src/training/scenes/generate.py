@@ -233,6 +233,7 @@ def _main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--max-object", type=float, default=d.max_object)
     parser.add_argument("--max-objects", type=int, default=d.max_objects, help="objects per scene")
     parser.add_argument("--min-aspect", type=float, default=d.min_aspect, help="smallest ratio of the sides")
+    parser.add_argument("--max-aspect", type=float, default=d.max_aspect, help="largest ratio of the sides")
     args = vars(parser.parse_args(argv))
     with as_user_error():
         options = SceneOptions(**{k: args[k] for k in asdict(d)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 
@@ -72,12 +73,20 @@ class Teacher(nn.Module):
         """
         if not len(pixels):
             return pixels.new_zeros(0, self.width, *(() if self.spec.emits == "embedding" else self.cells()))
-        with torch.inference_mode():
+        with torch.inference_mode(), self._as_stored(pixels):
             if self.spec.emits == "embedding":
                 parts = [self.model.encode_image(c, normalize=True) for c in pixels.split(self.chunk)]
             else:
                 parts = [self._map(p) for p in pixels.split(self.chunk)]
         return torch.cat(parts)  # outside: the student's backward pass keeps it
+
+    def _as_stored(self, pixels: Tensor) -> contextlib.AbstractContextManager:
+        """Without autocast where weights and pixels are bfloat16 already: its casts to float32 and back between layers
+        would be half of the kernels and of the traffic. Norms and softmax add up in float32 all the same."""
+        known = isinstance(self.model, (CLIP, ImageTower))  # trunks of others may mix types
+        if not known or pixels.dtype != torch.bfloat16 or self.view.dtype != torch.bfloat16:
+            return contextlib.nullcontext()
+        return torch.autocast(pixels.device.type, enabled=False)
 
     def _map(self, pixels: Tensor) -> Tensor:
         if isinstance(self.model, CLIP):

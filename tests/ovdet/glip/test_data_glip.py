@@ -70,7 +70,7 @@ def test_few_shots_match_the_recorded_ones(glip_golden: Path, words: tk.WordPiec
     content = json.loads((glip_golden / "fewshot.json").read_text())
     data = parse(content["annotations"], "fewshot.json", flag="test", labelled=True)
     assert data.category_ids.tolist() == [int(c) for c in content["json_to_contiguous"]]
-    texts = ClassTexts([ClassPrompt("a"), ClassPrompt("b"), ClassPrompt("c"), ClassPrompt("d")], words)
+    texts = ClassTexts([ClassPrompt(chr(ord("a") + i)) for i in range(len(data.category_ids))], words)
     for shots, wanted in content["kept"].items():
         source = DetectionSource(data, root=".", texts=texts, shots=int(shots))
         assert data.image_ids[source.rows].tolist() == wanted

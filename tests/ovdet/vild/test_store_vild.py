@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import multiprocessing
 import os
 import random
@@ -77,21 +78,54 @@ def test_rows_are_those_of_crops_embedded_one_by_one(scenes, teacher):
             assert mine.norm() == pytest.approx(1, abs=2e-3)
 
 
+def fill_until_killed(scenes, teacher: Clip, folder: Path, number: int) -> None:
+    """In a child: this process is killed at a step of the filling, the ``number``-th of those below.
+
+    Steps are crops embedded, and a shard's file opened, half written, flushed and put into its place.
+    """
+    left = [number]
+
+    def step() -> None:
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(function):
+        def stepping(*args, **settings):
+            step()
+            return function(*args, **settings)
+
+        return stepping
+
+    def save(file, array: np.ndarray) -> None:
+        content = io.BytesIO()
+        np.lib.format.write_array(content, array)
+        whole = content.getvalue()
+        step()
+        file.write(whole[: len(whole) // 2])
+        file.flush()
+        step()
+        file.write(whole[len(whole) // 2 :])
+
+    np.save, os.fsync, os.replace = save, before(os.fsync), before(os.replace)
+    Embedder.raw = before(Embedder.raw)
+    fill_folder(scenes, teacher, folder)
+
+
 def test_filling_survives_kills(scenes, teacher, tmp_path, monkeypatch):
-    """Killed 20 times at random moments; what is there at the end is what an undisturbed filling gives."""
+    """Killed 20 times, at any step; what is there at the end is what an undisturbed filling gives."""
     monkeypatch.setattr(embedding, "SHARD_IMAGES", 1)
-    begin = time.perf_counter()
     fill_folder(scenes, teacher, tmp_path / "whole")
-    took = time.perf_counter() - begin
-    context, chance, killed = multiprocessing.get_context("fork"), random.Random(0), 0
-    for _ in range(20):
-        child = context.Process(target=fill_folder, args=(scenes, teacher, tmp_path / "killed"), daemon=True)
+    context, chance = multiprocessing.get_context("fork"), random.Random(0)
+    sizes = []
+    for number in [1, 2, 3, 4, 5, *(chance.randint(1, 8) for _ in range(15))]:
+        child = context.Process(target=fill_until_killed, args=(scenes, teacher, tmp_path / "killed", number))
         child.start()
-        time.sleep(chance.uniform(0, 0.4 * took))
-        os.kill(child.pid, signal.SIGKILL)
-        child.join()
-        killed += child.exitcode == -signal.SIGKILL
-    assert killed >= 10
+        child.join(120)
+        assert child.exitcode == -signal.SIGKILL
+        sizes.append(len(digests(tmp_path / "killed")))
+    assert sizes == sorted(sizes) and 0 < sizes[-1] < len(digests(tmp_path / "whole"))
+    assert digests(tmp_path / "killed").items() <= digests(tmp_path / "whole").items()
     fill_folder(scenes, teacher, tmp_path / "killed")
     assert digests(tmp_path / "killed") == digests(tmp_path / "whole") != {}
 

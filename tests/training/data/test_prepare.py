@@ -16,7 +16,6 @@ from training.data.prepare import DevicePrefetcher, View, prepare_batch
 from training.data.resample import device_crops, device_image, resample
 from training.scenes.compose import SceneOptions, draw_scene
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
 SETTINGS = {"mean": (0.48, 0.45, 0.40), "std": (0.26, 0.27, 0.28)}
 
 
@@ -58,9 +57,13 @@ def test_resampling_against_torch_in_float64(height, width, size):
     assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3  # ties of the rounding
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prepared_batches(device, dtype):
+def test_prepared_batches(device="cpu"):
+    """On a GPU: :mod:`tests.gpu.test_gpu`."""
+    for dtype in (torch.float32, torch.bfloat16):
+        check_prepared_batches(device, dtype)
+
+
+def check_prepared_batches(device: str, dtype: torch.dtype) -> None:
     images = [picture(40, 60, 1), picture(90, 30, 2)]
     crop_boxes = [torch.tensor([[0.0, 0, 30, 40], [10, 10, 50, 20]]), torch.tensor([[3.0, 3, 28, 80]])]
     common = {

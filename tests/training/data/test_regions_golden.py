@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from open_clip.transform import crop_region, pad_to, resize_longest
 from training.data.datasets import RegionDataset
@@ -18,9 +21,10 @@ from training.data.resample import device_crops, device_image
 from training.engine.data.annotations import load_annotations
 from training.engine.data.images import read_image
 
-SIZE, CROP = 128, 32
 # The reference pads CMYK with white and resizes palette images by nearest neighbour; only boxes compare for these.
-OTHER_MODES = (3, 4)
+OTHER_MODES = ("CMYK", "P")
+# What the files do not hold, from the description of the draws.
+CROP_SCALE, SMALLEST = 1.4, 12
 
 
 def need(golden, name):
@@ -34,31 +38,38 @@ def check_pixels(actual: torch.Tensor, expected: np.ndarray) -> None:
     assert difference.max() <= 2 and difference.mean() <= 0.2
 
 
-def check_sample(data, i: int, image: torch.Tensor, boxes: np.ndarray, crops: np.ndarray) -> None:
+def sizes(golden) -> tuple[int, int]:
+    """Sides of a recorded image and of a crop, pixels."""
+    meta = json.loads(need(golden, "data.json").read_text())
+    return meta["det"], meta["crop"]
+
+
+def check_sample(golden, data, i: int, file: Path, boxes: np.ndarray, crops: np.ndarray) -> None:
+    image, (size, crop_size) = read_image(str(file)), sizes(golden)
     expected = data[f"{i}.boxes"]
     slots = np.flatnonzero(expected[:, 4] > 0.5)
     assert len(slots) == len(boxes)
-    scale = SIZE / max(image.shape[-2:])
-    np.testing.assert_allclose(boxes * scale / SIZE, expected[slots, :4], atol=1e-5)
-    if i in OTHER_MODES:
+    np.testing.assert_allclose(boxes / max(image.shape[-2:]), expected[slots, :4], atol=1e-5)
+    if Image.open(file).mode in OTHER_MODES:
         return
     if f"{i}.image" in data:
-        check_pixels(pad_to(resize_longest(image, SIZE), SIZE), data[f"{i}.image"])
-        check_pixels(device_image(image, SIZE), data[f"{i}.image"])
-    made = device_crops(image, torch.from_numpy(crops), CROP)
+        check_pixels(pad_to(resize_longest(image, size), size), data[f"{i}.image"])
+        check_pixels(device_image(image, size), data[f"{i}.image"])
+    made = device_crops(image, torch.from_numpy(crops), crop_size)
     for slot, box, other in zip(slots, crops, made, strict=True):
-        check_pixels(crop_region(image, box, CROP), data[f"{i}.crops"][slot])
+        check_pixels(crop_region(image, box, crop_size), data[f"{i}.crops"][slot])
         check_pixels(other, data[f"{i}.crops"][slot])
 
 
-@pytest.mark.parametrize(("name", "scale", "most"), [("grid.npz", 1.0, 20), ("grid_cs.npz", 1.4, 8)])
-def test_grid_samples(golden, name, scale, most):
+@pytest.mark.parametrize(("name", "scale"), [("grid.npz", 1.0), ("grid_cs.npz", CROP_SCALE)])
+def test_grid_samples(golden, name, scale):
     data = np.load(need(golden, name))
     annotations = load_annotations(str(need(golden, "instances.json")))
     for i in range(len(annotations)):
-        image = read_image(str(golden / "data" / "images" / annotations.file_name(i)))
-        height, width = image.shape[-2:]
+        file = golden / "data" / "images" / annotations.file_name(i)
+        height, width = read_image(str(file)).shape[-2:]
         expected = data[f"{i}.boxes"]
+        most = len(expected)
         rows, columns = data[f"{i}.choice"].tolist()
         # The order of the cells is the order drawn: found by matching the boxes.
         padded = max(width, height)
@@ -70,22 +81,25 @@ def test_grid_samples(golden, name, scale, most):
             width, height, np.random.default_rng(0),
             max_boxes=most, crop_scale=scale, choice=(rows, columns), order=order,
         )  # fmt: skip
-        check_sample(data, i, image, boxes, crops)
+        check_sample(golden, data, i, file, boxes, crops)
 
 
-@pytest.mark.parametrize(("name", "limits"), [("proposals.npz", (8, 1024)), ("proposals_max60.npz", (12, 60))])
-def test_proposal_samples(golden, name, limits):
+@pytest.mark.recorded("data", r"proposals(?:_max\d+)?\.npz", argument="name")
+def test_proposal_samples(golden, name):
+    limit = re.search(r"_max(\d+)", name)
+    limits = (SMALLEST, int(limit[1])) if limit else (8, 1024)
     data = np.load(need(golden, name))
     annotations = load_annotations(str(need(golden, "proposals.json")))
     for i in range(len(annotations)):
-        image = read_image(str(golden / "data" / "images" / annotations.file_name(i)))
+        file = golden / "data" / "images" / annotations.file_name(i)
+        height, width = read_image(str(file)).shape[-2:]
         own = annotations.of(i)
         drawn = draw_proposals(
             annotations.boxes[own], np.random.default_rng(0),
-            min_size=limits[0], max_size=limits[1], order=data[f"{i}.order"],
+            min_size=limits[0], max_size=limits[1], max_boxes=len(data[f"{i}.boxes"]), order=data[f"{i}.order"],
         )  # fmt: skip
-        boxes, crops = proposal_regions(annotations.boxes[own], drawn, image.shape[-1], image.shape[-2])
-        check_sample(data, i, image, boxes, crops)
+        boxes, crops = proposal_regions(annotations.boxes[own], drawn, width, height)
+        check_sample(golden, data, i, file, boxes, crops)
 
 
 def test_region_text_samples(golden):
@@ -98,7 +112,8 @@ def test_region_text_samples(golden):
     assert annotations.image_ids[rows].tolist() == meta["region_clip_image_ids"]
     source = Labelled(annotations, RegionOptions())
     assert np.flatnonzero(source.usable()).tolist() == rows.tolist()
-    options = SampleOptions(image_size=SIZE, crop_size=CROP)
+    size, crop_size = sizes(golden)
+    options = SampleOptions(image_size=size, crop_size=crop_size)
     dataset = RegionDataset(annotations, str(golden / "data" / "images"), rows, source, options, fields=("labels",))
     recorded = sorted({int(k.split(".")[0]) for k in data.files})
     assert len(recorded) == len(dataset)
@@ -113,10 +128,11 @@ def test_region_text_samples(golden):
 def test_grid_choices_and_templates(golden):
     for most, expected in json.loads(need(golden, "grid_choices.json").read_text()).items():
         assert [list(c) for c in grid_choices(int(most))] == expected
-    templates = np.load(need(golden, "grid_templates_6.npz"))
-    for name in templates.files:
-        rows, columns = (int(v) for v in name.split("x"))
-        np.testing.assert_allclose(grid_template(rows, columns), templates[name], atol=1e-6)
+    for file in (golden / "data").glob("grid_templates_*.npz"):
+        templates = np.load(file)
+        for name in templates.files:
+            rows, columns = (int(v) for v in name.split("x"))
+            np.testing.assert_allclose(grid_template(rows, columns), templates[name], atol=1e-6)
 
 
 def test_decoded_pixels(golden):

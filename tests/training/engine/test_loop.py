@@ -125,7 +125,7 @@ def test_it_learns_saves_and_evaluates(tmp_path, caplog):
     assert sorted(f.name for f in (tmp_path / "checkpoints").iterdir()) == ["epoch_11.pt", "epoch_12.pt"]
     assert torch.load(tmp_path / "line.pt", weights_only=True)["epoch"] == 12
     lines = [r.getMessage() for r in caplog.records if " loss " in r.getMessage()]
-    assert len(lines) == 120 and all("  small " in line and "left 0:00:0" in line for line in lines)
+    assert len(lines) == 120 and all("  small " in line and "left 0:0" in line for line in lines)
     assert list((tmp_path / "tensorboard").iterdir())
 
 

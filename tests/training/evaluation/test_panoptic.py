@@ -17,8 +17,6 @@ from training.evaluation.grid_masks import grid_masks
 from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import PanopticDataset, build_eval_data, collate_panoptic, load_panoptic
 
-CMYK = 3  # padded white by the reference
-
 
 def dataset_of(folder, **kwargs) -> PanopticDataset:
     kwargs = {"image_sizes": [128], "patch_size": 16, "crop_size": 32, **kwargs}
@@ -56,31 +54,36 @@ def eval_args(folder, **kwargs) -> EvalOptions:
 
 @pytest.mark.parametrize("antialias", [False, True])
 def test_samples_are_the_recorded_ones(golden, antialias):
-    expected = np.load(golden / "data" / "panoptic.npz")
-    dataset = dataset_of(golden / "data", mask_antialias=antialias)
-    vanished = 0
-    for index in range(len(dataset)):
+    folder = golden / "data"
+    expected, meta = np.load(folder / "panoptic.npz"), json.loads((folder / "data.json").read_text())
+    size, content = meta["det"], json.loads((folder / "panoptic.json").read_text())
+    dataset = dataset_of(
+        folder, mask_antialias=antialias, image_sizes=[size], crop_size=meta["crop"],
+        patch_size=size // expected["0.masks"].shape[-1],
+    )  # fmt: skip
+    assert len(dataset) == len(meta["panoptic_image_ids"])
+    for index, annotation in enumerate(content["annotations"]):
         sample = collate_panoptic([dataset[index]])
         boxes = expected[f"{index}.boxes"]  # xyxy, label, valid, area, is thing; a skipped segment leaves its row empty
         rows = np.flatnonzero(boxes[:, 5])
-        assert len(rows) == 5  # the sixth is 6 x 6 pixels
-        torch.testing.assert_close(sample["boxes"][128], torch.from_numpy(boxes[rows, :4]), atol=1e-6, rtol=0)
+        # The smallest segments, below 8 x 8 pixels, are left out.
+        assert len(rows) == sum(segment["area"] >= 64 for segment in annotation["segments_info"])
+        torch.testing.assert_close(sample["boxes"][size], torch.from_numpy(boxes[rows, :4]), atol=1e-6, rtol=0)
         assert sample["labels"].tolist() == boxes[rows, 4].tolist()
         assert sample["areas"].tolist() == boxes[rows, 6].tolist()
         assert sample["is_thing"].tolist() == boxes[rows, 7].astype(bool).tolist()
         masks = expected[f"{index}.{'masks' if antialias else 'masks_no_antialias'}"][rows]
         empty = ~masks.any((1, 2))
-        vanished += empty.sum()
-        assert (sample["masks"][128].numpy()[~empty] == masks[~empty]).all()
-        assert (sample["masks"][128].numpy()[empty].sum((1, 2)) == 1).all()
-        if index != CMYK:
+        assert (sample["masks"][size].numpy()[~empty] == masks[~empty]).all()
+        assert (sample["masks"][size].numpy()[empty].sum((1, 2)) == 1).all()
+        # The reference pads CMYK with white, and resizes palette images by nearest neighbour.
+        if Image.open(folder / "images" / content["images"][index]["file_name"]).mode not in ("CMYK", "P"):
             for name, ours, theirs in (
-                ("image", sample["images"][128][0], expected[f"{index}.image"]),
+                ("image", sample["images"][size][0], expected[f"{index}.image"]),
                 ("crops", sample["crops"], expected[f"{index}.crops"][rows]),
             ):
                 difference = np.abs(ours.numpy().astype(int) - theirs.astype(int))
                 assert difference.max() <= 2 and difference.mean() <= 0.2, (index, name)
-    assert vanished == (0 if antialias else 3)
 
 
 @pytest.mark.parametrize(("height", "width", "grid"), [(480, 640, 64), (427, 640, 37), (240, 160, 20), (97, 300, 56)])
@@ -151,42 +154,55 @@ def test_at_most_100_segments(tmp_path):
 def test_every_image_once_over_processes_and_batches(golden):
     folder = golden / "data"
     whole = build_eval_data(eval_args(folder), image_sizes=[128, 64], patch_size=16, crop_size=32)
-    assert whole.num_images == 5 and whole.is_thing == [True] * 3 + [False] * 3
-    seen = []
-    for rank in range(7):  # more processes than images: two have none
+    content = json.loads((folder / "panoptic.json").read_text())
+    ids = [annotation["image_id"] for annotation in content["annotations"]]
+    assert whole.num_images == len(ids)
+    assert whole.is_thing == [bool(category["isthing"]) for category in content["categories"]]
+    seen, world = [], len(ids) + 2
+    for rank in range(world):  # more processes than images: two have none
         data = build_eval_data(
-            eval_args(folder), image_sizes=[64], patch_size=16, crop_size=32, rank=rank, world_size=7
+            eval_args(folder), image_sizes=[64], patch_size=16, crop_size=32, rank=rank, world_size=world
         )
         seen += [i for batch in data.loader for i in batch["image_ids"].tolist()]
-    assert seen == [100, 107, 114, 121, 135]
+    assert seen == ids
     batches = list(whole.loader)
-    assert [batch["counts"].tolist() for batch in batches] == [[5, 5], [5, 5], [5]]
-    first, sample = batches[0], whole.loader.dataset[1]
+    counts = [sum(s["area"] >= 64 for s in a["segments_info"]) for a in content["annotations"]]
+    assert [batch["counts"].tolist() for batch in batches] == [counts[i : i + 2] for i in range(0, len(counts), 2)]
+    first, sample, before = batches[0], whole.loader.dataset[1], counts[0]
     for key in ("crops", "labels", "is_thing", "areas"):
-        assert torch.equal(first[key][5:], sample[key])
+        assert torch.equal(first[key][before:], sample[key])
     for key in ("boxes", "masks"):
-        assert torch.equal(first[key][64][5:], sample[key][64])
+        assert torch.equal(first[key][64][before:], sample[key][64])
     assert first["images"][64].shape == (2, 3, 64, 64)
 
 
 def test_unusable_images_are_named(golden, tmp_path):
-    shutil.copytree(golden / "data" / "images", tmp_path / "images")
-    shutil.copytree(golden / "data" / "panoptic", tmp_path / "panoptic")
-    shutil.copy(golden / "data" / "panoptic.json", tmp_path)
-    (tmp_path / "images" / "000_rgb.jpg").unlink()
-    (tmp_path / "images" / "001_rgb.jpg").write_bytes(b"\xff\xd8 no photograph")
-    (tmp_path / "panoptic" / "002_gray.png").unlink()
-    Image.new("L", (300, 97)).save(tmp_path / "panoptic" / "003_cmyk.png")
-    Image.new("RGB", (7, 5)).save(tmp_path / "panoptic" / "005_exif6.png")
+    content = json.loads((golden / "data" / "panoptic.json").read_text())
+    annotation, number = content["annotations"][0], 5
+    source = next(image for image in content["images"] if image["id"] == annotation["image_id"])
+    images, maps = ([tmp_path / kind / f"{i}.{end}" for i in range(number)]
+                    for kind, end in (("images", "jpg"), ("panoptic", "png")))  # fmt: skip
+    for files, original in ((images, source["file_name"]), (maps, annotation["file_name"])):
+        files[0].parent.mkdir()
+        for file in files:
+            shutil.copy(golden / "data" / file.parent.name / original, file)
+    content["images"] = [{**source, "id": i, "file_name": f.name} for i, f in enumerate(images)]
+    content["annotations"] = [{**annotation, "image_id": i, "file_name": f.name} for i, f in enumerate(maps)]
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    width, height = Image.open(images[4]).size
+    images[0].unlink()
+    images[1].write_bytes(b"\xff\xd8 no photograph")
+    maps[2].unlink()
+    Image.new("L", Image.open(maps[3]).size).save(maps[3])
+    Image.new("RGB", (7, 5)).save(maps[4])
     data = build_eval_data(eval_args(tmp_path), image_sizes=[64], patch_size=16, crop_size=32)
     batches = list(data.loader)
     assert all(batch["counts"].tolist() == [] and "images" not in batch for batch in batches)
     skipped = [entry for batch in batches for entry in batch["skipped"]]
-    for (file, reason), name in zip(
-        skipped, ["000_rgb.jpg", "001_rgb.jpg", "002_gray.png", "003_cmyk.png", ""], strict=True
-    ):
+    names = [images[0].name, images[1].name, maps[2].name, maps[3].name, ""]
+    for (file, reason), name in zip(skipped, names, strict=True):
         assert file.endswith(name) and reason
-    assert "160 x 240" in skipped[-1][1] and "7 x 5" in skipped[-1][1]
+    assert f"{width} x {height}" in skipped[-1][1] and "7 x 5" in skipped[-1][1]
 
 
 def test_wrong_files_get_one_line(golden, tmp_path):
@@ -208,12 +224,16 @@ def test_wrong_files_get_one_line(golden, tmp_path):
     assert "no annotations" in message(val_data=json_file({**good, "annotations": []}))
     empty = [{**annotation, "segments_info": []} for annotation in good["annotations"]]
     assert "not a single segment" in message(val_data=json_file({**good, "annotations": empty}))
+    image = good["images"][0]["id"]
     assert "unknown" not in message(
-        val_data=json_file({**good, "annotations": [{"segments_info": 3, "image_id": 100}]})
+        val_data=json_file({**good, "annotations": [{"segments_info": 3, "image_id": image}]})
     )
-    assert "unknown category 9" in message(val_data=json_file({**good, "categories": good["categories"][:2]}))
+    known = {category["id"] for category in good["categories"][:2]}
+    unknown = next(s["category_id"] for a in good["annotations"] for s in a["segments_info"]
+                   if s["category_id"] not in known)  # fmt: skip
+    assert f"unknown category {unknown}" in message(val_data=json_file({**good, "categories": good["categories"][:2]}))
     assert "'file_name'" in message(
-        val_data=json_file({**good, "annotations": [{"image_id": 100, "segments_info": []}]})
+        val_data=json_file({**good, "annotations": [{"image_id": image, "segments_info": []}]})
     )
     assert "--val-image-root" in message(val_image_root=str(tmp_path))
     assert "--val-segm-root" in message(val_segm_root=str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from training.methods.correlation import correlation_loss, semantic_loss
 from training.teachers.build import build_teacher
 from training.teachers.describe import TeacherSpec
 
+DECLIP = r"(?:eva|vit_\w+)\.\w+"  # model and reading
 CROPS = TeacherSpec("crops", source="crops", emits="embedding")
 
 
@@ -91,7 +93,7 @@ def check_gradients(model, recorded: dict, norms: dict | None = None) -> None:
 # -- DeCLIP -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["eva.qq", "eva.kk", "vit_gelu.qq"])
+@pytest.mark.recorded("methods/declip.json", DECLIP)
 def test_declip(golden, numbers, case):
     kind, readout = case.split(".")
     expected, data = numbers("declip.json")[case], numbers("batch.npz")
@@ -123,7 +125,7 @@ def test_declip_features(golden, numbers):
     torch.testing.assert_close(q @ q.T, expected["student_correlation_0"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["eva.qq", "eva.kk", "vit_gelu.qq"])
+@pytest.mark.recorded("methods/declip.json", DECLIP)
 @pytest.mark.parametrize("released", [False, True])
 def test_declip_with_a_foundation_model_of_another_grid(golden, numbers, case, released):
     kind, readout = case.split(".")
@@ -188,12 +190,12 @@ def test_correlations_in_chunks_against_whole_matrices_in_float64(kind, rows):
 # -- DenseRC ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["eva", "vit_gelu"])
+@pytest.mark.recorded("methods/denserc.json", r"eva|vit_\w+", argument="kind")
 def test_denserc(golden, numbers, kind):
     data, expected = numbers("denserc.npz"), numbers("denserc.json")
     data = {k.removeprefix(f"{kind}."): v for k, v in data.items() if k.startswith(f"{kind}.")}
     student = make_model(golden, kind)
-    method = make_method("denserc", Setting(student, {}))
+    method = make_method("denserc", Setting(student, {}, readout=f"gated:{expected['layers_read']}"))
     gate = student.visual.readout.gate
     assert not gate.weight.any() and gate.weight.requires_grad
     gate.weight.data, gate.bias.data = data["gate_weight"].float(), data["gate_bias"].float()
@@ -215,7 +217,7 @@ def test_denserc(golden, numbers, kind):
 # -- SynCLIP, DenseVLM ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["l2.a0.5", "l2.no_refinement", "huber_kl.a0.7"])
+@pytest.mark.recorded("methods/synclip.json", r".+")
 def test_synclip_semantics(numbers, case):
     data, expected = numbers("synclip.npz"), numbers("synclip.json")[case]
     counts = data["counts"].tolist()
@@ -241,7 +243,7 @@ class Regions(torch.nn.Module):
     """Stands for student or teacher of DenseVLM: its regions are given."""
 
 
-@pytest.mark.parametrize("case", ["mixed", "things", "stuff"])
+@pytest.mark.recorded("methods/densevlm.npz", r"(.+)\.student")
 def test_densevlm(golden, numbers, case, monkeypatch):
     data, expected = numbers("densevlm.npz"), numbers("densevlm.json")[case]
     given = {who: data[f"{case}.{who}"] for who in ("student", "teacher")}
@@ -271,7 +273,9 @@ def test_densevlm(golden, numbers, case, monkeypatch):
 
 def test_densevlm_with_nothing_kept_is_zero(golden):
     """The released loss is NaN there."""
-    setting = Setting(make_model(golden, "eva"), {}, embed=lambda names, teacher=None: torch.randn(5, 32))
+    model = make_model(golden, "eva")
+    width = model.embed_dim
+    setting = Setting(model, {}, embed=lambda names, teacher=None: torch.randn(5, width))
     import training.methods.densevlm as module
 
     names, module.read_names = module.read_names, lambda path: (["x"] * 5, 3)
@@ -281,7 +285,7 @@ def test_densevlm_with_nothing_kept_is_zero(golden):
         module.read_names = names
     side = method.student.visual.patch_size * 4
     batch = {"images": torch.randn(1, 3, side, side), "boxes": [torch.tensor([[0.0, 0.0, 0.5, 0.5]])],
-             "answers": {"dense": torch.randn(1, 16, 32)}}  # fmt: skip
+             "answers": {"dense": torch.randn(1, 16, width)}}  # fmt: skip
     assert run(method, batch)["loss"] == 0
     assert all(p.grad is not None and not p.grad.any() for p in method.student.parameters() if p.requires_grad)
 
@@ -332,22 +336,24 @@ def test_clim(golden, numbers):
     student.lock_image_tower(len(blocks))
     size = expected["mosaics"][0][-1]
     images, texts = data["images"].float(), data["texts"].long()
-    pictures = [mosaic(images[a:b], side)[0] for a, b, side in ((0, 4, 2), (4, 13, 3), (13, 29, 4))]
+    sides = tuple(math.isqrt(n) for n in expected["cells"])
+    parts, step = images[: sum(expected["cells"])].split(expected["cells"]), size // data["mosaics"].shape[-1]
+    pictures, boxes = zip(*(mosaic(*pair) for pair in zip(parts, sides, strict=True)), strict=True)
     for picture, recorded in zip(pictures, data["mosaics"], strict=True):
-        small = F.interpolate(picture[None], (size, size), mode="bicubic")[0, :, ::3, ::3]
+        small = F.interpolate(picture[None], (size, size), mode="bicubic")[0, :, ::step, ::step]
         torch.testing.assert_close(small.half().float(), recorded.float(), rtol=0, atol=2e-3)
-    method = make_method("clim", Setting(student), mosaic_size=size)
+    method = make_method("clim", Setting(student), mosaic_size=size, mosaics=sides)
     with torch.no_grad():
         torch.testing.assert_close(method.embed_pairs(images), data["features"], rtol=0, atol=1e-5)
-    boxes = torch.cat([mosaic(images[: side**2], side)[1] for side in (2, 3, 4)])
-    torch.testing.assert_close(boxes, data["boxes"].float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.cat(boxes), data["boxes"].float(), rtol=0, atol=1e-6)
     out = run(method, {"images": images, "texts": texts})
     assert out["loss"] == pytest.approx(expected["loss"], abs=5e-6)
     named = {n: p for n, p in student.named_parameters() if p.requires_grad}
     assert set(export_state_dict(student, state=named)) == set(expected["requires_grad"])
     check_gradients(student, numbers("clim.grads.safetensors"), expected["grad_norm"])
+    used = sum(expected["cells"])
     # A batch that the mosaics use up, which the released code cannot take.
-    assert np.isfinite(run(method, {"images": images[:29], "texts": texts[:29]})["loss"])
+    assert np.isfinite(run(method, {"images": images[:used], "texts": texts[:used]})["loss"])
 
 
 def test_roi_features_of_two_grids_agree(golden):

@@ -25,11 +25,9 @@ from training.options import OptimOptions
 from training.teachers.build import build_teacher
 from training.teachers.describe import TeacherSpec
 
-CASES = [
-    "eva.v2.unlocked_2", "eva.v2.unlocked_all", "vit_gelu.v2.unlocked_2", "vit_gelu.v2.unlocked_all",
-    "vit_gelu.v1.unlocked_2", "vit_gelu.v1.unlocked_all", "vit_quickgelu.v2.unlocked_all",
-    "vit_quickgelu.v1.unlocked_all",
-]  # fmt: skip
+# The parts of train.json, by the patterns of their names.
+STEP = r"\w+\.v\d\.unlocked_\w+"
+CLIP_STEP, WEIGHTED = r"one_step_clip_([\d.]+)", r"eva\.(cosine_weight_[\d.]+_batch\d)"
 
 
 def need(path: Path) -> Path:
@@ -94,7 +92,7 @@ def check_gradients(model, file: Path) -> None:
             torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.recorded("train/train.json", STEP)
 def test_clipself_losses_and_gradient_norms(golden, case):
     kind, extract, _ = case.split(".")
     student, teacher = make_model(golden, kind), make_model(golden, kind)
@@ -110,10 +108,12 @@ def test_clipself_losses_and_gradient_norms(golden, case):
     check_gradients(student, golden / "train" / f"grads.{case}.safetensors")
 
 
-def test_cosine_weight(golden):
-    expected = json.loads(need(golden / "train" / "train.json").read_text())["eva.cosine_weight_2.5_batch1"]
-    method = build(student=make_model(golden, "eva"), teacher=make_model(golden, "eva"), cosine_weight=2.5)
-    assert run(method, read_batch(golden, 1)).item() == pytest.approx(expected["loss"], abs=2e-6)
+@pytest.mark.recorded("train/train.json", WEIGHTED)
+def test_cosine_weight(golden, case):
+    expected = json.loads(need(golden / "train" / "train.json").read_text())[f"eva.{case}"]
+    weight, batch = case.removeprefix("cosine_weight_").split("_batch")
+    method = build(student=make_model(golden, "eva"), teacher=make_model(golden, "eva"), cosine_weight=float(weight))
+    assert run(method, read_batch(golden, int(batch))).item() == pytest.approx(expected["loss"], abs=2e-6)
 
 
 def test_cosine_weight_scales_loss_and_metrics_stay(golden):
@@ -122,8 +122,9 @@ def test_cosine_weight_scales_loss_and_metrics_stay(golden):
     batch = read_batch(golden, 0)
     method.begin_step([batch], seed=0)
     out = method(batch)
-    assert out["loss"].item() == pytest.approx(2.5 * expected, abs=2e-6) and out["regions"].item() == 9
-    assert out["cosine_sum"].item() == pytest.approx(9 * (1 - expected), abs=1e-5)
+    regions = len(batch["crops"])
+    assert out["loss"].item() == pytest.approx(2.5 * expected, abs=2e-6) and out["regions"].item() == regions
+    assert out["cosine_sum"].item() == pytest.approx(regions * (1 - expected), abs=1e-5)
 
 
 def test_chunks_of_crops_change_nothing(golden):
@@ -185,11 +186,15 @@ def test_region_clip(golden):
         "labels": data["boxes"][..., 4][valid].long(),
     }
     student = make_model(golden, "eva")
-    method = build("regionclip", student=student, nouns=data["noun_embeddings"], contrast_weight=0.5)
+    method = build(
+        "regionclip", student=student, nouns=data["noun_embeddings"], unlocked=expected["unlocked_groups"],
+        contrast_weight=expected["contrast_weight"],
+    )  # fmt: skip
     method.train()
     method.begin_step([batch], seed=1)
     present = set(batch["labels"].tolist())
-    assert len(method.classes) == 100 == len(set(method.classes.tolist())) and present <= set(method.classes.tolist())
+    drawn = set(method.classes.tolist())
+    assert len(method.classes) == len(data["appeared"]) == len(drawn) and present <= drawn
     method.classes = data["appeared"].long()  # imposed: the generator is not the reference's
     loss = method(batch)["loss"]
     loss.backward()
@@ -199,15 +204,17 @@ def test_region_clip(golden):
 
 
 def test_region_clip_with_few_classes(golden):
-    method = build("regionclip", student=make_model(golden, "eva"), nouns=torch.randn(7, 32))
-    boxes = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
-    batch = {"images": read_batch(golden, 0)["images"], "boxes": [boxes, boxes[:0]], "labels": torch.tensor([3])}
+    student, images = make_model(golden, "eva"), read_batch(golden, 0)["images"]
+    method = build("regionclip", student=student, nouns=torch.randn(7, student.embed_dim))
+    box = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
+    batch = {"images": images, "boxes": [box] + [box[:0]] * (len(images) - 1), "labels": torch.tensor([3])}
     assert torch.isfinite(run(method, batch)) and sorted(method.classes.tolist()) == list(range(7))
 
 
 def test_region_clip_classes_are_those_of_the_whole_step(golden):
     """Classes of every micro-batch, the rest drawn anew each step, the same for the same seed."""
-    method = build("regionclip", student=make_model(golden, "eva"), nouns=torch.randn(300, 32))
+    student = make_model(golden, "eva")
+    method = build("regionclip", student=student, nouns=torch.randn(300, student.embed_dim))
     box = torch.tensor([[0.0, 0.0, 0.5, 0.5]])
     batches = [
         {"images": torch.zeros(1, 3, 64, 64), "boxes": [box.expand(n, 4)], "labels": torch.tensor(labels)}
@@ -227,12 +234,11 @@ def test_without_regions_loss_and_gradients_are_zeros(golden, name, kind, extrac
     """A process without regions must still have a gradient for everything, or the others wait for it."""
     student = make_model(golden, kind)
     teacher = make_model(golden, kind) if name == "clipself" else None
-    method = build(
-        name, student=student, teacher=teacher, nouns=torch.randn(7, 32), unlocked=None, extract_type=extract
-    )
-    none = torch.zeros(0, dtype=torch.long)
-    batch = {"images": read_batch(golden, 0)["images"], "boxes": [torch.zeros(0, 4)] * 2, "labels": none}
-    assert run(method, {**batch, "crops": torch.zeros(0, 3, 64, 64)}).item() == 0
+    nouns = torch.randn(7, student.embed_dim)
+    method = build(name, student=student, teacher=teacher, nouns=nouns, unlocked=None, extract_type=extract)
+    batch = read_batch(golden, 0)
+    batch |= {"boxes": [torch.zeros(0, 4)] * len(batch["images"]), "labels": torch.zeros(0, dtype=torch.long)}
+    assert run(method, {**batch, "crops": batch["crops"][:0]}).item() == 0
     assert all(p.grad is not None and not p.grad.any() for p in student.parameters() if p.requires_grad)
 
 
@@ -272,10 +278,10 @@ def test_contrastive_by_closed_form(golden):
     """OpenCLIP's loss in float64 from the embeddings, and the temperature's derivative by differences."""
     student = make_model(golden, "eva")
     method = build("contrastive", student=student, unlocked=None)
-    generator = torch.Generator().manual_seed(0)
+    generator, size, text = torch.Generator().manual_seed(0), student.visual.image_size, student.text
     batch = {
-        "images": torch.randn(5, 3, 64, 64, generator=generator),
-        "texts": torch.randint(1, 500, (5, 77), generator=generator),
+        "images": torch.randn(5, 3, size, size, generator=generator),
+        "texts": torch.randint(1, text.vocab_size, (5, text.context_length), generator=generator),
     }
 
     def closed_form(log_scale: float) -> float:
@@ -305,20 +311,23 @@ def test_temperature_is_clamped_where_it_trains(golden, before, after):
 
 
 def test_three_steps_and_ensemble(golden):
-    expected = json.loads(need(golden / "train" / "train.json").read_text())["three_steps"]
+    recorded = json.loads(need(golden / "train" / "train.json").read_text())
+    expected, alpha = recorded["three_steps"], recorded["ensemble"]["alpha"]
     student, start = make_model(golden, "eva"), make_model(golden, "eva")
     method = build(student=student, teacher=start, unlocked=expected["unlocked_groups"])
     names = {id(p): n for n, p in student.named_parameters()}
-    optimizer = build_optimizer(OptimOptions(lr=expected["lr"]), "EVA02-tiny", method.student)
+    optim = OptimOptions(lr=expected["lr"], wd=expected["weight_decay"])
+    optimizer = build_optimizer(optim, "EVA02-tiny", method.student)
     assert optimizer.defaults["betas"] == tuple(expected["betas"]) and optimizer.defaults["eps"] == expected["eps"]
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, expected["weight_decay"]]
     for group, key in zip(optimizer.param_groups, ("no_decay", "decay"), strict=True):
         ours = export_state_dict(student, state={names[id(p)]: p for p in group["params"]})
         missing = set(expected[key]) - set(ours)
         assert set(ours) <= set(expected[key])
-        assert all(n == "logit_scale" or ".3.attn.q" in n or ".3.attn.k" in n for n in missing)
+        last = f".{len(student.visual.trunk.blocks) - 1}.attn."
+        assert all(n == "logit_scale" or f"{last}q" in n or f"{last}k" in n for n in missing)
     schedule = make_schedule("cosine", base=expected["lr"], warmup=expected["warmup"], total=expected["total_steps"])
-    for step in range(3):
+    for step in range(len(expected["lr_per_step"])):
         assert schedule(step) == pytest.approx(expected["lr_per_step"][step], rel=1e-6)
         set_lr(optimizer, schedule(step))
         optimizer.zero_grad()
@@ -328,33 +337,38 @@ def test_three_steps_and_ensemble(golden):
     after = export_state_dict(student)
     file = golden / "train" / "weights_after_3_steps.safetensors"
     if file.exists():
-        check_weights(after, load_file(file))
-        mixed = export_state_dict(student, state=ensemble_state(student.state_dict(), start.state_dict(), 0.7))
-        check_weights(mixed, load_file(golden / "train" / "ensemble.safetensors"))
+        walked = sum(expected["lr_per_step"])
+        check_weights(after, load_file(file), walked)
+        mixed = export_state_dict(student, state=ensemble_state(student.state_dict(), start.state_dict(), alpha))
+        check_weights(mixed, load_file(golden / "train" / "ensemble.safetensors"), walked)
 
 
-def check_weights(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+def check_weights(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], walked: float) -> None:
     """Within 1e-6, but for single elements whose gradient is rounding noise, which AdamW blows up to a full step.
 
-    The same run in float64 differs from the recorded float32 one in 20 of 201,377 elements, by 3.4e-5 at most.
+    The same run in float64 differs from the recorded float32 one in 20 of 201,377 elements, by 3.4e-5 at most; how
+    many there are depends on the draw and on the machine's matrix kernels. ``walked`` is the way that an element can
+    go at all: the sum of the rates.
     """
     differences = torch.cat([(actual[n] - v).abs().flatten() for n, v in expected.items()])
-    assert (differences > 1e-6).float().mean() < 1e-4 and differences.max() < 1e-4
+    assert (differences > 1e-6).float().mean() < 1e-3 and differences.max() < walked / 20
 
 
-def test_clipped_step(golden):
+@pytest.mark.recorded("train/train.json", CLIP_STEP)
+def test_clipped_step(golden, case):
     expected = json.loads(need(golden / "train" / "train.json").read_text())
     setting = expected["three_steps"]
     student = make_model(golden, "eva")
-    method = build(student=student, teacher=make_model(golden, "eva"), unlocked=4)
-    optimizer = build_optimizer(OptimOptions(lr=setting["lr"]), "EVA02-tiny", method.student)
+    method = build(student=student, teacher=make_model(golden, "eva"), unlocked=setting["unlocked_groups"])
+    optim = OptimOptions(lr=setting["lr"], wd=setting["weight_decay"])
+    optimizer = build_optimizer(optim, "EVA02-tiny", method.student)
     schedule = make_schedule("cosine", base=setting["lr"], warmup=setting["warmup"], total=setting["total_steps"])
     set_lr(optimizer, schedule(0))
     run(method, read_batch(golden, 0))
-    torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], 0.1)
+    torch.nn.utils.clip_grad_norm_([p for p in student.parameters() if p.requires_grad], float(case))
     optimizer.step()
     after = export_state_dict(student)
-    for name, norm in expected["one_step_clip_0.1"].items():
+    for name, norm in expected[f"one_step_clip_{case}"].items():
         assert after[name].double().norm().item() == pytest.approx(norm, abs=2e-5), name
 
 
@@ -367,6 +381,6 @@ def test_teacher_stays_frozen_and_in_eval(golden):
     calls = []
     method.teachers["crops"].model.encode_image = lambda *a, **k: calls.append(1)
     batch = read_batch(golden, 0)
-    features = torch.nn.functional.normalize(torch.randn(len(batch["crops"]), 32), dim=-1)
+    features = torch.nn.functional.normalize(torch.randn(len(batch["crops"]), teacher.width), dim=-1)
     run(method, {**batch, "answers": {"crops": features}})
     assert not calls

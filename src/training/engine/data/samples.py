@@ -45,6 +45,20 @@ def stack_padded(images: Sequence[Tensor], size: int) -> Tensor:
     return batch
 
 
+def reach(size: tuple[int, int], boxes: Tensor, side: int) -> tuple[int, int]:
+    """(height, width) in pixels of a padded square that an image and its boxes cover; boxes may lie beyond the image.
+
+    Args:
+        size: (height, width) of the image.
+        boxes: ``[K, 4]`` on the CPU, xyxy in 0..1 of the square.
+        side: of the square, pixels.
+    """
+    if not len(boxes):
+        return size
+    right, below = (boxes[:, 2:].amax(0) * side).tolist()
+    return tuple(max(own, min(math.ceil(edge), side)) for own, edge in zip(size, (below, right), strict=True))
+
+
 def check_image_root(root: str, names: Sequence[str], annotation_file: str, flag: str) -> None:
     """UserError when none of the named files is under the root; behind a URL they are read until one can be."""
     if is_url(root):
