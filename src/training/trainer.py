@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import open_clip
-from open_clip import CLIP
+from open_clip import CLIP, ImageTower
 from open_clip.identity import architecture_hash
 from open_clip.readouts import hold_unread
 from open_clip.weights import export_state_dict
@@ -30,6 +30,7 @@ from training.engine.sharding import whole_state
 from training.methods import Setting
 from training.models import (
     StartWeights,
+    attention_kernel,
     build_optimizer,
     prepare_student,
     prepare_teachers,
@@ -277,12 +278,29 @@ class Distillation(Task):
         """Say what the data lacks; fill the stores of teachers' answers."""
         log_left_out(self.source, self.data.skipped)
         log.info("%d images", self.data.num_images)
+        self._report_attention()
         for name, store in self.stores.items():
             fill(
                 store, self.data.dataset, self.method.teachers[name], dist=self.dist, precision=self.precision,
                 workers=self.choices.data.workers,
             )  # fmt: skip
             del self.method.teachers[name], self.teachers[name]
+
+    def _report_attention(self) -> None:
+        """Say which attention kernels PyTorch takes; a slow one on a GPU deserves a warning."""
+        towers = {"student": (self.student.visual, self.views["images"].size, self.precision.input_dtype)}
+        for name, teacher in self.teachers.items():
+            tower = getattr(teacher.model, "visual", teacher.model)
+            if isinstance(tower, ImageTower):
+                towers[f"teacher {name}"] = (tower, teacher.view.size, teacher.view.dtype)
+        kernels = {name: attention_kernel(*one) for name, one in towers.items()}
+        log.info("attention kernels: %s", ", ".join(f"{name} {kernel}" for name, kernel in kernels.items()))
+        slow = [name for name, kernel in kernels.items() if kernel == "math"]
+        if slow and self.dist.device.type == "cuda":
+            log.warning(
+                "attention of the %s is not fused, which is slow and takes much memory: --precision amp_bf16 has fused "
+                "kernels on every recent GPU", " and the ".join(slow),
+            )  # fmt: skip
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
         """The ensemble of student and start model in the published layout."""

@@ -82,6 +82,12 @@ def test_data_compares_delivery(run: Run) -> None:
     assert grid["bytes_per_sample_device"] == pytest.approx(3 * 480 * 640, rel=0.01)
 
 
+def test_padding_compares_steps(run: Run) -> None:
+    table, result = run("padding", "steps", *TINY, "--size", "64", "--crops", "2", "--rounds", "1")
+    assert "dropped" in table and result["faster"] > 0 and set(result["memory_gb"]) == {"padded", "dropped"}
+    assert result["loss"]["padded"] != result["loss"]["dropped"]
+
+
 def test_annotations_open_and_serve(run: Run) -> None:
     table, result = run(
         "annotations", "--images", "300", "--annotations", "2000", "--kinds", "lvis", "--sizes", "200", "400",

@@ -87,7 +87,7 @@ def small_disk(place: Path, megabytes: float):
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
-@pytest.mark.parametrize("room", [0.7, 1.2, 2.6, 5.2])
+@pytest.mark.parametrize("room", [1.2, *(pytest.param(room, marks=pytest.mark.slow) for room in (0.7, 2.6, 5.2))])
 def test_a_full_disk_leaves_the_former_checkpoint(program, tmp_path, capfd, room):
     """``room`` for so many checkpoints, so that the disk ends now in a checkpoint, now in a release file or the log."""
     assert program("measure", max_steps=2, **SHORT) == 0
