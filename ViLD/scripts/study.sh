@@ -84,9 +84,11 @@ stage "report"
 "$PY" ViLD/scripts/study_report.py enlarge "$out"
 first="$out/seed_${seeds%% *}/ensemble/latest.pt"
 names="$("$PY" -c 'import json, sys; print(",".join(sum(json.load(open(sys.argv[1])).values(), [])))' "$data/annotations/split.json")"
-"$PY" ViLD/detect.py "$out/enlarged" --checkpoint "$first" --classes "$names" --score 0.2 --out "$out/detections" --device cpu
-"$PY" ViLD/detect.py "$out/enlarged" --checkpoint "$first" --classes "circle,square,triangle,star,heart,ring,cross" \
-    --attributes "red,green,blue,yellow,purple" --score 0.1 --out "$out/expansions" --device cpu
+# "striped square" and so on: what is left of the names without their colours.
+shapes="$(tr ',' '\n' <<<"$names" | cut -d ' ' -f 2- | sort -u | paste -s -d ',' -)"
+"$PY" ViLD/detect.py "$out/enlarged" --checkpoint "$first" --classes "$names" --score 0.3 --out "$out/detections" --device cpu
+"$PY" ViLD/detect.py "$out/enlarged" --checkpoint "$first" --classes "$shapes" --attributes "red,green,blue,yellow,purple" \
+    --score 0.2 --out "$out/expansions" --device cpu
 "$PY" ViLD/scripts/study_report.py sheet "$out/detections" "$out/detections.png"
 "$PY" ViLD/scripts/study_report.py sheet "$out/expansions" "$out/expansion.png"
 printf '%d:%02d minutes; tables: %s, pictures: %s\n' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60)) "$out/result.md" \

@@ -13,6 +13,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _LIKE_A_FILE = re.compile(r"[\\/]|\.(txt|names|csv|json|list|tsv|md)$", re.IGNORECASE)
 
 
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a list of names may be longer than file names are."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def read_names(text: str, flag: str = "--classes", *, once: bool = True) -> list[str]:
     """Class names of ``"cat, dog"``, or of a file with one name a line.
 
@@ -25,7 +33,7 @@ def read_names(text: str, flag: str = "--classes", *, once: bool = True) -> list
         UserError: such a file, one that is no text, no name at all, or one twice.
     """
     path = Path(text)
-    if path.is_file():
+    if _is_file(path):
         try:
             names = path.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:

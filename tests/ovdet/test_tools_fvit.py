@@ -273,6 +273,8 @@ def test_library_call(detector_file: tuple, tmp_path: Path, monkeypatch: pytest.
 
 def test_names_and_files_of_command_lines(tmp_path: Path):
     assert read_names("cat, dog ,red car") == ["cat", "dog", "red car"] and read_names("cat") == ["cat"]
+    many = [f"class number {i}" for i in range(400)]  # longer than a file's name may be
+    assert read_names(",".join(many)) == many
     (tmp_path / "names.txt").write_bytes("\ufeffcafé\n\nbus \U0001f68c\n".encode())
     assert read_names(str(tmp_path / "names.txt")) == ["café", "bus \U0001f68c"]
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
