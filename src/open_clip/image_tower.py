@@ -160,7 +160,8 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         """Rotary table of a grid; one that does not train is made once, in place of some twenty kernels a pass."""
         if getattr(self.trunk, "rope_mixed", False):
             return timm_blocks.rotary_table(self.trunk, grid)
-        device = next((b.device for b in self.trunk.rope.buffers()), None)
+        devices = [b.device for b in self.trunk.rope.buffers()]  # a list: torch 2.6 cannot trace next(..., None)
+        device = devices[0] if devices else None
         table = self._tables.get((grid, device))
         if table is None:
             with torch.inference_mode(False), torch.no_grad():  # a table made for an evaluation serves training too
