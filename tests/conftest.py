@@ -61,6 +61,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(mark.kwargs.get("argument", "case"), cases)
 
 
+def pytest_sessionstart() -> None:
+    """One backward pass before all tests, so that processes can be forked in any order of them.
+
+    The first one decides for good whether autograd needs threads, which a fork does not survive; after a test with
+    tensors that are imagined on a GPU it would, though there is none.
+    """
+    torch.ones(1, requires_grad=True).sum().backward()
+
+
 @pytest.fixture(scope="session")
 def in_processes() -> Callable[..., None]:
     """``in_processes(function, world, *args)``: ``function(rank, *args)`` in ``world`` processes at once.
