@@ -123,6 +123,14 @@ def explain(error: BaseException, flags: Flags | None = None) -> str | None:
     return None
 
 
+def _died_worker(error: BaseException | None) -> RuntimeError | None:
+    """The death of a loader worker that an error arose from. torch raises it wherever the program happens to be: inside
+    a save it looks like a file that cannot be written."""
+    while error is not None and not (isinstance(error, RuntimeError) and _WORKER.search(str(error))):
+        error = error.__context__
+    return error
+
+
 def run_program(main: Callable[[], int | None], flags: Flags | None = None) -> int:
     """Run a program's main function and give its exit status; every command of the project ends through here.
 
@@ -132,13 +140,14 @@ def run_program(main: Callable[[], int | None], flags: Flags | None = None) -> i
     rank, orderly = int(os.environ.get("RANK", "0")), True
     try:
         return main() or EXIT_DONE
-    except UserError as error:
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USER
     except KeyboardInterrupt:
         return EXIT_BROKEN_OFF
-    except Exception as error:
+    except Exception as raised:
+        error = _died_worker(raised) or raised
+        if isinstance(error, UserError):
+            if rank == 0:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            return EXIT_USER
         reason = explain(error, flags)
         if reason is None:
             raise
