@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.engine.signals import until_told
+
 EXIT_DONE = 0
 EXIT_USER = 2  # something for the user to mend, as for a wrong command line
 EXIT_FAILED = 71  # the system around the program failed; nothing to mend in the arguments, to be resumed (EX_OSERR)
@@ -137,6 +139,11 @@ def run_program(main: Callable[[], int | None], flags: Flags | None = None) -> i
     Status 0: done; 2: a :class:`UserError`; 71: the system failed (a full disk, a process that died); 75: interrupted
     and saved; 130: Ctrl-C. 2 and 71 are explained in one line; any other failure is a traceback.
     """
+    with until_told():
+        return _run(main, flags)
+
+
+def _run(main: Callable[[], int | None], flags: Flags | None) -> int:
     rank, orderly = int(os.environ.get("RANK", "0")), True
     try:
         return main() or EXIT_DONE

@@ -147,19 +147,18 @@ class Loop:
         self.batches = task.batches
         if options.profile and self.dist.is_master:
             self.batches = profile_steps(task.batches, folder / "profile", options.profile * options.accum_freq)
-        self.stop = StopSignal()
         try:
-            while progress.epoch < options.epochs and progress.step < self.total_steps and not task.ended(progress):
-                self._epoch()
-                self._after_epoch()
-            task.finish(folder)
+            with StopSignal() as self.stop:
+                while progress.epoch < options.epochs and progress.step < self.total_steps and not task.ended(progress):
+                    self._epoch()
+                    self._after_epoch()
+                task.finish(folder)
         except Interrupted:
             log.warning(
                 "interrupted: saved as %s; go on with %s", self.checkpoints.last, options.flags.resume
             )  # fmt: skip
             return EXIT_INTERRUPTED
         finally:
-            self.stop.restore()
             self.journal.close()
         return EXIT_DONE
 

@@ -14,20 +14,49 @@ class Interrupted(Exception):
     """A signal asked the run to end; its state is saved."""
 
 
+_told: contextlib.ExitStack | None = None
+
+
+@contextlib.contextmanager
+def until_told() -> Iterator[None]:
+    """Within this stretch a run that fails keeps its handlers to the end: a launcher answers the death of one process
+    with SIGTERM to the others, which have still to say why they end."""
+    global _told
+    before = _told
+    try:
+        with contextlib.ExitStack() as _told:
+            yield
+    finally:
+        _told = before
+
+
 class StopSignal:
-    """Remembers SIGTERM and SIGINT, so that a step is finished and saved. A second SIGINT ends at once."""
+    """``with StopSignal() as stop``: SIGTERM and SIGINT are remembered, so that a step is finished and saved.
+
+    A second SIGINT ends at once. The former handlers come back at the end, or of a run that fails within
+    :func:`until_told`, at the end of that.
+    """
 
     def __init__(self) -> None:
         self.received = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
         self._before = {s: signal.signal(s, self._note) for s in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *about: Any) -> None:
+        if kind is None or _told is None:
+            self._restore()
+        else:
+            _told.callback(self._restore)
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = True
 
-    def restore(self) -> None:
-        """Put the former handlers back."""
+    def _restore(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
