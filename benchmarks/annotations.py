@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
-from common import Clock, make_dataset, peak_memory_gb, print_table, run_self  # noqa: E402
+from common import Clock, make_dataset, print_table, run_self  # noqa: E402
 
 PER_IMAGE = 7.3  # annotations an image, COCO's average
 POINTS = 24  # of a polygon; with it an annotation has the length that COCO's have
@@ -72,22 +72,25 @@ def proportional_memory_mb(pid: int) -> float:
 def open_ours(path: str, cache: str) -> dict:
     """Seconds to open a file with a cache folder, and the peak memory of the process in GB."""
     from training.engine.data.annotations import load_annotations
+    from training.engine.memory import peak_memory
 
-    before, clock = peak_memory_gb(), Clock()
+    before, clock = peak_memory() / 1e9, Clock()
     annotations = load_annotations(path, cache_dir=cache)
     seconds = clock()
     return {"seconds": seconds, "images": len(annotations), "annotations": len(annotations.boxes),
-            "peak_gb": peak_memory_gb() - before}  # fmt: skip
+            "peak_gb": peak_memory() / 1e9 - before}  # fmt: skip
 
 
 def open_conventional(path: str) -> dict:
     """Seconds to read the json into dictionaries indexed by image, and the memory that they take, in GB."""
-    before, clock = peak_memory_gb(), Clock()
+    from training.engine.memory import peak_memory
+
+    before, clock = peak_memory() / 1e9, Clock()
     content = json.loads(Path(path).read_text())
     by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
-    return {"seconds": clock(), "images": len(by_image), "peak_gb": peak_memory_gb() - before}
+    return {"seconds": clock(), "images": len(by_image), "peak_gb": peak_memory() / 1e9 - before}
 
 
 def deliver(path: str, images: str, cache: str, workers: int, seconds: float) -> dict:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -126,11 +125,6 @@ def _segments(folder: Path, rng: np.random.Generator, index: int, name: str, cou
 
 
 # -- measuring --------------------------------------------------------------------------------------------------------
-
-
-def peak_memory_gb() -> float:
-    """Largest resident size of this process so far, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def run_self(script: str, arguments: Sequence[str]) -> dict:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
-from common import ROOT, Clock, peak_memory_gb, photograph, print_table, random_boxes, run_self  # noqa: E402
+from common import ROOT, Clock, photograph, print_table, random_boxes, run_self  # noqa: E402
 from detector_plain import WholeMasks, paste_and_encode, plain_losses  # noqa: E402
 from host_waits import HostWaits  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -46,6 +46,7 @@ from ovdet.parts.rois import sample_rois  # noqa: E402
 from ovdet.precision import choose_precision  # noqa: E402
 from ovdet.testing import detect  # noqa: E402
 from training.engine.distributed import Dist  # noqa: E402
+from training.engine.memory import peak_memory  # noqa: E402
 
 CLASSES, NOVEL = 65, 17
 WARM_UP = 2  # steps, or batches, that are not counted
@@ -310,8 +311,7 @@ def step_memory(args: argparse.Namespace) -> dict[str, float]:
         result[f"{name}_gb"] = sum(kept.values()) / 1e9
         del losses, task, detector, batch
         if name == "frozen":
-            gpu = args.device == "cuda"
-            result["peak_gb"] = torch.cuda.max_memory_allocated() / 1e9 if gpu else peak_memory_gb()
+            result["peak_gb"] = peak_memory(torch.device(args.device)) / 1e9
     return result
 
 

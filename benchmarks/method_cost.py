@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -45,6 +44,8 @@ def part(name: str, args: argparse.Namespace) -> dict:
     from steps import OurStep, regions
     from torch.utils.flop_counter import FlopCounterMode
 
+    from training.engine.memory import peak_memory
+
     names = Path(args.folder) / "names.json"
     names.write_text(json.dumps([{"name": f"class {i}", "isthing": int(i < 80)} for i in range(CLASSES)]))
     flags = [f.format(names=names) for f in METHODS[name]]
@@ -74,9 +75,7 @@ def part(name: str, args: argparse.Namespace) -> dict:
 
     run()
     seconds = min(run() for _ in range(args.steps))
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 1e9
+    memory = peak_memory(device) / 1e9
     with FlopCounterMode(display=False) as counter:
         run()
     return {"seconds": seconds, "memory_gb": memory, "tflop": counter.get_total_flops() / 1e12}

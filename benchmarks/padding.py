@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
-from common import peak_memory_gb, print_table, run_self  # noqa: E402
+from common import print_table, run_self  # noqa: E402
 
 ARMS = {"padded": [], "dropped": ["--drop-padding"]}
 MODEL = "ViT-Ti-8-64"
@@ -73,11 +73,12 @@ def peak(args: argparse.Namespace) -> dict:
     """Peak memory of two steps of one arm."""
     import torch
 
+    from training.engine.memory import peak_memory
+
     step = make_step(args, args.arm)
     for _ in range(2):
         step()
-    gpu = args.device == "cuda"
-    return {"gb": torch.cuda.max_memory_allocated() / 1e9 if gpu else peak_memory_gb()}
+    return {"gb": peak_memory(torch.device(args.device)) / 1e9}
 
 
 def program(module: str, *arguments: object) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
-from common import Clock, add_data_flags, dataset_of, peak_memory_gb, photograph, print_table, run_self  # noqa: E402
+from common import Clock, add_data_flags, dataset_of, photograph, print_table, run_self  # noqa: E402
 
 import open_clip  # noqa: E402
 from open_clip.transform import normalize  # noqa: E402
@@ -40,6 +40,7 @@ from ovseg.protocols import Protocol  # noqa: E402
 from ovseg.segment import Segmenter, segment  # noqa: E402
 from ovseg.windows import window_boxes  # noqa: E402
 from training.engine.distributed import Dist  # noqa: E402
+from training.engine.memory import peak_memory  # noqa: E402
 
 READOUTS = ["value", "sclip", "clearclip", "naclip"]
 
@@ -119,7 +120,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
     image = torch.from_numpy(photograph(np.random.default_rng(0), args.width, args.height)).permute(2, 0, 1)
     classes = class_list("coco_stuff171") if args.classes == 171 else _classes(args.classes)
     embeddings = F.normalize(torch.randn(len(classes), model.visual.embed_dim), dim=-1)
-    before, clock = peak_memory_gb(), Clock()
+    before, clock = peak_memory() / 1e9, Clock()
     protocol = Protocol(
         short_side=args.memory_side, long_side=10**6, window=args.memory_window, pamr_steps=args.pamr_steps
     )  # fmt: skip
@@ -127,7 +128,7 @@ def measure_memory(args: argparse.Namespace) -> dict:
     assert labels.shape == (args.height, args.width)
     return {
         "width": args.width, "height": args.height, "classes": len(classes), "short_side": args.memory_side,
-        "window": args.memory_window, "pamr_steps": args.pamr_steps, "seconds": clock(), "peak_gb": peak_memory_gb(),
+        "window": args.memory_window, "pamr_steps": args.pamr_steps, "seconds": clock(), "peak_gb": peak_memory() / 1e9,
         "before_gb": before, "scores_alone_gb": 4e-9 * args.width * args.height * len(classes),
     }  # fmt: skip
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
-from common import Clock, add_data_flags, dataset_of, peak_memory_gb, print_table, run_self  # noqa: E402
+from common import Clock, add_data_flags, dataset_of, print_table, run_self  # noqa: E402
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -86,6 +86,8 @@ def part_step(args: argparse.Namespace) -> dict:
     import torch
     from steps import ConventionalStep, OurStep, regions, step_flop
 
+    from training.engine.memory import peak_memory
+
     device = torch.device(args.device)
     pictures = regions(args.batches[0], args.crops)
     kind = OurStep if args.part == "ours" else ConventionalStep
@@ -95,7 +97,7 @@ def part_step(args: argparse.Namespace) -> dict:
     except torch.OutOfMemoryError:
         return {"out_of_memory": True}
     tower = step.visual if args.part == "ours" else step.student.visual
-    peak = torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else peak_memory_gb()
+    peak = peak_memory(device) / 1e9
     flop = args.batches[0] * step_flop(tower, args.sizes[0], args.crops)
     return {"seconds": seconds, "loss": loss, "peak_gb": peak, "flop": flop}
 

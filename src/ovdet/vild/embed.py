@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SHARD_IMAGES = 100  # 31 MB at 300 proposals an image of 512 numbers
 CHECKED_IMAGES = 256  # before training
+CPU_BATCH = 16  # crops a CPU embeds at a time, whatever the batch size: more do not fit into its caches
 AHEAD = 1  # images that a worker makes ahead: 90 MB each
 
 
@@ -118,6 +119,11 @@ class Embedder:
     @torch.inference_mode()
     def raw(self, pictures: Tensor) -> Tensor:
         """Raw embeddings ``[N, D]``, float32, of squares ``[N, 3, size, size]`` of values 0..255."""
+        if self.device.type == "cpu":
+            return torch.cat([self._raw(part) for part in pictures.split(CPU_BATCH)])
+        return self._raw(pictures)
+
+    def _raw(self, pictures: Tensor) -> Tensor:
         with self.precision.autocast():
             view = normalize(pictures.to(self.device, non_blocking=True), self.visual.image_mean, self.visual.image_std)
             return self.clip.encode_image(view, normalize=False).float()

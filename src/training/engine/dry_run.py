@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from training.engine.distributed import gather_objects
 from training.engine.loop import Loop
+from training.engine.memory import peak_memory
 
 
 @dataclass(frozen=True)
@@ -68,17 +67,11 @@ def forecast(loop: Loop, steps: int = 3) -> Forecast:
     return Forecast(
         step_seconds=counted[len(counted) // 2],
         total_steps=loop.total_steps,
-        memory_gb=max(gather_objects(_memory(loop.dist.device))) / 1e9,
+        memory_gb=max(gather_objects(peak_memory(loop.dist.device))) / 1e9,
         checkpoint_gb=held / 1e9,
         release_gb=released / 1e9,
         kept=min(written, loop.options.keep or written),
     )
-
-
-def _memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def _bytes(content: object) -> int:

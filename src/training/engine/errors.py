@@ -159,8 +159,8 @@ def _run(main: Callable[[], int | None], flags: Flags | None) -> int:
         if reason is None:
             raise
         orderly = False
-        # Every process speaks for itself: it may be the only one that knows.
-        print(f"error: {f'process {rank}: ' if rank else ''}{reason}", file=sys.stderr, flush=True)
+        # Every process speaks for itself: it may be the only one that knows. Process 0 may have left a progress bar.
+        print(f"\nerror: process {rank}: {reason}" if rank else f"error: {reason}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     finally:
         _end_workers()
