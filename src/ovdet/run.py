@@ -20,10 +20,10 @@ from ovdet.vocabulary import Vocabulary, make_vocabulary
 from training.engine.checkpoint import read_file, remove_unfinished, seed_generators
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
-from training.engine.errors import UserError
+from training.engine.errors import Flags, UserError
 from training.engine.folder import open_folder, resume_after_restart
 from training.engine.journal import setup_logging
-from training.engine.loop import Loop
+from training.engine.loop import Loop, Task
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ def build_task(
 
 
 def train(
-    make_task: Callable[[Any, Dist, Path], DetectionTask],
+    make_task: Callable[[Any, Dist, Path], Task],
     config: Any,
     dist: Dist,
     folder: Path,
@@ -120,15 +120,19 @@ def train(
     resume: bool = False,
     max_steps: int = 0,
     save_every_steps: int = 0,
+    check: Callable[[Path, str | None], None] | None = None,
+    flags: Flags = FLAGS,
 ) -> int:
     """One training run. Its folder holds ``config.toml``, ``train.log``, ``tensorboard/``, ``checkpoints/`` to resume
-    from, and small detector files ``latest.pt`` and ``epoch_N.pt``.
+    from, and files for users: of a :class:`~ovdet.task.DetectionTask` small ``latest.pt`` and ``epoch_N.pt``.
 
     Args:
         make_task: (config, dist, folder) to what trains; every process calls it, and it may raise UserError.
         config: sections ``train`` and ``data`` are read.
         resume: go on from the newest checkpoint, where there is one.
         max_steps, save_every_steps: see :func:`ovdet.task.loop_options`.
+        check: in place of :func:`check_former`.
+        flags: what the program calls its options.
 
     Returns:
         Exit status: 0 done, 75 interrupted and saved.
@@ -136,20 +140,20 @@ def train(
     Raises:
         UserError: faulty input, before anything is written.
     """
-    start = resume_after_restart(folder, "latest" if resume else None, FLAGS)
+    start = resume_after_restart(folder, "latest" if resume else None, flags)
     with together():
-        check_former(folder, start)
+        (check or check_former)(folder, start)
     seed_generators(config.train.seed + dist.rank)
     precision = choose_precision(config.train, dist.device, training=True)
     loop = Loop(
         make_task(config, dist, folder),
-        loop_options(config.train, config.data, max_steps=max_steps, save_every_steps=save_every_steps),
+        loop_options(config.train, config.data, max_steps=max_steps, save_every_steps=save_every_steps, flags=flags),
         dist=dist, precision=precision,
     )  # fmt: skip
     # A folder without a run in it is as good as none.
-    with open_folder(folder, "auto", dist, FLAGS, {"config.toml": format_config(config)}):
+    with open_folder(folder, "auto", dist, flags, {"config.toml": format_config(config)}):
         if dist.is_master:
-            remove_unfinished(folder)  # detector files that a killed run was writing
+            remove_unfinished(folder)  # files for users that a killed run was writing
         setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
         log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
         return loop.train(folder, start)

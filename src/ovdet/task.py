@@ -226,10 +226,13 @@ class DetectionTask(Task):
         return {"latest.pt": content, **whole}
 
 
-def loop_options(train: TrainConfig, data: DataConfig, *, max_steps: int = 0, save_every_steps: int = 0) -> LoopOptions:
+def loop_options(
+    train: TrainConfig, data: DataConfig, *, max_steps: int = 0, save_every_steps: int = 0, flags: Flags = FLAGS
+) -> LoopOptions:
     """How the loop runs a detector's training.
 
     Args:
+        train, data: sections of its config.
         max_steps: end after so many steps in all; 0: after ``train.epochs``.
         save_every_steps: save inside epochs as well; 0: never.
     """
@@ -246,5 +249,5 @@ def loop_options(train: TrainConfig, data: DataConfig, *, max_steps: int = 0, sa
         evaluate_first=False,
         evaluate_every=train.eval_every,
         evaluate_last=train.eval_every > 0,
-        flags=FLAGS,
+        flags=flags,
     )
