@@ -173,14 +173,19 @@ class DetectionTask(Task):
             return adamw([{"params": trained, "weight_decay": train.weight_decay}], lr=train.lr)
         return adamw(decay_groups(named, train.weight_decay), lr=train.lr)
 
+    def decay_steps(self, steps_per_epoch: int) -> Sequence[int]:
+        """Steps from each of which on the rate falls, besides ``train.decay_epochs``."""
+        return ()
+
     def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
         train, images = self.train, self.train.batch_size * self.dist.world_size
+        steps = self.decay_steps(steps_per_epoch)
         base = scaled_lr(train.lr, images, train.base_batch) if train.scale_lr else train.lr
 
         def rate(step: int, epoch: int) -> float:
             return step_decay_lr(
                 step, epoch, base=base, decay_epochs=train.decay_epochs, decay_factor=train.decay_factor,
-                warmup=train.warmup_steps, warmup_factor=train.warmup_factor,
+                decay_steps=steps, warmup=train.warmup_steps, warmup_factor=train.warmup_factor,
             )  # fmt: skip
 
         return rate
