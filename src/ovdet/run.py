@@ -17,7 +17,7 @@ from ovdet.precision import choose_precision
 from ovdet.task import FLAGS, DetectionTask, loop_options
 from ovdet.testing import test
 from ovdet.vocabulary import Vocabulary, make_vocabulary
-from training.engine.checkpoint import read_file, remove_unfinished, seed_generators
+from training.engine.checkpoint import read_file, seed_generators
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
 from training.engine.errors import Flags, UserError
@@ -152,8 +152,6 @@ def train(
     )  # fmt: skip
     # A folder without a run in it is as good as none.
     with open_folder(folder, "auto", dist, flags, {"config.toml": format_config(config)}):
-        if dist.is_master:
-            remove_unfinished(folder)  # files for users that a killed run was writing
         setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
         log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
         return loop.train(folder, start)
