@@ -1,11 +1,7 @@
 #!/usr/bin/env bash
 # bash dist_test.sh CONFIG CHECKPOINT NUM_PROCESSES --eval bbox|segm [section.key=value ...]
-# One process per GPU, or CPU processes where there is none. Several machines: set NNODES, NODE_RANK and MASTER_ADDR (and
-# MASTER_PORT) on each. PYTHON names another interpreter than that of the clone's .venv.
+# Processes, machines and interpreter: see scripts/_launch.sh.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-[ $# -ge 3 ] || { echo "usage: bash dist_test.sh CONFIG CHECKPOINT NUM_PROCESSES --eval bbox|segm [section.key=value ...]" >&2; exit 2; }
-config="$1" checkpoint="$2" processes="$3"
-shift 3
-source "$here/tools/_launch.sh"
-launch "$processes" "$here/test.py" "$config" "$checkpoint" "$@"
+source "$here/../scripts/_launch.sh"
+launch_with "$here/test.py" 3 "dist_test.sh CONFIG CHECKPOINT NUM_PROCESSES --eval bbox|segm [section.key=value ...]" "$@"

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
-# bash dist_test.sh CHECKPOINT NUM_PROCESSES [--config CONFIG] [section.key=value ...]; see dist_train.sh for the rest.
+# bash dist_test.sh CHECKPOINT NUM_PROCESSES [--config CONFIG] [section.key=value ...]
+# Processes, machines and interpreter: see scripts/_launch.sh.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-[ $# -ge 2 ] || { echo "usage: bash dist_test.sh CHECKPOINT NUM_PROCESSES [--config CONFIG] [section.key=value ...]" >&2; exit 2; }
-checkpoint="$1" processes="$2"
-shift 2
-source "$here/../F-ViT/tools/_launch.sh"
-launch "$processes" "$here/test.py" "$checkpoint" "$@"
+source "$here/../scripts/_launch.sh"
+launch_with "$here/test.py" 2 "dist_test.sh CHECKPOINT NUM_PROCESSES [--config CONFIG] [section.key=value ...]" "$@"

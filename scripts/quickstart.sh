@@ -9,16 +9,9 @@
 # Running it again uses the generated data again when it is complete, and trains anew.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-begin=$SECONDS
-
-smoke=
-case "${1:-}" in
-    "") ;;
-    --smoke) smoke=1 ;;
-    *) echo "error: unknown argument $1; the only one is --smoke" >&2; exit 2 ;;
-esac
+source scripts/_study.sh
+take_smoke "${1:-}"
 OUT="${OUT:-quickstart${smoke:+/smoke}}"
-cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 
 # Sizes. One step of the first training takes about 0.7 s on 2 cores, one of the second about 0.45 s.
 train=2000 val=150 pairs=3000
@@ -32,7 +25,7 @@ stage() {  # stage NAME: ends the one before
     local now=$SECONDS
     if [ -n "${stage_name:-}" ]; then times+=("$stage_name=$((now - stage_begin))"); fi
     stage_name="$1" stage_begin=$now
-    if [ -n "$1" ]; then printf '\n== %s (%d:%02d since the start)\n' "$1" $(((now - begin) / 60)) $(((now - begin) % 60)); fi
+    if [ -n "$1" ]; then printf '\n== %s (%s since the start)\n' "$1" "$(elapsed "$now")"; fi
 }
 
 stage "install"
@@ -48,15 +41,8 @@ stage "generate data"
 data="$OUT/data"
 scene_args=(--train "$train" --val "$val" --pairs "$pairs" --size 128 --pair-size 64 --things 16 --stuff 6 --pattern-names
     --min-object 0.28 --max-object 0.5 --max-objects 4 --seed 0)
-# Complete data of these very arguments, and of this very generator, is used again.
-state="$(cat src/training/scenes/*.py | cksum) ${scene_args[*]}"
-if [ "$(cat "$data/complete" 2>/dev/null)" = "$state" ]; then
-    echo "Using the data in $data"
-else
-    rm -rf "$data"
-    OMP_NUM_THREADS=1 "$PY" -m training.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
-    echo "$state" >"$data/complete"
-fi
+if has_scenes "$data" "${scene_args[@]}"; then echo "Using the data in $data"; fi
+make_scenes "$data" "${scene_args[@]}"
 logs="$OUT/logs"
 rm -rf "$logs/start" "$logs/clipself"
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(os.environ.get("CLIPSELF_GOLDEN", Path(__file__).parent / "golden"))
 
 
@@ -68,6 +72,20 @@ def pytest_sessionstart() -> None:
     tensors that are imagined on a GPU it would, though there is none.
     """
     torch.ones(1, requires_grad=True).sum().backward()
+
+
+@pytest.fixture(scope="session")
+def as_module() -> Callable[[str], ModuleType]:
+    """``as_module("tools/show.py")``: a Python file of the project that is no part of a package, as a module."""
+
+    def load(path: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"loaded_{Path(path).stem}", ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

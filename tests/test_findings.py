@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -133,7 +131,7 @@ def test_n6_a_missing_package_is_a_fault_of_the_set_up(monkeypatch):
         read_bytes("memory://nothing/a.jpg")
 
 
-def test_n11_byte_order_marks_are_no_part_of_names(tmp_path):
+def test_n11_byte_order_marks_are_no_part_of_names(tmp_path, as_module):
     from open_clip.prompts import read_class_names
     from ovdet.listing import read_names
     from ovseg.classes import read_classes
@@ -142,15 +140,7 @@ def test_n11_byte_order_marks_are_no_part_of_names(tmp_path):
     file.write_bytes("\ufeffdog\ncat\n".encode())
     assert list(read_classes(file).names) == read_names(str(file)) == ["dog", "cat"]
     assert list(read_class_names(file)) == ["dog", "cat"]
-    assert _tool("generate_text_embeddings").read_names(file) == ["dog", "cat"]
-
-
-def _tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"found_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    assert as_module("tools/generate_text_embeddings.py").read_names(file) == ["dog", "cat"]
 
 
 def _help(main_of, capsys) -> str:
@@ -160,19 +150,20 @@ def _help(main_of, capsys) -> str:
     return capsys.readouterr().out
 
 
-def test_n12_flags_are_called_the_same_everywhere(capsys):
+def test_n12_flags_are_called_the_same_everywhere(capsys, as_module):
     from ovdet.commands import detect
     from ovseg import evaluate, pseudo_labels
 
     programs = {
-        "show": _tool("show").main, "generate_text_embeddings": _tool("generate_text_embeddings").main,
+        "show": as_module("tools/show.py").main,
+        "generate_text_embeddings": as_module("tools/generate_text_embeddings.py").main,
         "detect": detect.main, "pseudo_labels": pseudo_labels.main,
     }  # fmt: skip
     for name, program in programs.items():
         text = _help(program, capsys)
         assert all(re.search(rf"(?<!-){flag}\b", text) for flag in ("--out", "--classes", "--classes-from")), name
     assert "--out" in _help(evaluate.main, capsys)
-    assert "--out" in _help(_tool("quickstart_report").main, capsys)
+    assert "--out" in _help(as_module("tools/quickstart_report.py").main, capsys)
 
 
 def test_n13_a_missing_start_model_says_where_to_get_it(place, capsys):

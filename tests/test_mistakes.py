@@ -6,7 +6,6 @@ import importlib
 import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -80,19 +79,11 @@ def material(tmp_path_factory) -> Path:
     return folder
 
 
-def _tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"mistaken_{name}", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def _main(program: str) -> Callable[[list[str]], int]:
+def _main(program: str, as_module: Callable[[str], ModuleType]) -> Callable[[list[str]], int]:
     """The main function of a program; one that only raises is run as its command runs it."""
     kind, _, name = program.partition(":")
     if kind == "tools":
-        main = _tool(name).main
+        main = as_module(f"tools/{name}.py").main
         return main if name != "convert_detector" else lambda argv: run_program(lambda: main(argv))
     if kind == "F-ViT":
         package = "ovdet.fvit.commands" if importlib.util.find_spec(f"ovdet.fvit.commands.{name}") else "ovdet.commands"
@@ -243,12 +234,12 @@ def test_there_are_sixty():
 
 
 @pytest.mark.parametrize(("program", "command", "message"), MISTAKES, ids=[f"{p} {c}"[:100] for p, c, _ in MISTAKES])
-def test_one_line_and_nothing_written(material, tmp_path, monkeypatch, capsys, program, command, message):
+def test_one_line_and_nothing_written(material, tmp_path, monkeypatch, capsys, as_module, program, command, message):
     monkeypatch.chdir(material)
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RANK", "WORLD_SIZE", "TORCHELASTIC_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
-    main, before = _main(program), _files(material)
+    main, before = _main(program, as_module), _files(material)
     assert main(command.split()) == 2
     # The progress of what came before the mistake (names of classes, an image) may stand above the line.
     error = capsys.readouterr().err.rstrip("\n").replace("\r", "\n").split("\n")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
+from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.draw import draw
 from ovdet.glip.library import Grounder
 from ovdet.glip.phrases import Phrase, split_list
@@ -29,7 +29,7 @@ def open_grounder(checkpoint: str, config: str | None, device: torch.device) -> 
         UserError: a missing or faulty file.
     """
     changes = ["test.score=0.001"]
-    made = read_config(config, changes) if config else config_of_checkpoint(checkpoint, changes)
+    made = config_for(checkpoint, config, changes)
     return Grounder(load_model(made, Path(checkpoint)).to(device), made, device)
 
 

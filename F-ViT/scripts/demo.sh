@@ -19,7 +19,7 @@ case "${1:-}" in
 esac
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-F-ViT/work_dirs/demo${smoke:+_smoke}}"
-cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
+source scripts/_study.sh
 train=1200 val=250 epochs=2
 if [ -n "$smoke" ]; then train=16 val=8 epochs=1; fi
 
@@ -31,32 +31,22 @@ declare -A weights=(
     [start]="$quickstart/logs/start/checkpoints/clipself.pt"
     [clipself]="$quickstart/logs/clipself/checkpoints/clipself.pt"
 )
-if [ ! -f "${weights[start]}" ] || [ ! -f "${weights[clipself]}" ]; then
-    echo "== quick start: makes the two models"
-    OUT="$quickstart" bash scripts/quickstart.sh
-fi
+need_quickstart "$quickstart" "the two models" "${weights[@]}"
 
 begin=$SECONDS
 data="$out/data"
-# Scenes as in the quick start, others than those it trained on, with 3 of the 16 things held out.
-scene_args=(--train "$train" --val "$val" --size 128 --things 16 --stuff 6 --pattern-names
-    --min-object 0.28 --max-object 0.5 --max-objects 4 --novel 3 --seed 77)
-state="$(cat src/training/scenes/*.py | cksum) ${scene_args[*]}"
-if [ "$(cat "$data/complete" 2>/dev/null)" != "$state" ]; then
-    echo "== generate scenes"
-    rm -rf "$data"
-    OMP_NUM_THREADS=1 "$PY" -m training.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
-    echo "$state" >"$data/complete"
-fi
+held_out_scenes "$train" "$val"
+has_scenes "$data" "${scene_args[@]}" || stage "generate scenes"
+make_scenes "$data" "${scene_args[@]}"
 "$PY" F-ViT/tools/prepare_open_vocabulary.py coco --train "$data/annotations/instances_train2017.json" \
     --val "$data/annotations/instances_val2017.json" --split "$data/annotations/split.json"
-novel="$("$PY" -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]))["novel"]))' "$data/annotations/split.json")"
+novel="$(novel_of "$data")"
 
-echo "== train and test the detectors"
+stage "train and test the detectors"
 jobs=$((cores >= 2 ? 2 : 1))  # side by side, on half of the cores each
 threads=$((cores / jobs > 4 ? 4 : cores / jobs))
 "$PY" F-ViT/scripts/demo_runs.py --start "${weights[start]}" --clipself "${weights[clipself]}" --out "$out" ${full:+--full} \
     ${smoke:+--only start clipself refined former} --jobs "$jobs" --threads "${OMP_NUM_THREADS:-$threads}" "train.epochs=$epochs" "data.novel=$novel" \
     "data.train_annotations=$data/annotations/instances_train2017_base.json" "data.train_images=$data/train2017" \
     "data.val_annotations=$data/annotations/instances_val2017_ov16.json" "data.val_images=$data/val2017"
-printf '%d:%02d minutes\n' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60))
+echo "$(elapsed) minutes"

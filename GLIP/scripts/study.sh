@@ -9,16 +9,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-smoke=
-case "${1:-}" in
-    "") ;;
-    --smoke) smoke=1 ;;
-    *) echo "error: unknown argument $1; the only one is --smoke" >&2; exit 2 ;;
-esac
+source scripts/_study.sh
+take_smoke "${1:-}"
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-GLIP/work_dirs/study${smoke:+_smoke}}"
 seeds="${SEEDS:-0 1}"
-cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 train=4000 val=400 steps=1800 train_b=600 val_b=150 tune_steps=100 shots="1 3 10 0"
 if [ -n "$smoke" ]; then train=40 val=12 steps=4 train_b=24 val_b=8 tune_steps=2 shots="1 0" seeds="0"; fi
 
@@ -27,35 +22,20 @@ ensure_venv glip
 export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_WAIT_POLICY=passive
 start="$quickstart/logs/clipself/checkpoints/clipself.pt"
 known="$quickstart/data/annotations/instances_train2017.json"
-if [ ! -f "$start" ] || [ ! -f "$known" ]; then
-    echo "== quick start: makes the towers"
-    OUT="$quickstart" bash scripts/quickstart.sh
-fi
+need_quickstart "$quickstart" "the towers" "$start" "$known"
 begin=$SECONDS
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
-stage() { printf '\n== %s (%d:%02d since the start)\n' "$1" $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60)); }
-
-scenes() {  # scenes FOLDER ARGUMENTS...: generated scenes, made once
-    local folder="$1" state
-    shift
-    state="$(cat src/training/scenes/*.py | cksum) $*"
-    if [ "$(cat "$folder/complete" 2>/dev/null)" != "$state" ]; then
-        rm -rf "$folder"
-        OMP_NUM_THREADS=1 "$PY" -m training.scenes --out "$folder" --workers "$cores" "$@"
-        echo "$state" >"$folder/complete"
-    fi
-}
 
 stage "generate scenes"
 # 32 things of 4 colours and 8 shapes; 6 pairs are held out, of which the start model has met 4.
-scenes "$out/a" --train "$train" --val "$val" --size 128 --things 32 --colors 4 --stuff 6 --pattern-names \
+make_scenes "$out/a" --train "$train" --val "$val" --size 128 --things 32 --colors 4 --stuff 6 --pattern-names \
     --min-object 0.28 --max-object 0.5 --max-objects 4 --novel 6 --seed 177
 # The second domain: smaller things with any pattern, more of them, on other ground.
-scenes "$out/b" --train "$train_b" --val "$val_b" --size 128 --things 12 --colors 4 --stuff 8 \
+make_scenes "$out/b" --train "$train_b" --val "$val_b" --size 128 --things 12 --colors 4 --stuff 8 \
     --min-object 0.2 --max-object 0.35 --max-objects 6 --min-aspect 0.7 --seed 178
 "$PY" GLIP/scripts/study_data.py "$out/a" --known "$known"
-novel="$("$PY" -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]))["novel"]))' "$out/a/annotations/split.json")"
+novel="$(novel_of "$out/a")"
 cat >"$out/captions.toml" <<END
 [set]
 kind = "grounding"
@@ -140,4 +120,4 @@ stage "report"
 picture="$(ls "$out"/a/val2017 | head -n 1)"
 "$PY" GLIP/ground.py "$out/a/val2017/$picture" --checkpoint "$out/trained_${seeds%% *}/model_last.pt" --device cpu \
     --caption "a red striped circle and a blue dotted star and a yellow square" --score 0.2 --out "$out/pictures"
-printf '%d:%02d minutes\n' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60))
+echo "$(elapsed) minutes"

@@ -18,7 +18,7 @@ processes=1
 if [ $# -ge 1 ] && [[ "$1" != *=* ]]; then processes="$1"; shift; fi
 values=("$@") device=() variant=
 [ -z "${DEVICE:-}" ] || device=(--device "$DEVICE")
-source "$here/../F-ViT/tools/_launch.sh"
+source "$here/../scripts/_launch.sh"
 
 stage() { printf '\n== %s\n' "$1"; }
 run() { (launch "$processes" "$here/$1" "${@:2}" ${device[@]+"${device[@]}"}); }

@@ -12,16 +12,11 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-smoke=
-case "${1:-}" in
-    "") ;;
-    --smoke) smoke=1 ;;
-    *) echo "error: unknown argument $1; the only one is --smoke" >&2; exit 2 ;;
-esac
+source scripts/_study.sh
+take_smoke "${1:-}"
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-ViLD/work_dirs/study${smoke:+_smoke}}"
 seeds="${SEEDS:-0 1}"
-cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 train=1200 val=250 proposer_steps=400 steps=400 warmup=30
 if [ -n "$smoke" ]; then train=24 val=12 proposer_steps=8 steps=4 warmup=1; fi
 
@@ -29,27 +24,17 @@ source scripts/_venv.sh
 ensure_venv vild
 export PYTHON="$PY" PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=passive DEVICE=cpu
 teacher="$quickstart/logs/start/checkpoints/clipself.pt"
-if [ ! -f "$teacher" ]; then
-    echo "== quick start: makes the teacher"
-    OUT="$quickstart" bash scripts/quickstart.sh
-fi
+need_quickstart "$quickstart" "the teacher" "$teacher"
 begin=$SECONDS
 mkdir -p "$out"
 out="$(cd "$out" && pwd)"
-stage() { printf '\n== %s (%d:%02d since the start)\n' "$1" $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60)); }
 
 stage "generate scenes"
 data="$out/data"
-# Scenes as in the quick start, others than those it trained on, with 3 of the 16 things held out.
-scene_args=(--train "$train" --val "$val" --size 128 --things 16 --stuff 6 --pattern-names
-    --min-object 0.28 --max-object 0.5 --max-objects 4 --novel 3 --seed 77)
-state="$(cat src/training/scenes/*.py | cksum) ${scene_args[*]}"
-if [ "$(cat "$data/complete" 2>/dev/null)" != "$state" ]; then
-    rm -rf "$data" "$out"/seed_*
-    "$PY" -m training.scenes --out "$data" --workers "$cores" "${scene_args[@]}"
-    echo "$state" >"$data/complete"
-fi
-novel="$("$PY" -c 'import json, sys; print(json.dumps(json.load(open(sys.argv[1]))["novel"]))' "$data/annotations/split.json")"
+held_out_scenes "$train" "$val"
+has_scenes "$data" "${scene_args[@]}" || rm -rf "$out"/seed_*
+make_scenes "$data" "${scene_args[@]}"
+novel="$(novel_of "$data")"
 config=ViLD/scripts/study.toml
 values=("teacher.pretrained=$teacher" "data.novel=$novel"
     "data.train_annotations=$data/annotations/instances_train2017.json" "data.train_images=$data/train2017"
@@ -91,5 +76,4 @@ shapes="$(tr ',' '\n' <<<"$names" | cut -d ' ' -f 2- | sort -u | paste -s -d ','
     --score 0.2 --out "$out/expansions" --device cpu
 "$PY" ViLD/scripts/study_report.py sheet "$out/detections" "$out/detections.png"
 "$PY" ViLD/scripts/study_report.py sheet "$out/expansions" "$out/expansion.png"
-printf '%d:%02d minutes; tables: %s, pictures: %s\n' $(((SECONDS - begin) / 60)) $(((SECONDS - begin) % 60)) "$out/result.md" \
-    "$out/detections.png $out/expansion.png"
+echo "$(elapsed) minutes; tables: $out/result.md, pictures: $out/detections.png $out/expansion.png"

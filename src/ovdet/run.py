@@ -5,23 +5,114 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from ovdet.config import format_config
+from torch import nn
+
+from ovdet.config import config_to_dict, format_config
+from ovdet.data.annotations import load
+from ovdet.data.dataset import TrainDataset, ViewOptions
+from ovdet.files import FORMAT, detector_content
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS, DetectionTask, loop_options
+from ovdet.testing import test
+from ovdet.vocabulary import Vocabulary, make_vocabulary
 from training.engine.checkpoint import read_file, seed_generators
+from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
-from training.engine.errors import UserError
+from training.engine.errors import Flags, UserError
 from training.engine.folder import open_folder, resume_after_restart
 from training.engine.journal import setup_logging
-from training.engine.loop import Loop
+from training.engine.loop import Loop, Task
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T", bound=DetectionTask)
+Validate = Callable[[nn.Module, Path], dict[str, dict[str, float]]]
+
+
+class RunData(NamedTuple):
+    """What a detector is trained on, what it is tested on (None: nothing), and the classes of both."""
+
+    training: Annotations
+    validation: Annotations | None
+    vocabulary: Vocabulary
+
+
+def open_data(config: Any) -> RunData:
+    """The data sets of a config; every process calls it. UserError where one is missing or cannot be used."""
+    data, masks = config.data, config.model.masks
+    training = load(config, "train", masks=masks, images=True)
+    validation = None
+    if data.val_annotations:
+        validation = load(config, "val", masks=masks, images=config.train.eval_every > 0)
+    return RunData(training, validation, make_vocabulary(config, validation or training))
+
+
+def sample_settings(config: Any) -> dict[str, Any]:
+    """How a config makes training samples: arguments of :class:`~ovdet.data.dataset.TrainDataset`."""
+    data = config.data
+    options = ViewOptions(
+        image_size=data.image_size, jitter=tuple(data.jitter), flip=data.flip, whole_target=data.whole_target,
+        resize=data.resize, exif=data.exif, mask_centres=data.mask_centres, min_box_side=data.min_box_side,
+        replace_thin=data.replace_thin,
+    )  # fmt: skip
+    return {
+        "root": config.locate(data.train_images), "options": options, "keep_empty": data.keep_empty,
+        "min_image_side": data.min_image_side, "min_object_side": data.min_object_side, "seed": config.train.seed,
+        "masks": config.model.masks,
+    }  # fmt: skip
+
+
+def ap_on_validation(config: Any, data: RunData, dist: Dist) -> Validate:
+    """AP of boxes and, of a config with masks, of masks; see :func:`ovdet.testing.test`."""
+    kinds = ["bbox", "segm"] if config.model.masks else ["bbox"]
+
+    def validate(detector: nn.Module, place: Path) -> dict[str, dict[str, float]]:
+        return test(config, detector, data.validation, data.vocabulary, dist=dist, kinds=kinds, folder=place)
+
+    return validate
+
+
+def build_task(
+    kind: type[T],
+    detector: nn.Module,
+    dataset: TrainDataset,
+    config: Any,
+    dist: Dist,
+    folder: Path,
+    *,
+    validate: Validate | None,
+    identity: dict[str, Any],
+    vit: dict[str, str],
+    vocabulary: Vocabulary,
+    form: str = FORMAT,
+) -> T:
+    """The task of a run, whose detector files hold the config as it is now.
+
+    Args:
+        kind: of task; detector, dataset, dist, folder, identity: see :class:`~ovdet.task.DetectionTask`.
+        validate: (detector, folder for results) -> metrics by kind; None where there is no validation set.
+        vit, vocabulary, form: ``vit``, ``names`` with ``novel``, and ``kind`` of :func:`ovdet.files.detector_content`.
+    """
+    values = config_to_dict(config)
+
+    def content() -> dict[str, Any]:
+        return detector_content(
+            task.detector, vit=vit, config=values, names=vocabulary.names, novel=vocabulary.novel, kind=form
+        )
+
+    task = kind(
+        detector, dataset, data=config.data, train=config.train, dist=dist, content=content,
+        validate=None if validate is None else lambda place: validate(task.detector, place), folder=folder,
+        identity=identity,
+        options={f"{section}.{key}": value for section, part in values.items() for key, value in part.items()},
+    )  # fmt: skip
+    return task
+
 
 def train(
-    make_task: Callable[[Any, Dist, Path], DetectionTask],
+    make_task: Callable[[Any, Dist, Path], Task],
     config: Any,
     dist: Dist,
     folder: Path,
@@ -29,15 +120,19 @@ def train(
     resume: bool = False,
     max_steps: int = 0,
     save_every_steps: int = 0,
+    check: Callable[[Path, str | None], None] | None = None,
+    flags: Flags = FLAGS,
 ) -> int:
     """One training run. Its folder holds ``config.toml``, ``train.log``, ``tensorboard/``, ``checkpoints/`` to resume
-    from, and small detector files ``latest.pt`` and ``epoch_N.pt``.
+    from, and files for users: of a :class:`~ovdet.task.DetectionTask` small ``latest.pt`` and ``epoch_N.pt``.
 
     Args:
         make_task: (config, dist, folder) to what trains; every process calls it, and it may raise UserError.
         config: sections ``train`` and ``data`` are read.
         resume: go on from the newest checkpoint, where there is one.
         max_steps, save_every_steps: see :func:`ovdet.task.loop_options`.
+        check: in place of :func:`check_former`.
+        flags: what the program calls its options.
 
     Returns:
         Exit status: 0 done, 75 interrupted and saved.
@@ -45,18 +140,18 @@ def train(
     Raises:
         UserError: faulty input, before anything is written.
     """
-    start = resume_after_restart(folder, "latest" if resume else None, FLAGS)
+    start = resume_after_restart(folder, "latest" if resume else None, flags)
     with together():
-        check_former(folder, start)
+        (check or check_former)(folder, start)
     seed_generators(config.train.seed + dist.rank)
     precision = choose_precision(config.train, dist.device, training=True)
     loop = Loop(
         make_task(config, dist, folder),
-        loop_options(config.train, config.data, max_steps=max_steps, save_every_steps=save_every_steps),
+        loop_options(config.train, config.data, max_steps=max_steps, save_every_steps=save_every_steps, flags=flags),
         dist=dist, precision=precision,
     )  # fmt: skip
     # A folder without a run in it is as good as none.
-    with open_folder(folder, "auto", dist, FLAGS, {"config.toml": format_config(config)}):
+    with open_folder(folder, "auto", dist, flags, {"config.toml": format_config(config)}):
         setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
         log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
         return loop.train(folder, start)

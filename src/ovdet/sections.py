@@ -112,3 +112,18 @@ def shares(section: str, values: Any, names: tuple[str, ...]) -> Iterator[Rule]:
     for name in names:
         value = getattr(values, name)
         yield f"{section}.{name}", value, 0 <= value <= 1, "between 0 and 1"
+
+
+def anchor_rules(model: Any) -> Iterator[Rule]:
+    """Rules of a section ``model`` with ``anchor_ratios`` and ``anchor_offset``."""
+    ratios = model.anchor_ratios
+    good = bool(ratios) and all(0 < ratio < math.inf for ratio in ratios)
+    yield "model.anchor_ratios", ratios, good, "positive numbers"
+    yield "model.anchor_offset", model.anchor_offset, 0 <= model.anchor_offset < 1, "0 or more and below 1"
+
+
+def mask_rules(test: Any) -> Iterator[Rule]:
+    """Rules of a section ``test`` with ``mask_edges`` and ``mask_threshold``."""
+    good = test.mask_edges in ("zero", "repeated")
+    yield "test.mask_edges", test.mask_edges, good, '"zero" or "repeated"'
+    yield "test.mask_threshold", test.mask_threshold, 0 < test.mask_threshold <= 1, "above 0 and at most 1"

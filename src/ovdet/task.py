@@ -173,14 +173,19 @@ class DetectionTask(Task):
             return adamw([{"params": trained, "weight_decay": train.weight_decay}], lr=train.lr)
         return adamw(decay_groups(named, train.weight_decay), lr=train.lr)
 
+    def decay_steps(self, steps_per_epoch: int) -> Sequence[int]:
+        """Steps from each of which on the rate falls, besides ``train.decay_epochs``."""
+        return ()
+
     def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
         train, images = self.train, self.train.batch_size * self.dist.world_size
+        steps = self.decay_steps(steps_per_epoch)
         base = scaled_lr(train.lr, images, train.base_batch) if train.scale_lr else train.lr
 
         def rate(step: int, epoch: int) -> float:
             return step_decay_lr(
                 step, epoch, base=base, decay_epochs=train.decay_epochs, decay_factor=train.decay_factor,
-                warmup=train.warmup_steps, warmup_factor=train.warmup_factor,
+                decay_steps=steps, warmup=train.warmup_steps, warmup_factor=train.warmup_factor,
             )  # fmt: skip
 
         return rate
@@ -226,10 +231,13 @@ class DetectionTask(Task):
         return {"latest.pt": content, **whole}
 
 
-def loop_options(train: TrainConfig, data: DataConfig, *, max_steps: int = 0, save_every_steps: int = 0) -> LoopOptions:
+def loop_options(
+    train: TrainConfig, data: DataConfig, *, max_steps: int = 0, save_every_steps: int = 0, flags: Flags = FLAGS
+) -> LoopOptions:
     """How the loop runs a detector's training.
 
     Args:
+        train, data: sections of its config.
         max_steps: end after so many steps in all; 0: after ``train.epochs``.
         save_every_steps: save inside epochs as well; 0: never.
     """
@@ -246,5 +254,5 @@ def loop_options(train: TrainConfig, data: DataConfig, *, max_steps: int = 0, sa
         evaluate_first=False,
         evaluate_every=train.eval_every,
         evaluate_last=train.eval_every > 0,
-        flags=FLAGS,
+        flags=flags,
     )

@@ -82,19 +82,26 @@ def detect(
             images = detector.prepare(batch["images"].to(device, non_blocking=True), sizes)
             results = (forward or detector)(images, sizes)
         for i, result in enumerate(results):
-            result = to_original(result, sizes[i], batch["originals"][i])
-            found = {
-                "index": batch["indices"][i],
-                "original": batch["originals"][i],
-                **{key: batch[key][i] for key in ("pixels", "crops") if key in batch},
-                **{key: result[key].cpu().numpy() for key in RESULTS if key in result},
-            }
-            if "masks" in result:
-                found["masks"] = encode_pasted(
-                    result["masks"], result["boxes"], tuple(batch["originals"][i]), mask_threshold,
-                    repeat_edges=repeat_edges,
-                )  # fmt: skip
-            yield found
+            yield found_in(batch, i, result, mask_threshold=mask_threshold, repeat_edges=repeat_edges)
+
+
+def found_in(
+    batch: dict[str, Any], i: int, result: dict[str, Tensor], *, mask_threshold: float, repeat_edges: bool
+) -> dict[str, Any]:
+    """What :func:`detect` gives of the i-th image of a batch, for the detector's result in the padded input."""
+    original = batch["originals"][i]
+    result = to_original(result, batch["sizes"][i], original)
+    found = {
+        "index": batch["indices"][i],
+        "original": original,
+        **{key: batch[key][i] for key in ("pixels", "crops") if key in batch},
+        **{key: result[key].cpu().numpy() for key in RESULTS if key in result},
+    }
+    if "masks" in result:
+        found["masks"] = encode_pasted(
+            result["masks"], result["boxes"], tuple(original), mask_threshold, repeat_edges=repeat_edges
+        )
+    return found
 
 
 def count_skips(policy: SkipPolicy) -> Callable[[list[tuple[str, str]], int], None]:
@@ -105,6 +112,69 @@ def count_skips(policy: SkipPolicy) -> Callable[[list[tuple[str, str]], int], No
         policy.count(usable, len(skipped))
 
     return note
+
+
+class Images:
+    """Images to detect on, read as a config says: this process's share of them, in batches, with a progress bar.
+
+    Args:
+        config: sections ``data``, ``train`` (the precision) and ``test`` are read.
+        names: of the files; root: of the images.
+        source: of the names, for messages.
+        title: of the bar.
+        keep_pixels: see :class:`~ovdet.data.dataset.TestDataset`.
+        batches: see :func:`~ovdet.data.loader.test_loader`.
+
+    Attributes:
+        note: for ``on_skipped`` of :func:`detect`; policy: what it counts the images that cannot be used with.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        names: Sequence[str],
+        root: str,
+        *,
+        source: str,
+        title: str,
+        dist: Dist,
+        keep_pixels: bool = False,
+        batches: Sequence[list[int]] | None = None,
+    ) -> None:
+        data = config.data
+        self.config, self.dist, self.title = config, dist, title
+        dataset = TestDataset(
+            names, root=root, image_size=data.image_size, resize=data.resize, exif=data.exif, keep_pixels=keep_pixels
+        )
+        self.loader = test_loader(
+            dataset, batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank,
+            world_size=dist.world_size, pin=dist.device.type == "cuda" and not keep_pixels, batches=batches,
+        )  # fmt: skip
+        self.policy = SkipPolicy(source, data.max_skipped, "data.max_skipped")
+        self.note = count_skips(self.policy)
+
+    @classmethod
+    def of_validation(cls, config: Any, annotations: Annotations, **more: Any) -> Images:
+        """Those of the validation set."""
+        root = config.locate(config.data.val_images)
+        return cls(config, annotations.file_names, root, source=annotations.file, **more)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        silent = not self.dist.is_master or not len(self.loader)
+        bar = tqdm(self.loader, desc=self.title, unit="batch", disable=silent, mininterval=1, dynamic_ncols=True)
+        return iter(bar)
+
+    def detections(
+        self, detector: nn.Module, forward: Callable[[Tensor, list[tuple[int, int]]], Found] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """What :func:`detect` gives of them, as the config says."""
+        test = self.config.test
+        return detect(
+            detector, self, device=self.dist.device,
+            precision=choose_precision(self.config.train, self.dist.device, training=False),
+            mask_threshold=test.mask_threshold, repeat_edges=test.mask_edges == "repeated", forward=forward,
+            on_skipped=self.note,
+        )  # fmt: skip
 
 
 def read_truth(path: str, protocol: str, annotations: Annotations) -> Truth:
@@ -159,25 +229,11 @@ def test(
     """
     if "segm" in kinds and getattr(detector, "mask_head", None) is None:
         raise UserError("--eval segm needs a detector with masks: use a config with model.masks=true, or --eval bbox")
-    data, options = config.data, config.test
-    dataset = TestDataset(
-        annotations.file_names, root=config.locate(data.val_images), image_size=data.image_size, resize=data.resize,
-        exif=data.exif,
-    )  # fmt: skip
-    loader = test_loader(
-        dataset, batch_size=options.batch_size, workers=data.workers, rank=dist.rank, world_size=dist.world_size,
-        pin=dist.device.type == "cuda",
-    )  # fmt: skip
-    policy = SkipPolicy(annotations.file, data.max_skipped, "data.max_skipped")
+    images = Images.of_validation(config, annotations, title="detecting", dist=dist)
     was_training = detector.training
     detector.eval()
-    bar = tqdm(loader, desc="detecting", unit="batch", disable=not dist.is_master, mininterval=1, dynamic_ncols=True)
-    images = detect(
-        detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
-        mask_threshold=options.mask_threshold, repeat_edges=options.mask_edges == "repeated",
-        on_skipped=count_skips(policy),
-    )  # fmt: skip
-    metrics = score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
+    found = images.detections(detector)
+    metrics = score(config, found, images.policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
     detector.train(was_training)
     return metrics
 

@@ -40,8 +40,9 @@ from ovseg.segment import Segmenter
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
+from training.engine.files import write_atomically
 from training.engine.flags import COUNT, NATURAL, SHARE, Parser
-from training.engine.journal import setup_logging, write_atomically
+from training.engine.journal import setup_logging
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from training.engine.errors import UserError, reason_of
-from training.engine.journal import write_atomically
+from training.engine.files import write_atomically
 
 
 class Counts:

@@ -44,8 +44,9 @@ from training.engine.data.images import ImageError, read_image
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, reason_of, run_program
+from training.engine.files import write_atomically
 from training.engine.flags import COUNT, NATURAL, Parser
-from training.engine.journal import setup_logging, write_atomically
+from training.engine.journal import setup_logging
 
 logger = logging.getLogger(__name__)
 

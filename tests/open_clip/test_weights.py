@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
@@ -155,13 +154,11 @@ def test_create_model_with_eva_and_cache_dir(golden, tmp_path):
         open_clip.create_model("golden-eva", precision="fp8")
 
 
-def test_convert_weights_tool(golden, tmp_path, capsys):
+def test_convert_weights_tool(golden, tmp_path, capsys, as_module):
     kind = golden / "vit_quickgelu"
     config = tmp_path / "golden-vit.json"
     config.write_text((kind / "config.json").read_text())
-    spec = importlib.util.spec_from_file_location("convert_weights", ROOT / "tools" / "convert_weights.py")
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = as_module("tools/convert_weights.py")
 
     def run(*args) -> tuple[int, str]:
         return tool.main(["--model", str(config), *map(str, args)]), capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
@@ -29,11 +28,8 @@ CONFIGS = sorted((ROOT / "F-ViT" / "configs").glob("ov_*.toml"))
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("convert_detector", ROOT / "tools" / "convert_detector.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(as_module) -> ModuleType:
+    return as_module("tools/convert_detector.py")
 
 
 def test_there_are_twelve_configs():

@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +71,12 @@ batch_size = 2
 
 
 @pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scenes(tmp_path_factory: pytest.TempPathFactory, config_beside: Callable[..., Path]) -> Path:
     """Generated scenes, and a config for them."""
     folder = tmp_path_factory.mktemp("scenes")
     write_dataset(folder, train=16, val=7, options=SceneOptions(size=96, things=6), novel=2)
-    novel = json.loads((folder / "annotations" / "split.json").read_text())["novel"]
     np.save(folder / "embeddings.npy", np.random.default_rng(0).normal(size=(7, 128)).astype(np.float32))
-    data = {
-        "train_annotations": str(folder / "annotations" / "instances_train2017.json"),
-        "train_images": str(folder / "train2017"),
-        "val_annotations": str(folder / "annotations" / "instances_val2017.json"),
-        "val_images": str(folder / "val2017"),
-        "embeddings": str(folder / "embeddings.npy"),
-        "novel": novel,
-        "image_size": 96,
-        "workers": 0,
-        "jitter": [0.8, 1.25],
-    }
-    text = TINY + "\n[data]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in data.items())
-    (folder / "tiny.toml").write_text(text)
+    config_beside(folder, TINY, embeddings=str(folder / "embeddings.npy"))
     return folder
 
 
@@ -171,24 +160,7 @@ def test_precision_of_float16(caplog: pytest.LogCaptureFixture):
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-class Killed(Exception):
-    """As if the process had been killed."""
-
-
-def killed_after(task: DetectionTask, step: int) -> Any:
-    """Makes the task end the run right before a step, whatever has been saved."""
-    begin = task.begin_step
-
-    def begin_step(micro: list, number: int) -> None:
-        if number >= step:
-            raise Killed
-        begin(micro, number)
-
-    task.begin_step = begin_step
-    return task
-
-
-def test_trains_and_resumes_exactly(scenes: Path, tmp_path: Path):
+def test_trains_and_resumes_exactly(scenes: Path, tmp_path: Path, killed_before: Callable[..., Any]):
     config = read_config(str(scenes / "tiny.toml"), [])
     whole = make_task(config, ALONE, tmp_path / "whole")
     vit = {k: v.clone() for k, v in whole.detector.backbone.state_dict().items()}
@@ -201,13 +173,10 @@ def test_trains_and_resumes_exactly(scenes: Path, tmp_path: Path):
 
     # Killed inside an epoch (4 steps each), at its end, and inside again.
     for steps in (5, 8, 14, 21):
-        task = killed_after(make_task(config, ALONE, tmp_path / "parts"), steps)
+        task = make_task(config, ALONE, tmp_path / "parts")
         (tmp_path / "parts").mkdir(exist_ok=True)
         loop = Loop(task, options, dist=ALONE, precision=precision)
-        if steps < 21:
-            with pytest.raises(Killed):
-                loop.train(tmp_path / "parts", "latest")
-        else:
+        with killed_before(task, steps) if steps < 21 else nullcontext():
             loop.train(tmp_path / "parts", "latest")
     one, other = (read_checkpoint(tmp_path / name / "checkpoints" / "epoch_5.pt") for name in ("whole", "parts"))
     assert one["step"] == other["step"] == 20

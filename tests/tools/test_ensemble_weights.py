@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -23,11 +23,8 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("ensemble_weights", ROOT / "tools" / "ensemble_weights.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(as_module) -> ModuleType:
+    return as_module("tools/ensemble_weights.py")
 
 
 @pytest.fixture

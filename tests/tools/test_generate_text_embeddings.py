@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,13 +19,8 @@ COCO_STYLE = {"categories": [{"id": 7, "name": "dog"}, {"id": 3, "name": "traffi
 
 
 @pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location(
-        "generate_text_embeddings", ROOT / "tools/generate_text_embeddings.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(as_module) -> ModuleType:
+    return as_module("tools/generate_text_embeddings.py")
 
 
 @pytest.fixture

@@ -12,18 +12,23 @@ from training.engine.data.records import Annotations
 from training.engine.errors import UserError
 
 
-def load(config: Config, part: str, *, masks: bool = False) -> Annotations:
+def load(config: Config, part: str, *, masks: bool = False, images: bool = False) -> Annotations:
     """Annotations of ``data.train_annotations`` or ``data.val_annotations``; every process calls it.
 
     Args:
         part: ``"train"`` or ``"val"``.
         masks: keep segmentations.
+        images: see that their images are there.
 
     Raises:
-        UserError: no file is given, or it cannot be used.
+        UserError: no file is given, or it cannot be used; or there are no images.
     """
     key = f"data.{part}_annotations"
-    return load_annotations(config.locate(getattr(config.data, f"{part}_annotations")), key=key, masks=masks)
+    found = load_annotations(config.locate(getattr(config.data, f"{part}_annotations")), key=key, masks=masks)
+    if images:
+        key = f"data.{part}_images"
+        check_image_root(found, config.locate(getattr(config.data, f"{part}_images")), key=key)
+    return found
 
 
 def load_annotations(path: str, *, key: str, masks: bool = False) -> Annotations:

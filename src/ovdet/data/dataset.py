@@ -183,7 +183,37 @@ def _large_enough(annotations: Annotations, least: float) -> np.ndarray:
     return (sides >= least).all(1) & inside & (annotations.areas > 0)
 
 
-class TestDataset(Dataset):
+class ImageFiles(Dataset):
+    """Images of files, made ready by :meth:`view`.
+
+    Items, by index: what :meth:`view` gives, with ``original`` (height, width of the upright image) and ``index``; or a
+    :class:`Skipped`.
+
+    Args:
+        file_names: paths below ``root``, or paths as they are where it is empty.
+        exif: see :class:`ViewOptions`.
+    """
+
+    def __init__(self, file_names: Sequence[str], *, root: str, exif: bool) -> None:
+        self.file_names, self.root, self.exif = file_names, root, exif
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
+        name = self.file_names[index]
+        try:
+            image = read_image(resolve(self.root, name) if self.root else name, exif=self.exif)
+        except ImageError as error:
+            return Skipped(error.file, error.reason)
+        return {**self.view(image), "original": tuple(image.shape[-2:]), "index": index}
+
+    def view(self, image: Tensor) -> dict[str, Any]:
+        """An image uint8 ``[3, H, W]`` as a detector takes it: ``image``, and what else is known of it."""
+        raise NotImplementedError
+
+
+class TestDataset(ImageFiles):
     """Images at the detector's input size.
 
     Items, by index: a dict of ``image`` uint8 ``[3, S, S]``, ``size`` (height, width of the valid area), ``original``
@@ -191,7 +221,7 @@ class TestDataset(Dataset):
     :class:`Skipped`.
 
     Args:
-        file_names: paths below ``root``, or paths as they are where it is empty.
+        file_names, root: see :class:`ImageFiles`.
         resize, exif: see :class:`ViewOptions`.
         keep_pixels: give the image as well.
     """
@@ -208,18 +238,10 @@ class TestDataset(Dataset):
         exif: bool = True,
         keep_pixels: bool = False,
     ) -> None:
-        self.file_names, self.root, self.image_size = file_names, root, image_size
-        self.resize, self.exif, self.keep_pixels = resize, exif, keep_pixels
+        super().__init__(file_names, root=root, exif=exif)
+        self.image_size, self.resize, self.keep_pixels = image_size, resize, keep_pixels
 
-    def __len__(self) -> int:
-        return len(self.file_names)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
-        name = self.file_names[index]
-        try:
-            image = read_image(resolve(self.root, name) if self.root else name, exif=self.exif)
-        except ImageError as error:
-            return Skipped(error.file, error.reason)
+    def view(self, image: Tensor) -> dict[str, Any]:
         pixels, size = test_view(image, self.image_size, self.resize)
-        sample = {"image": pixels, "size": size, "original": tuple(image.shape[-2:]), "index": index}
+        sample = {"image": pixels, "size": size}
         return sample | {"pixels": image} if self.keep_pixels else sample

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from ovdet.data.dataset import Skipped, TestDataset, TrainDataset
+from ovdet.data.dataset import ImageFiles, Skipped, TrainDataset
 from ovdet.data.masks import MaskWindows, unpack
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.workers import Loader
@@ -137,12 +137,26 @@ def train_loader(
 
 
 def test_loader(
-    dataset: TestDataset, *, batch_size: int, workers: int, rank: int, world_size: int, pin: bool
+    dataset: ImageFiles,
+    *,
+    batch_size: int,
+    workers: int,
+    rank: int,
+    world_size: int,
+    pin: bool,
+    collate: Callable[[list[dict[str, Any] | Skipped]], dict[str, Any]] = collate_test,
+    batches: Sequence[list[int]] | None = None,
 ) -> Loader:
-    """Loader of this process's share of the images."""
-    sampler = TestSampler(size=len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
+    """Loader of this process's share of the images; its workers end with each pass.
+
+    Args:
+        collate: samples to a batch.
+        batches: in place of the share, the images of each batch.
+    """
+    if batches is None:
+        batches = TestSampler(size=len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
     return Loader(
-        dataset, workers=workers, batch_sampler=sampler, collate_fn=collate_test, pin_memory=pin,
+        dataset, workers=workers, batch_sampler=batches, collate_fn=collate, pin_memory=pin,
         **({"persistent_workers": False} if workers else {}),
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ovdet.evaluation.arrays import KINDS, Detections, Truth
 from ovdet.evaluation.lvis import FREQUENCIES, LVIS_DETECTIONS, best_per_image, judged_pairs
 from ovdet.evaluation.voc import voc_metrics
 from training.engine.errors import UserError
+from training.engine.files import replacing
 
 __all__ = ["KINDS", "PROTOCOLS", "evaluate", "evaluate_detections", "format_table", "write_json", "write_results"]
 
@@ -247,17 +247,11 @@ def _array(records: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 def _write(path: Path, parts: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
+        with replacing(path, text=True) as file:
             file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from ovdet.config import Config
 from ovdet.parts.classifier import TEMPERATURES
-from ovdet.sections import DataConfig, Rule, TrainConfig, not_negative, positive, shares
+from ovdet.sections import DataConfig, Rule, TrainConfig, anchor_rules, mask_rules, not_negative, positive, shares
 
 
 @dataclass
@@ -63,12 +62,10 @@ class ModelConfig:
 
     def rules(self) -> Iterator[Rule]:
         """What the types do not say."""
-        ratios, kinds = self.anchor_ratios, ", ".join(f'"{kind}"' for kind in TEMPERATURES)
-        good = bool(ratios) and all(0 < ratio < math.inf for ratio in ratios)
+        kinds = ", ".join(f'"{kind}"' for kind in TEMPERATURES)
         blocks = "three block indices, one for each of levels 1 to 3"
         yield "model.blocks", self.blocks, len(self.blocks) == 3, blocks
-        yield "model.anchor_ratios", ratios, good, "positive numbers"
-        yield "model.anchor_offset", self.anchor_offset, 0 <= self.anchor_offset < 1, "0 or more and below 1"
+        yield from anchor_rules(self)
         yield "model.temperature_kind", self.temperature_kind, self.temperature_kind in TEMPERATURES, f"one of {kinds}"
         yield from positive(
             "model", self, ("channels", "anchor_scale", "rpn_samples", "rpn_pre_nms", "rpn_post_nms", "box_size",
@@ -107,10 +104,7 @@ class TestConfig:
         good = self.vlm_boxes in ("proposals", "refined")
         yield "test.vlm_boxes", self.vlm_boxes, good, '"proposals" or "refined"'
         yield from positive("test", self, ("batch_size", "per_image", "vlm_temperature"))
-        good = self.mask_edges in ("zero", "repeated")
-        yield "test.mask_edges", self.mask_edges, good, '"zero" or "repeated"'
-        good = 0 < self.mask_threshold <= 1
-        yield "test.mask_threshold", self.mask_threshold, good, "above 0 and at most 1"
+        yield from mask_rules(self)
         yield from not_negative("test", self, ("temperature",))
         yield from shares("test", self, ("score", "nms", "vlm_weight_base", "vlm_weight_novel"))
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
 from open_clip import CLIP, ImageTower
-from ovdet.files import check_state
 from ovdet.fvit.backbone import FrozenViT
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.fusion import vlm_probabilities
@@ -19,18 +17,19 @@ from ovdet.parts.classifier import CosineClassifier
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import classification_loss
 from ovdet.parts.mask_head import MaskHead
-from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
-from ovdet.parts.rois import check_labels, sample_rois
+from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD
+from ovdet.parts.rois import sample_rois
 from ovdet.parts.rpn import RPN
 from ovdet.parts.scores import class_probabilities, fuse, select_detections
+from ovdet.two_stage import TwoStageDetector, rpn_settings
 
 FROZEN = "backbone."  # prefix of what is not trained
 
 
-class Detector(nn.Module):
+class Detector(TwoStageDetector):
     """Open-vocabulary detector (F-ViT; CLIPSelf, ICLR 2024, section 4). C classes, and background.
 
-    Boxes are float ``[N, 4]``, xyxy in pixels of the padded input. The trainable parts are everything but
+    See :class:`~ovdet.two_stage.TwoStageDetector`. The trainable parts are everything but
     ``backbone``; the ViT is frozen and stays in eval mode whatever :meth:`train` is told. Batch norms are
     ``BatchNorm2d``: convert them with ``nn.SyncBatchNorm.convert_sync_batchnorm`` to train on several GPUs.
 
@@ -38,9 +37,6 @@ class Detector(nn.Module):
         config: sections ``model`` and ``test`` are read.
         visual: image tower, frozen in place.
     """
-
-    class_embeddings: Tensor
-    base_mask: Tensor
 
     def __init__(self, config: FViTConfig, visual: ImageTower) -> None:
         super().__init__()
@@ -53,12 +49,8 @@ class Detector(nn.Module):
         self.backbone = FrozenViT(visual, model.blocks, model.readout or None)
         self.neck = Neck(self.backbone.width, model.channels)
         self.rpn = RPN(
-            model.channels, self.strides, convs=model.rpn_convs, norm=nn.BatchNorm2d if model.rpn_norm else None,
-            anchor_scale=model.anchor_scale, anchor_ratios=model.anchor_ratios, anchor_offset=model.anchor_offset,
-            samples=model.rpn_samples, positive_share=model.rpn_positive_share, positive_iou=model.rpn_positive_iou,
-            negative_iou=model.rpn_negative_iou, pre_nms=model.rpn_pre_nms, post_nms=model.rpn_post_nms,
-            nms=model.rpn_nms, padding=model.rpn_padding, empty_counts_one=model.rpn_empty_counts_one,
-            limit_below=model.box_limit_below,
+            model.channels, self.strides, norm=nn.BatchNorm2d if model.rpn_norm else None, **rpn_settings(model),
+            empty_counts_one=model.rpn_empty_counts_one, limit_below=model.box_limit_below,
         )  # fmt: skip
         self.classifier = CosineClassifier(model.temperature, model.temperature_kind)
         # The fifth level is for proposals only, as in Mask R-CNN.
@@ -105,64 +97,14 @@ class Detector(nn.Module):
                 f"{len(class_embeddings)} class embeddings for {len(base_mask)} classes: give one per class and a last "
                 'one for "background"'
             )
-        bad = (~class_embeddings.isfinite().all(dim=1) | (class_embeddings == 0).all(dim=1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise ValueError(f"class embeddings in rows {bad[:5]} are zero or not finite: make the embeddings anew")
-        device = self.class_embeddings.device
-        self.class_embeddings = F.normalize(class_embeddings.detach().to(device, torch.float32), dim=-1)
-        self.base_mask = base_mask.to(device, torch.bool)
+        self.class_embeddings = self._unit_rows(class_embeddings, "class")
+        self.base_mask = base_mask.to(self.class_embeddings.device, torch.bool)
 
     def trainable_state_dict(self) -> dict[str, Tensor]:
         """State of the trained parts: no ViT, no class embeddings."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith(FROZEN)}
 
-    def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load :meth:`trainable_state_dict`. The mask head is left out when this detector has none.
-
-        Raises:
-            ValueError: entries are missing, left over or of another shape.
-        """
-        if self.mask_head is None:
-            state = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
-        check_state(self.trainable_state_dict(), state)
-        self.load_state_dict(state, strict=False)
-
     # -- running ----------------------------------------------------------------------------------------------------
-
-    def prepare(self, images: Tensor, image_sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
-        """Input of :meth:`forward` from uint8 images ``[B, 3, S, S]``, padded right and bottom with black."""
-        mean, std = self.pixels
-        return normalize_padded(images, image_sizes, mean, std, zero=self.zero_padding)
-
-    def forward(
-        self,
-        images: Tensor,
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Tensor]] | None = None,
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training mode, detections in eval mode.
-
-        Args:
-            images: ``[B, 3, S, S]``, normalised, padded right and bottom.
-            image_sizes: (height, width) of the valid area of each image, in pixels of the padded input.
-            targets: per image ``boxes`` ``[N, 4]``, ``labels`` int64 ``[N]`` (0..C-1, base classes only) and, for a
-                detector with masks, ``masks`` bool ``[N, S, S]``. N may be 0. Ignored in eval mode.
-
-        Returns:
-            In training mode ``loss_rpn_class``, ``loss_rpn_box``, ``loss_class``, ``loss_box`` and, with masks,
-            ``loss_mask``; their sum is the objective. What is sampled comes from torch's default generator. In eval
-            mode, per image and by falling score, ``boxes``, ``scores`` ``[N]``, ``labels`` ``[N]`` and, with masks,
-            ``masks``: probabilities ``[N, m, m]`` in the frame of the box, which
-            :func:`ovdet.parts.masks.paste_masks` puts into an image of any size.
-
-        Raises:
-            ValueError: training without targets, with labels of novel classes, or without the masks that are needed.
-        """
-        if not self.training:
-            return self._detect(images, image_sizes)
-        if targets is None:
-            raise ValueError("the detector is in training mode and got no targets: call eval() to detect")
-        return self._losses(images, image_sizes, targets)
 
     def _losses(
         self, images: Tensor, image_sizes: Sequence[tuple[int, int]], targets: Sequence[dict[str, Tensor]]
@@ -187,25 +129,7 @@ class Detector(nn.Module):
             "loss_class": classification_loss(logits, samples.labels, self.base_mask, model.background_weight),
             "loss_box": self.box_head.box_loss(offsets, samples, truth),
         }
-        if self.mask_head is not None:
-            losses["loss_mask"] = self.mask_head.losses(
-                maps[:4],
-                [boxes[: len(which)] for boxes, which in zip(samples.boxes, samples.positives, strict=True)],
-                samples.positives,
-                [target["masks"] for target in targets],
-                fallback=samples.boxes[0][0],
-            )
-        return losses
-
-    def check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
-        """See that targets can be trained on.
-
-        Raises:
-            ValueError: labels of novel classes, or no masks where they are needed.
-        """
-        check_labels(targets, self.base_mask)
-        if self.mask_head is not None and any("masks" not in target for target in targets):
-            raise ValueError("targets hold no masks: give them, or set model.masks=false")
+        return losses | self._mask_loss(maps[:4], samples, targets)
 
     @torch.no_grad()
     def _detect(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
@@ -227,11 +151,7 @@ class Detector(nn.Module):
             select_detections(b, s, score=config.score, iou=config.nms, most=config.per_image)
             for b, s in zip(boxes, scores.split([len(b) for b in boxes]), strict=True)
         ]
-        if self.mask_head is not None:
-            found = [result["boxes"] for result in results]
-            masks = self.mask_head(maps[:4], found).float().sigmoid()
-            for result, mask in zip(results, masks.split([len(b) for b in found]), strict=True):
-                result["masks"] = mask
+        self.add_masks(maps[:4], results)
         return results
 
     @torch.no_grad()

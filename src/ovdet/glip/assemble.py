@@ -43,6 +43,11 @@ def config_of_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Gli
     return config
 
 
+def config_for(checkpoint: str | Path, file: str | Path | None, overrides: Sequence[str] = ()) -> GlipConfig:
+    """The config to use a checkpoint with: that of a file where one is named, else :func:`config_of_checkpoint`."""
+    return read_config(file, overrides) if file else config_of_checkpoint(checkpoint, overrides)
+
+
 def start_model(config: GlipConfig) -> GLIP:
     """The model that a training starts from, on the CPU: ``model.weights``, or encoders with weights of their own.
 
@@ -96,7 +101,7 @@ def open_detector(
     Raises:
         UserError: a faulty config, or weights that are missing or others.
     """
-    config = read_config(config_file, overrides) if config_file else config_of_checkpoint(path, overrides)
+    config = config_for(path, config_file, overrides)
     return Grounder(load_model(config, path).to(device), config, device)
 
 

@@ -29,7 +29,7 @@ from ovdet.glip.phrases import Phrase, caption_prompt, noun_phrases
 from training.engine.data.images import ImageError, read_image, resolve
 from training.engine.data.parsing import image_file_name, read_json
 from training.engine.errors import UserError
-from training.engine.journal import write_atomically
+from training.engine.files import write_atomically
 from training.engine.precision import Precision
 
 log = logging.getLogger(__name__)

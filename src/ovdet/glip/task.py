@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ovdet import task
 from ovdet.config import config_to_dict
 from ovdet.evaluation.coco import write_json
 from ovdet.glip import files, tuning
+from ovdet.glip.build import count_parameters
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.dataset import Collate, TrainDataset
 from ovdet.glip.data.sets import open_set, training_sets
@@ -25,9 +28,9 @@ from training.engine.data.records import log_left_out
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist
-from training.engine.errors import Flags, UserError
+from training.engine.errors import UserError
 from training.engine.journal import Journal
-from training.engine.loop import Batch, LoopOptions, Progress, Rate, Task
+from training.engine.loop import Batch, Progress, Rate, Task
 from training.engine.optim import adamw
 from training.engine.precision import Precision
 from training.engine.schedule import process_seed
@@ -35,18 +38,7 @@ from training.engine.schedule import process_seed
 log = logging.getLogger(__name__)
 
 LAST, BEST = "model_last.pt", "model_best.pt"
-FLAGS = Flags(
-    resume="--resume",
-    name="--work-dir",
-    folder="--work-dir",
-    batch_size="train.batch_size",
-    accum_freq="train.batch_size",
-    workers="data.workers",
-    checkpointing="model.checkpoint=true",
-    lr="train.lr",
-    max_skipped="data.max_skipped",
-    precision="train.precision",
-)
+FLAGS = replace(task.FLAGS, accum_freq="train.batch_size", checkpointing="model.checkpoint=true")
 
 
 class Trainee(nn.Module):
@@ -250,8 +242,12 @@ class Grounding(Task):
         return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
     def prepare(self, progress: Progress) -> None:
-        """Say what the data lacks. A checkpoint at the end of an epoch was written before that epoch's evaluation: it
-        is made up for."""
+        """Say what trains, and what the data lacks. A checkpoint at the end of an epoch was written before that epoch's
+        evaluation: it is made up for."""
+        log.info(
+            "%s of %s (%.1f M parameters), %d images in %s", self.config.train.mode, self.config.path or "a config",
+            count_parameters(self.model) / 1e6, len(self.dataset), self.source,
+        )  # fmt: skip
         for source in self.dataset.sources:
             if isinstance(source, DetectionSource):
                 log_left_out(source.annotations.file, source.annotations.skipped)
@@ -262,15 +258,3 @@ class Grounding(Task):
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
         return {LAST: self._content()}
-
-
-def loop_options(config: GlipConfig, *, max_steps: int = 0, save_every_steps: int = 0) -> LoopOptions:
-    """What a config says to the loop."""
-    train = config.train
-    return LoopOptions(
-        epochs=train.epochs, batch_size=train.batch_size, max_steps=max_steps,
-        clip_norm=train.clip or None, max_skipped=config.data.max_skipped,
-        log_every=train.log_every, save_every_steps=save_every_steps, save_every_epochs=train.save_every, keep=2,
-        evaluate_first=False, evaluate_every=train.eval_every,
-        evaluate_last=train.eval_every > 0, flags=FLAGS,
-    )  # fmt: skip

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from ovdet.data.annotations import check_image_root
-from ovdet.data.loader import TestSampler
+from ovdet.data.loader import test_loader
 from ovdet.evaluation.arrays import Detections
 from ovdet.evaluation.coco import evaluate, write_json, write_results
 from ovdet.glip.config import GlipConfig
@@ -31,7 +31,6 @@ from ovdet.glip.prompts import ClassPrompt, clean_name, knowledge_texts, make_pr
 from ovdet.glip.tokens import Tokenizer
 from ovdet.testing import read_truth
 from training.engine.data.annotations import load_annotations
-from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, on_master
 from training.engine.errors import UserError
 from training.engine.precision import Precision
@@ -55,12 +54,9 @@ class _Set:
     def __init__(self, names: Sequence[str], root: str, config: GlipConfig, divisor: int, dist: Dist) -> None:
         data = config.data
         dataset = TestDataset(names, root=root, shorter=data.test_size, longest=data.longest, exif=data.exif)
-        sampler = TestSampler(
-            size=len(dataset), batch_size=config.test.batch_size, rank=dist.rank, world_size=dist.world_size
-        )
-        self.loader = Loader(
-            dataset, workers=data.workers, batch_sampler=sampler, collate_fn=Collate(divisor),
-            pin_memory=dist.device.type == "cuda", **({"persistent_workers": False} if data.workers else {}),
+        self.loader = test_loader(
+            dataset, batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank,
+            world_size=dist.world_size, pin=dist.device.type == "cuda", collate=Collate(divisor),
         )  # fmt: skip
         self.size, self.dist = len(dataset), dist
         self.skips = SkipPolicy(data.val_annotations, data.max_skipped, "data.max_skipped")

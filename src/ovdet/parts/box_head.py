@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovdet.parts import boxes as box_ops
-from ovdet.parts.fpn import Norm, conv_norm
+from ovdet.parts.fpn import Norm, conv_layers, draw_for_relu, init_weights
 from ovdet.parts.losses import box_loss
 from ovdet.parts.rois import Samples
 
@@ -52,24 +52,15 @@ class BoxHead(nn.Module):
         super().__init__()
         self.strides, self.size, self.sampling, self.finest = tuple(strides), size, sampling, finest
         self.limit_below = limit_below
-        layers: list[nn.Module] = []
-        for _ in range(convs):
-            layers += [conv_norm(channels, channels, 3, norm), nn.ReLU()]
-        self.convs = nn.Sequential(*layers)
+        self.convs = nn.Sequential(*conv_layers(channels, convs, norm))
         self.fcs = _fully_connected(channels * size**2, width, fcs)
         inputs = width if fcs else channels * size**2
         self.embedding = nn.Linear(inputs, embed_dim)
         self.embedding_relu = nn.ReLU() if embedding_relu else nn.Identity()
         self.own_fcs = _fully_connected(inputs, width, own_fcs if refines else 0)
         self.offsets = nn.Linear(width if own_fcs else inputs, 4) if refines else None
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+        init_weights(self, nn.Conv2d, draw_for_relu)
+        init_weights(self, nn.Linear, nn.init.xavier_uniform_)
         if self.offsets is not None:
             nn.init.normal_(self.offsets.weight, std=0.001)  # first boxes are the proposals
 

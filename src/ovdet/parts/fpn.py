@@ -47,6 +47,28 @@ def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None = nn.Bat
     return conv if norm is None else nn.Sequential(conv, norm(outputs))
 
 
+def conv_layers(channels: int, number: int, norm: Norm | None) -> list[nn.Module]:
+    """So many 3x3 convolutions, each with its norm (None: with bias) and a ReLU, one after the other."""
+    layers: list[nn.Module] = []
+    for _ in range(number):
+        layers += [conv_norm(channels, channels, 3, norm), nn.ReLU()]
+    return layers
+
+
+def init_weights(module: nn.Module, kinds: type | tuple[type, ...], draw: Callable[[Tensor], Tensor]) -> None:
+    """Draw the weights of a module's layers of these kinds; their biases are 0."""
+    for layer in module.modules():
+        if isinstance(layer, kinds):
+            draw(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def draw_for_relu(weight: Tensor) -> Tensor:
+    """Weights of a layer that a ReLU follows (He et al. 2015), by its outputs."""
+    return nn.init.kaiming_normal_(weight, mode="fan_out", nonlinearity="relu")
+
+
 class FeaturePyramid(nn.Module):
     """Feature pyramid network (Lin et al. 2017): n maps in, n + 1 of ``channels`` out.
 
@@ -62,11 +84,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         self.lateral = nn.ModuleList(conv_norm(width, channels, 1, norm) for width in widths)
         self.output = nn.ModuleList(conv_norm(channels, channels, 3, norm) for _ in widths)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_weights(self, nn.Conv2d, nn.init.xavier_uniform_)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         laterals = [conv(x) for conv, x in zip(self.lateral, maps, strict=True)]

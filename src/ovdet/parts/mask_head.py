@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ovdet.parts import boxes as box_ops
-from ovdet.parts.fpn import Norm, conv_norm
+from ovdet.parts.fpn import Norm, conv_layers, draw_for_relu, init_weights
 from ovdet.parts.losses import mask_loss
 from ovdet.parts.masks import mask_targets
 
@@ -36,17 +36,11 @@ class MaskHead(nn.Module):
     ) -> None:
         super().__init__()
         self.strides, self.size, self.sampling, self.finest = tuple(strides), size, sampling, finest
-        layers: list[nn.Module] = []
-        for _ in range(convs):
-            layers += [conv_norm(channels, channels, 3, norm), nn.ReLU()]
         self.layers = nn.Sequential(
-            *layers, nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, 1, 1)
-        )
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+            *conv_layers(channels, convs, norm),
+            nn.ConvTranspose2d(channels, channels, 2, stride=2), nn.ReLU(), nn.Conv2d(channels, 1, 1),
+        )  # fmt: skip
+        init_weights(self, (nn.Conv2d, nn.ConvTranspose2d), draw_for_relu)
 
     def forward(self, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> Tensor:
         """Mask logits ``[sum K_i, m, m]`` in the frame of each box, m = 2 * ``size``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ovdet.parts import boxes as box_ops
 from ovdet.parts.anchors import level_anchors
 from ovdet.parts.boxes import Padded
-from ovdet.parts.fpn import Norm, conv_norm
+from ovdet.parts.fpn import Norm, conv_layers, init_weights
 from ovdet.parts.losses import box_loss, objectness_loss
 
 CODE_WEIGHTS = (1.0, 1.0, 1.0, 1.0)
@@ -75,17 +76,10 @@ class RPN(nn.Module):
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.pre_nms, self.post_nms, self.nms = pre_nms, post_nms, nms
         self.padding, self.empty_counts_one, self.limit_below = padding, empty_counts_one, limit_below
-        layers: list[nn.Module] = []
-        for _ in range(convs):
-            layers += [conv_norm(channels, channels, 3, norm), nn.ReLU()]
-        self.convs = nn.Sequential(*layers)
+        self.convs = nn.Sequential(*conv_layers(channels, convs, norm))
         self.objectness = nn.Conv2d(channels, len(self.anchor_ratios), 1)
         self.offsets = nn.Conv2d(channels, 4 * len(self.anchor_ratios), 1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.normal_(module.weight, std=0.01)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        init_weights(self, nn.Conv2d, partial(nn.init.normal_, std=0.01))
 
     def forward(self, maps: Sequence[Tensor]) -> RPNOutput:
         """Predictions for pyramid levels ``[B, C, h_l, w_l]``."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from ovdet import sections
 from ovdet.config import Config
-from ovdet.sections import Rule, not_negative, positive, shares
+from ovdet.sections import Rule, anchor_rules, mask_rules, not_negative, positive, shares
 from ovdet.vild.crops import RULES
 
 # What trains the embedding of regions, by name: (learns from labels and texts, learns from the teacher).
@@ -82,13 +82,10 @@ class ModelConfig:
 
     def rules(self) -> Iterator[Rule]:
         """What the types do not say."""
-        ratios = self.anchor_ratios
-        good = bool(ratios) and all(0 < ratio < math.inf for ratio in ratios)
         yield "model.variant", self.variant, self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}"
         yield "model.trunk_norm", self.trunk_norm, self.trunk_norm in NORMS, '"batch" or "frozen"'
         yield "model.trunk_frozen", self.trunk_frozen, 0 <= self.trunk_frozen <= 4, "0 to 4"
-        yield "model.anchor_ratios", ratios, good, "positive numbers"
-        yield "model.anchor_offset", self.anchor_offset, 0 <= self.anchor_offset < 1, "0 or more and below 1"
+        yield from anchor_rules(self)
         yield from positive(
             "model", self, ("channels", "norm_eps", "anchor_scale", "rpn_samples", "rpn_pre_nms", "rpn_post_nms",
                             "box_width", "box_size", "roi_samples", "roi_finest", "temperature", "background_std",
@@ -210,10 +207,7 @@ class TestConfig:
     def rules(self) -> Iterator[Rule]:
         """What the types do not say."""
         yield "test.rank", self.rank, self.rank in ("rpn", "box", "both"), '"rpn", "box" or "both"'
-        good = self.mask_edges in ("zero", "repeated")
-        yield "test.mask_edges", self.mask_edges, good, '"zero" or "repeated"'
-        good = 0 < self.mask_threshold <= 1
-        yield "test.mask_threshold", self.mask_threshold, good, "above 0 and at most 1"
+        yield from mask_rules(self)
         yield "test.attribute_text", self.attribute_text, "{}" in self.attribute_text, "a text with {}"
         yield from positive("test", self, ("batch_size", "per_image", "crops"))
         yield from not_negative("test", self, ("temperature", "attribute_temperature"))

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ovdet.data.dataset import TestDataset
-from ovdet.data.loader import test_loader
-from ovdet.parts.masks import encode_pasted
 from ovdet.parts.scores import fuse, select_detections
 from ovdet.precision import choose_precision
-from ovdet.testing import count_skips, score, to_original
+from ovdet.testing import Images, found_in, score, to_original
 from ovdet.vild.config import VildConfig
 from ovdet.vild.detector import Detector
 from ovdet.vild.embed import Embedder
@@ -25,7 +21,6 @@ from ovdet.vild.scores import cosine_logits, plain_probabilities, scores_with_ob
 from ovdet.vocabulary import Vocabulary
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist
-from training.engine.skips import SkipPolicy
 
 ROWS = {
     "clip": "CLIP on cropped regions",
@@ -70,16 +65,15 @@ class CropJudge:
 def detect_with_crops(
     detector: Detector,
     judge: CropJudge,
-    batches: Iterable[dict[str, Any]],
+    images: Images,
     *,
     config: VildConfig,
     device: torch.device,
-    on_skipped: Callable[[list[tuple[str, str]], int], None],
 ) -> Iterator[dict[str, Any]]:
-    """As :func:`ovdet.testing.detect`, with scores by the teacher; the batches have ``pixels``."""
+    """As :func:`ovdet.testing.detect`, with scores by the teacher; the images keep their pixels."""
     test, precision = config.test, choose_precision(config.train, device, training=False)
-    for batch in batches:
-        on_skipped(batch["skipped"], len(batch["indices"]))
+    for batch in images:
+        images.note(batch["skipped"], len(batch["indices"]))
         if batch["images"] is None:
             continue
         sizes = batch["sizes"]
@@ -95,16 +89,12 @@ def detect_with_crops(
             )
         with precision.autocast():
             detector.add_masks(maps, results)
+        without_pixels = {key: value for key, value in batch.items() if key != "pixels"}  # results are all kept
         for i, result in enumerate(results):
-            result = to_original(result, sizes[i], batch["originals"][i])
-            found = {"index": batch["indices"][i], "original": batch["originals"][i]}
-            found |= {key: result[key].cpu().numpy() for key in ("boxes", "scores", "labels")}
-            if "masks" in result:
-                found["masks"] = encode_pasted(
-                    result["masks"], result["boxes"], tuple(batch["originals"][i]), test.mask_threshold,
-                    repeat_edges=test.mask_edges == "repeated",
-                )  # fmt: skip
-            yield found
+            yield found_in(
+                without_pixels, i, result, mask_threshold=test.mask_threshold,
+                repeat_edges=test.mask_edges == "repeated",
+            )  # fmt: skip
 
 
 def test_crops(
@@ -120,22 +110,10 @@ def test_crops(
     level: int = logging.INFO,
 ) -> dict[str, dict[str, float]]:
     """AP of a reference row on the validation set; every process calls it. See :func:`ovdet.testing.test`."""
-    data = config.data
-    dataset = TestDataset(
-        annotations.file_names, root=config.locate(data.val_images), image_size=data.image_size, resize=data.resize,
-        exif=data.exif, keep_pixels=True,
-    )  # fmt: skip
-    loader = test_loader(
-        dataset, batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank, world_size=dist.world_size,
-        pin=False,
-    )  # fmt: skip
-    policy = SkipPolicy(annotations.file, data.max_skipped, "data.max_skipped")
+    images = Images.of_validation(config, annotations, title="judging crops", dist=dist, keep_pixels=True)
     detector.eval()
-    bar = tqdm(loader, desc="judging crops", unit="batch", disable=not dist.is_master, mininterval=1)
-    images = detect_with_crops(
-        detector, judge, bar, config=config, device=dist.device, on_skipped=count_skips(policy)
-    )  # fmt: skip
-    return score(config, images, policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
+    found = detect_with_crops(detector, judge, images, config=config, device=dist.device)
+    return score(config, found, images.policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
 
 
 test_crops.__test__ = False

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import nms
 
-from ovdet.files import check_state
 from ovdet.parts.box_head import BoxHead
 from ovdet.parts.fpn import FeaturePyramid
 from ovdet.parts.losses import classification_loss
 from ovdet.parts.mask_head import MaskHead
-from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, normalize_padded
-from ovdet.parts.rois import check_labels, sample_rois
+from ovdet.parts.pixels import IMAGENET_MEAN, IMAGENET_STD
+from ovdet.parts.rois import sample_rois
 from ovdet.parts.rpn import RPN
 from ovdet.parts.scores import class_probabilities, fuse, select_detections
+from ovdet.two_stage import TwoStageDetector, rpn_settings
 from ovdet.vild.backbone import STRIDES, Trunk, batch_norm
 from ovdet.vild.config import VildConfig
 from ovdet.vild.scores import cosine_logits, image_loss, plain_probabilities, with_background
@@ -33,10 +33,13 @@ class Regions(NamedTuple):
     embeddings: Tensor  # [K, D], of the head that follows the teacher where there is one
 
 
-class Detector(nn.Module):
+class Detector(TwoStageDetector):
     """Open-vocabulary detector (ViLD; Gu et al. 2022). C classes, and background.
 
-    Boxes are float ``[N, 4]``, xyxy in pixels of the padded input. What the variants train and how they score:
+    See :class:`~ovdet.two_stage.TwoStageDetector`. To distil, targets also have ``distil_boxes`` ``[M, 4]`` with
+    ``distil_targets`` ``[M, D]`` of unit length, M may be 0, and there is ``loss_image`` (times w); ``loss_class`` is
+    there where labels are learned from. Where attributes are set, detections have ``attributes``, the likeliest of each
+    ``[N]``, and joint scores. What the variants train and how they score:
 
     ========== ======= ==================================== ===========================================================
     variant    heads   losses on embeddings                  score
@@ -54,8 +57,6 @@ class Detector(nn.Module):
         width: D of the teacher's joint space; for "supervised" C, the number of classes.
     """
 
-    class_embeddings: Tensor
-    base_mask: Tensor
     attribute_embeddings: Tensor
 
     def __init__(self, config: VildConfig, trunk: Trunk, width: int) -> None:
@@ -66,13 +67,7 @@ class Detector(nn.Module):
         pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest, "norm": norm}
         self.backbone = trunk
         self.fpn = FeaturePyramid(trunk.widths, model.channels, norm)
-        self.rpn = RPN(
-            model.channels, (*STRIDES, 2 * STRIDES[-1]), convs=model.rpn_convs, norm=norm,
-            anchor_scale=model.anchor_scale, anchor_ratios=model.anchor_ratios, anchor_offset=model.anchor_offset,
-            samples=model.rpn_samples, positive_share=model.rpn_positive_share, positive_iou=model.rpn_positive_iou,
-            negative_iou=model.rpn_negative_iou, pre_nms=model.rpn_pre_nms, post_nms=model.rpn_post_nms,
-            nms=model.rpn_nms, padding=model.rpn_padding,
-        )  # fmt: skip
+        self.rpn = RPN(model.channels, (*STRIDES, 2 * STRIDES[-1]), norm=norm, **rpn_settings(model))
         head = {"size": model.box_size, "convs": model.box_convs, "fcs": model.box_fcs, "width": model.box_width}
         supervised = model.variant == "supervised"
         # The fifth level is for proposals only, as in Mask R-CNN.
@@ -142,69 +137,9 @@ class Detector(nn.Module):
                 f"{kind} embeddings are of shape {shape}, the detector needs [number, {self.width}]: make them with "
                 "the text tower of its teacher"
             )
-        bad = (~embeddings.isfinite().all(dim=1) | (embeddings == 0).all(dim=1)).nonzero()[:, 0].tolist()
-        if bad:
-            raise ValueError(f"{kind} embeddings in rows {bad[:5]} are zero or not finite: make the embeddings anew")
-        return F.normalize(embeddings.detach().to(self.class_embeddings.device, torch.float32), dim=-1)
-
-    def trainable_state_dict(self) -> dict[str, Tensor]:
-        """The whole state, without embeddings."""
-        return self.state_dict()
-
-    def load_trainable_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Load :meth:`trainable_state_dict`. The mask head is left out when this detector has none.
-
-        Raises:
-            ValueError: entries are missing, left over or of another shape.
-        """
-        if self.mask_head is None:
-            state = {name: value for name, value in state.items() if not name.startswith("mask_head.")}
-        check_state(self.state_dict(), state)
-        self.load_state_dict(state)
+        return self._unit_rows(embeddings, kind)
 
     # -- training -----------------------------------------------------------------------------------------------------
-
-    def prepare(self, images: Tensor, image_sizes: Sequence[tuple[int, int]] | Tensor) -> Tensor:
-        """Input of :meth:`forward` from uint8 images ``[B, 3, S, S]``, padded right and bottom with black."""
-        mean, std = self.pixels
-        return normalize_padded(images, image_sizes, mean, std, zero=self.zero_padding)
-
-    def check_targets(self, targets: Sequence[dict[str, Tensor]]) -> None:
-        """ValueError for targets that cannot be trained on: labels of novel classes, or no masks where needed."""
-        check_labels(targets, self.base_mask)
-        if self.mask_head is not None and any("masks" not in target for target in targets):
-            raise ValueError("targets hold no masks: give them, or set model.masks=false")
-
-    def forward(
-        self,
-        images: Tensor,
-        image_sizes: Sequence[tuple[int, int]],
-        targets: Sequence[dict[str, Tensor]] | None = None,
-    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Losses in training mode, detections in eval mode.
-
-        Args:
-            images: ``[B, 3, S, S]``, normalised, padded right and bottom.
-            image_sizes: (height, width) of the valid area of each image, in pixels of the padded input.
-            targets: per image ``boxes`` ``[N, 4]``, ``labels`` int64 ``[N]`` (0..C-1, base classes only), with masks
-                ``masks`` bool ``[N, S, S]``, and, to distil, ``distil_boxes`` ``[M, 4]`` with ``distil_targets``
-                ``[M, D]`` of unit length. N and M may be 0. Ignored in eval mode.
-
-        Returns:
-            In training mode ``loss_rpn_class``, ``loss_rpn_box``, ``loss_box`` and, as the variant has them,
-            ``loss_class``, ``loss_image`` (times w), ``loss_mask``; their sum is the objective. What is sampled comes
-            from torch's default generator. In eval mode, per image and by falling score, ``boxes``, ``scores``
-            ``[N]``, ``labels`` ``[N]``, with masks ``masks`` (probabilities ``[N, m, m]`` in the frame of the box) and,
-            where attributes are set, ``attributes``, the likeliest of each ``[N]``; scores are then joint ones.
-
-        Raises:
-            ValueError: training without targets.
-        """
-        if not self.training:
-            return self._detect(images, image_sizes)
-        if targets is None:
-            raise ValueError("the detector is in training mode and got no targets: call eval() to detect")
-        return self._losses(images, image_sizes, targets)
 
     def _losses(
         self, images: Tensor, image_sizes: Sequence[tuple[int, int]], targets: Sequence[dict[str, Tensor]]
@@ -241,15 +176,7 @@ class Detector(nn.Module):
             wanted = torch.cat([t["distil_targets"] for t in targets if "distil_targets" in t] or [followers[:0]])
             weight = model.image_weight * self.image_share
             losses["loss_image"] = weight * image_loss(followers, wanted)
-        if self.mask_head is not None:
-            losses["loss_mask"] = self.mask_head.losses(
-                maps[:4],
-                [boxes[: len(which)] for boxes, which in zip(samples.boxes, samples.positives, strict=True)],
-                samples.positives,
-                [target["masks"] for target in targets],
-                fallback=samples.boxes[0][0],
-            )
-        return losses
+        return losses | self._mask_loss(maps[:4], samples, targets)
 
     def _followers(self, maps: Sequence[Tensor], distil: Sequence[Tensor], fallback: Tensor) -> Tensor:
         """Embeddings of the second head, for all distilled boxes of the batch.
@@ -304,16 +231,6 @@ class Detector(nn.Module):
         scores = self._class_scores(embeddings, followers)
         parts = zip(boxes, found, scores.split(counts), followers.split(counts), strict=True)
         return maps, [Regions(b, p["scores"], s, e) for b, p, s, e in parts]
-
-    @torch.no_grad()
-    def add_masks(self, maps: Sequence[Tensor], results: Sequence[dict[str, Tensor]]) -> None:
-        """Give results ``masks``, where this detector has any."""
-        if self.mask_head is None:
-            return
-        found = [result["boxes"] for result in results]
-        masks = self.mask_head(maps, found).float().sigmoid()
-        for result, mask in zip(results, masks.split([len(b) for b in found]), strict=True):
-            result["masks"] = mask
 
     @torch.no_grad()
     def _detect(self, images: Tensor, image_sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from training.engine.data.images import first_line
 from training.engine.data.keyed import check_key, write_key, writing
 from training.engine.data.records import Annotations, Strings
 from training.engine.errors import UserError
+from training.engine.files import replacing
 
 FORMAT = 1
 ARRAYS = ("image_ids", "name_bytes", "name_offsets", "offsets", "boxes", "scores")
@@ -191,16 +191,8 @@ class ProposalWriter:
         return self.folder / "parts" / f"{part:05d}.npz"
 
     def _save(self, path: Path, content: bytes | memoryview) -> None:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            with writing(self.where):
-                with open(temporary, "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(self.where), replacing(path) as file:
+            file.write(content)
 
 
 def _hash(arrays: dict[str, np.ndarray]) -> str:

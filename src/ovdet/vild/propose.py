@@ -7,22 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from ovdet.data.dataset import TestDataset
-from ovdet.data.loader import collate_test, test_loader
 from ovdet.evaluation.arrays import Truth
 from ovdet.evaluation.recall import average_recall
-from ovdet.precision import choose_precision
-from ovdet.testing import count_skips, detect
+from ovdet.testing import Images
 from ovdet.vild.config import VildConfig
 from ovdet.vild.detector import Detector
 from ovdet.vild.proposals import ProposalList, ProposalWriter
 from ovdet.vocabulary import Vocabulary
 from training.engine.data.records import Annotations
-from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, barrier, from_master, gather_to_master, on_master, together
-from training.engine.skips import SkipPolicy
 
 log = logging.getLogger(__name__)
 
@@ -81,38 +75,25 @@ def _parts(
     writer: ProposalWriter, config: VildConfig, detector: Detector, root: str, dist: Dist, most: int, min_side: float
 ) -> Iterator[tuple[int, list[tuple[np.ndarray, np.ndarray]]]]:
     """(part, boxes and scores of its images), one after another; one loader serves them all."""
-    data, size = config.data, config.test.batch_size
-    parts = writer.missing(dist.rank, dist.world_size)
-    dataset = TestDataset(
-        writer.annotations.file_names, root=root, image_size=data.image_size, resize=data.resize, exif=data.exif
-    )
+    size, parts = config.test.batch_size, writer.missing(dist.rank, dist.world_size)
     batches = [
         list(range(i, min(i + size, images.stop)))
         for images in map(writer.images_of, parts)
         for i in range(images.start, images.stop, size)
     ]
-    loader = Loader(
-        dataset, workers=data.workers, batch_sampler=batches, collate_fn=collate_test,
-        pin_memory=dist.device.type == "cuda",
-    )  # fmt: skip
-    policy = SkipPolicy(writer.annotations.file, data.max_skipped, "data.max_skipped")
-    bar = tqdm(
-        loader, desc="proposals", unit="batch", disable=not dist.is_master or not batches, mininterval=1,
-        dynamic_ncols=True,
-    )  # fmt: skip
-    images = detect(
-        detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
-        forward=detector.proposals, on_skipped=count_skips(policy),
+    images = Images(
+        config, writer.annotations.file_names, root, source=writer.annotations.file, title="proposals", dist=dist,
+        batches=batches,
     )  # fmt: skip
     rows: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the images of a part that could be read
     waiting = list(parts)
-    for image in images:
+    for image in images.detections(detector, detector.proposals):
         # Images come in order: one of a later part ends those before it.
         while image["index"] >= writer.images_of(waiting[0]).stop:
             yield waiting[0], [rows.pop(i, NOTHING) for i in writer.images_of(waiting.pop(0))]
         rows[image["index"]] = best_boxes(image, most=most, min_side=min_side)
     if parts:
-        policy.judge(at_end=True)
+        images.policy.judge(at_end=True)
     for part in waiting:
         yield part, [rows.pop(i, NOTHING) for i in writer.images_of(part)]
 
@@ -155,27 +136,13 @@ def recall_on_validation(
     Raises:
         UserError: too many unusable images.
     """
-    data = config.data
-    dataset = TestDataset(
-        annotations.file_names, root=config.locate(data.val_images), image_size=data.image_size, resize=data.resize,
-        exif=data.exif,
-    )  # fmt: skip
-    loader = test_loader(
-        dataset, batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank, world_size=dist.world_size,
-        pin=dist.device.type == "cuda",
-    )  # fmt: skip
-    policy = SkipPolicy(annotations.file, data.max_skipped, "data.max_skipped")
+    images = Images.of_validation(config, annotations, title="proposing", dist=dist)
     was_training = detector.training
     detector.eval()
-    bar = tqdm(loader, desc="proposing", unit="batch", disable=not dist.is_master, mininterval=1, dynamic_ncols=True)
-    images = detect(
-        detector, bar, device=dist.device, precision=choose_precision(config.train, dist.device, training=False),
-        forward=detector.proposals, on_skipped=count_skips(policy),
-    )  # fmt: skip
-    mine = {image["index"]: image["boxes"] for image in images}
+    mine = {image["index"]: image["boxes"] for image in images.detections(detector, detector.proposals)}
     detector.train(was_training)
     with together():
-        policy.judge(at_end=True)
+        images.policy.judge(at_end=True)
     parts = gather_to_master(mine)
     values: dict[str, float] = {}
     if parts is not None:

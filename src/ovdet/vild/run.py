@@ -7,13 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from ovdet import files, run
+from ovdet import run
 from ovdet.clip import Clip
-from ovdet.config import config_to_dict
-from ovdet.data.annotations import check_image_root, load
-from ovdet.data.dataset import ViewOptions
-from ovdet.testing import test
 from ovdet.vild.assemble import FORMAT, NOBODY, learned, learned_labels, load_teacher, make_detector
 from ovdet.vild.config import VildConfig
 from ovdet.vild.dataset import DistilDataset, Distilled
@@ -21,7 +18,7 @@ from ovdet.vild.embed import check_filled, check_rows, open_store
 from ovdet.vild.proposals import ProposalList
 from ovdet.vild.propose import recall_on_validation
 from ovdet.vild.task import VildTask
-from ovdet.vocabulary import Vocabulary, make_vocabulary
+from ovdet.vocabulary import Vocabulary
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
@@ -55,16 +52,8 @@ def make_dataset(
     config: VildConfig, annotations: Annotations, vocabulary: Vocabulary, teacher: Clip | None
 ) -> DistilDataset:
     """Training samples of a config. UserError where nothing is left to train on, or nothing to distil."""
-    data = config.data
-    options = ViewOptions(
-        image_size=data.image_size, jitter=tuple(data.jitter), flip=data.flip, whole_target=data.whole_target,
-        resize=data.resize, exif=data.exif, mask_centres=data.mask_centres, min_box_side=data.min_box_side,
-        replace_thin=data.replace_thin,
-    )  # fmt: skip
     return DistilDataset(
-        annotations, labels=learned_labels(config, annotations, vocabulary), root=config.locate(data.train_images),
-        options=options, keep_empty=data.keep_empty, min_image_side=data.min_image_side,
-        min_object_side=data.min_object_side, seed=config.train.seed, masks=config.model.masks,
+        annotations, labels=learned_labels(config, annotations, vocabulary), **run.sample_settings(config),
         distilled=open_distilled(config, annotations, teacher) if config.model.distils else None,
     )  # fmt: skip
 
@@ -75,42 +64,27 @@ def make_task(config: VildConfig, dist: Dist, folder: Path) -> VildTask:
     Raises:
         UserError: whatever is missing or does not fit.
     """
-    data = config.data
     with together():
-        training = load(config, "train", masks=config.model.masks)
-        check_image_root(training, config.locate(data.train_images), key="data.train_images")
-        validation = load(config, "val", masks=config.model.masks) if data.val_annotations else None
-        if validation is not None and config.train.eval_every:
-            check_image_root(validation, config.locate(data.val_images), key="data.val_images")
-        vocabulary = make_vocabulary(config, validation or training)
+        data = run.open_data(config)
         teacher = load_teacher(config)
-        dataset = make_dataset(config, training, vocabulary, teacher)
-    trained = learned(config, vocabulary)
+        dataset = make_dataset(config, data.training, data.vocabulary, teacher)
+    trained = learned(config, data.vocabulary)
     detector = make_detector(config, teacher, trained, device=dist.device, progress=dist.is_master)
     whose = NOBODY if teacher is None else teacher.identity
-    values = config_to_dict(config)
 
-    def content() -> dict[str, Any]:
-        return files.detector_content(
-            task.detector, vit=whose, config=values, names=trained.names, novel=trained.novel, kind=FORMAT
-        )
+    def recall(detector: nn.Module, _: Path) -> dict[str, dict[str, float]]:
+        return recall_on_validation(config, detector, data.validation, data.vocabulary, dist=dist)
 
-    def validate(place: Path) -> dict[str, dict[str, float]]:
-        if data.single_class:
-            return recall_on_validation(config, task.detector, validation, vocabulary, dist=dist)
-        kinds = ["bbox", "segm"] if config.model.masks else ["bbox"]
-        return test(config, task.detector, validation, vocabulary, dist=dist, kinds=kinds, folder=place)
-
+    validate = recall if config.data.single_class else run.ap_on_validation(config, data, dist)
     identity = {
         "the teacher": whose["name"], "its weights": whose["hash"], "model.variant": config.model.variant,
         "model.trunk": config.model.trunk, "train.seed": config.train.seed,
     }  # fmt: skip
     if dataset.distilled is not None:
         identity["the proposals"] = dataset.distilled.proposals.hash
-    task = VildTask(
-        detector, dataset, data=data, train=config.train, dist=dist, content=content,
-        validate=validate if validation is not None else None, folder=folder, identity=identity,
-        options={f"{section}.{key}": value for section, part in values.items() for key, value in part.items()},
+    task = run.build_task(
+        VildTask, detector, dataset, config, dist, folder, identity=identity, vit=whose, vocabulary=trained,
+        form=FORMAT, validate=validate if data.validation is not None else None,
     )  # fmt: skip
     config.train.epochs = task.epochs
     return task

@@ -13,9 +13,8 @@ from ovdet.data.repeat import RepeatSampler, repeat_factors
 from ovdet.task import DetectionTask
 from ovdet.vild.config import TrainConfig
 from training.engine.data.sampler import EpochBatchSampler
-from training.engine.loop import Batch, Rate
+from training.engine.loop import Batch
 from training.engine.optim import decay_groups, sgd
-from training.engine.schedule import scaled_lr, step_decay_lr
 
 
 class VildTask(DetectionTask):
@@ -42,20 +41,10 @@ class VildTask(DetectionTask):
         groups = decay_groups(named, train.weight_decay, (lambda *_: False) if train.decay_all else None)
         return sgd([group for group in groups if group["params"]], lr=train.lr, momentum=train.momentum)
 
-    def schedule(self, total_steps: int, steps_per_epoch: int) -> Rate:
-        train, images = self.train, self.train.batch_size * self.dist.world_size
-        base = scaled_lr(train.lr, images, train.base_batch) if train.scale_lr else train.lr
-        # Of the whole run, wherever --max-steps may end it.
-        whole = train.steps or train.epochs * steps_per_epoch
-        steps = [*train.decay_steps, *(math.ceil(share * whole) for share in train.decay_at)]
-
-        def rate(step: int, epoch: int) -> float:
-            return step_decay_lr(
-                step, epoch, base=base, decay_epochs=train.decay_epochs, decay_factor=train.decay_factor,
-                decay_steps=steps, warmup=train.warmup_steps, warmup_factor=train.warmup_factor,
-            )  # fmt: skip
-
-        return rate
+    def decay_steps(self, steps_per_epoch: int) -> list[int]:
+        # Shares are of the whole run, wherever --max-steps may end it.
+        whole = self.train.steps or self.train.epochs * steps_per_epoch
+        return [*self.train.decay_steps, *(math.ceil(share * whole) for share in self.train.decay_at)]
 
     def begin_step(self, micro: list[Batch], step: int) -> None:
         super().begin_step(micro, step)

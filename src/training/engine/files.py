@@ -2,19 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
 from training.engine.errors import UserError
 
 
+@contextlib.contextmanager
+def replacing(path: Path, *, text: bool = False) -> Iterator[IO[Any]]:
+    """A file to write that is complete or not there: beside its place, flushed to disk, then renamed.
+
+    A failure leaves what was there as it was, and nothing beside it.
+
+    Args:
+        text: UTF-8, not bytes.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w" if text else "wb", encoding="utf-8" if text else None) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file that is complete or not there; see :func:`replacing`."""
+    with replacing(path, text=True) as file:
+        file.write(text)
+
+
 def save_atomically(content: dict[str, Any], path: Path, folder_flag: str = "--logs") -> None:
-    """``torch.save`` to a temporary file, flushed to disk, then renamed; a failure leaves the old file as it was.
+    """``torch.save`` to a file that is complete or not there; a failure leaves the old file as it was.
 
     Args:
         folder_flag: the option that chooses the folder, for messages.
@@ -22,21 +50,15 @@ def save_atomically(content: dict[str, Any], path: Path, folder_flag: str = "--l
     Raises:
         UserError: the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(temporary, "wb") as file:
+        with replacing(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
         flush(path.parent)  # the rename itself
     except (OSError, RuntimeError) as error:  # torch turns a full disk into a RuntimeError
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"checkpoint {path} cannot be written ({reason}): free some space or choose another {folder_flag}"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_file(path: Path) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from training.engine.checkpoint import find_latest, peek_checkpoint, remove_unfinished
 from training.engine.distributed import Dist, together
 from training.engine.errors import Flags, UserError
-from training.engine.journal import write_atomically
+from training.engine.files import write_atomically
 from training.engine.lock import FolderLock
 
 log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.engine.errors import UserError
+from training.engine.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -62,19 +63,6 @@ def setup_logging(rank: int, file: Path | None = None) -> None:
         handler.setFormatter(logging.Formatter(text, "%H:%M:%S"))
         root.addHandler(handler)
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file that is complete or not there: beside its place, flushed to disk, then renamed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 REPORTS = ("tensorboard", "wandb", "none")

@@ -295,3 +295,8 @@ class RegionMethod(Method):
     def pool_regions(self, dense: Tensor, batch: dict) -> Tensor:
         """Embeddings ``[K, D]`` of a batch's boxes from a map ``[B, D, h, w]``, float32, unit length."""
         return F.normalize(roi_features(dense, batch["boxes"]), dim=-1).float()
+
+    def distance(self, dense: Tensor, batch: dict) -> Tensor:
+        """Cosine distance of the boxes' embeddings from a map to the teacher's of their crops, summed over regions."""
+        cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)
+        return (1 - cosine).sum()

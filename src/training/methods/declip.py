@@ -78,8 +78,7 @@ class DeCLIP(RegionMethod):
         """The two losses of a map ``[B, D, h, w]`` and the tokens ``[B, N, W]`` of its attention."""
         out = {}
         if "distance" in self.weights:
-            cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)
-            out["distance"] = (1 - cosine).sum()
+            out["distance"] = self.distance(dense, batch)
         if "context" in self.weights:
             target = self.ask("vfm", batch)
             own = [self._on_grid(t, dense.shape[-2:], target.shape[-2:]) for t in tokens.values()]

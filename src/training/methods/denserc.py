@@ -55,8 +55,7 @@ class DenseRC(RegionMethod):
         dense, _ = self.read(self.images(batch), sizes=self.sizes(batch))
         out = {}
         if "distance" in self.weights:
-            cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)
-            out["distance"] = (1 - cosine).sum()
+            out["distance"] = self.distance(dense, batch)
         if "coherence" in self.weights:
             target = self.ask("vfm", batch)
             own = cells_of(dense, target.shape[-2:])

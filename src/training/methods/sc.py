@@ -56,8 +56,7 @@ class SC(RegionMethod):
         dense, _ = self.read(self.images(batch), sizes=self.sizes(batch))
         out = {}
         if "distance" in self.weights:
-            cosine = (self.pool_regions(dense, batch) * self.ask("crops", batch).float()).sum(-1)
-            out["distance"] = (1 - cosine).sum()
+            out["distance"] = self.distance(dense, batch)
         if "correlation" in self.weights:
             target = self.ask("cells", batch)  # [K, D, g, g]
             own = cells_of(region_grids(dense, batch["boxes"], target.shape[-1]))

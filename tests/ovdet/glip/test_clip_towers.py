@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
@@ -114,11 +113,8 @@ def test_towers_that_do_not_fit(clip_file: Path):
 
 
 @pytest.fixture(scope="module")
-def study_data() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study_data", ROOT / "GLIP" / "scripts" / "study_data.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def study_data(as_module) -> ModuleType:
+    return as_module("GLIP/scripts/study_data.py")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +15,8 @@ from training.engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    path = Path(__file__).resolve().parents[3] / "tools" / "convert_glip.py"
-    spec = importlib.util.spec_from_file_location("convert_glip", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tool(as_module) -> ModuleType:
+    return as_module("tools/convert_glip.py")
 
 
 def test_round_trip_through_all_layouts(tool: ModuleType, tiny: Callable[..., GLIP], config_of_tiny, tmp_path: Path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +16,8 @@ from training.engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
-def tab() -> ModuleType:
-    path = Path(__file__).resolve().parents[3] / "tools" / "grounding_tab.py"
-    spec = importlib.util.spec_from_file_location("grounding_tab", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tab(as_module) -> ModuleType:
+    return as_module("tools/grounding_tab.py")
 
 
 def test_captions_and_names_are_found(tab: ModuleType, tiny: Callable[..., GLIP], config_of_tiny, tmp_path: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,8 @@ class Scenes:
     """Generated scenes and a config for them.
 
     Attributes:
-        folder: of the scenes, ``tiny.toml`` and what is made of them.
+        folder: of the scenes and what is made of them; config_file: of an ensemble with masks.
+        novel: classes held out.
         alone: one process on the CPU.
         proposer: overrides that make the network that proposes regions.
     """
@@ -63,7 +65,7 @@ class Scenes:
     alone = Dist(0, 1, 0, torch.device("cpu"), False)
     proposer = ("model.variant=supervised", "data.single_class=true", "model.masks=false", "data.keep_empty=false")
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, config_beside: Callable[..., Path]) -> None:
         self.folder = folder
         write_dataset(folder, train=12, val=6, options=SceneOptions(size=96, things=6), novel=2)
         file = folder / "annotations" / "instances_train2017.json"
@@ -71,27 +73,9 @@ class Scenes:
         bare = content["images"][3]["id"]  # an image without objects
         content["annotations"] = [a for a in content["annotations"] if a["image_id"] != bare]
         file.write_text(json.dumps(content))
-        self.novel = json.loads((folder / "annotations" / "split.json").read_text())["novel"]
-        data = {
-            "train_annotations": str(file),
-            "train_images": str(folder / "train2017"),
-            "val_annotations": str(folder / "annotations" / "instances_val2017.json"),
-            "val_images": str(folder / "val2017"),
-            "proposals": str(folder / "proposals"),
-            "store": str(folder / "store"),
-            "novel": self.novel,
-            "image_size": 96,
-            "workers": 0,
-            "prompts": "single",
-            "jitter": [0.8, 1.25],
-        }
-        text = TINY + "\n[data]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in data.items())
-        (folder / "tiny.toml").write_text(text)
-
-    @property
-    def config_file(self) -> str:
-        """The config of an ensemble with masks."""
-        return str(self.folder / "tiny.toml")
+        made = {name: str(folder / name) for name in ("proposals", "store")}
+        self.config_file = str(config_beside(folder, TINY, prompts="single", **made))
+        self.novel = self.config().data.novel
 
     def config(self, *overrides: str) -> VildConfig:
         """The config, with overrides."""
@@ -99,11 +83,11 @@ class Scenes:
 
 
 @pytest.fixture(scope="session")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
+def scenes(tmp_path_factory: pytest.TempPathFactory, config_beside: Callable[..., Path]) -> Scenes:
     """Scenes with the proposals of a network that was trained for two steps, and a full store."""
     from ovdet.vild.commands import embed, make_proposals, train
 
-    made = Scenes(tmp_path_factory.mktemp("vild"))
+    made = Scenes(tmp_path_factory.mktemp("vild"), config_beside)
     work, file = made.folder / "proposer", made.config_file
     network = [*made.proposer, "--device", "cpu"]
     assert train.main([file, *network, "--work-dir", str(work), "--max-steps", "2"]) == 0

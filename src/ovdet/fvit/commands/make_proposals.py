@@ -28,9 +28,7 @@ from tqdm import tqdm
 from open_clip.transform import crop_region, normalize
 from ovdet.clip import Clip
 from ovdet.data.annotations import load_annotations
-from ovdet.data.dataset import TestDataset
 from ovdet.data.images import read_image
-from ovdet.data.loader import test_loader
 from ovdet.evaluation.coco import write_json
 from ovdet.fvit.assemble import load_into, load_vit, read_config
 from ovdet.fvit.config import FViTConfig
@@ -39,7 +37,7 @@ from ovdet.listing import list_images as image_files
 from ovdet.listing import read_names
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS
-from ovdet.testing import count_skips, detect
+from ovdet.testing import Images
 from ovdet.vocabulary import free_vocabulary, noun_embeddings
 from training.engine.data.images import is_url, resolve
 from training.engine.data.workers import Loader
@@ -48,7 +46,6 @@ from training.engine.errors import UserError, as_user_error, run_program
 from training.engine.flags import Parser
 from training.engine.journal import setup_logging
 from training.engine.precision import Precision
-from training.engine.skips import SkipPolicy
 
 log = logging.getLogger(__name__)
 
@@ -133,23 +130,12 @@ def find_proposals(
         detector = build_detector(config, vit.model, torch.ones(2, width), free_vocabulary(["object"]).base_mask)
     load_into(checkpoint, detector, config, vit)
     detector = detector.to(dist.device).eval()
-    data = config.data
-    loader = test_loader(
-        TestDataset(names, root=root, image_size=data.image_size, resize=data.resize, exif=data.exif),
-        batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank,
-        world_size=dist.world_size, pin=dist.device.type == "cuda",
-    )  # fmt: skip
-    policy = SkipPolicy(f"--images {args.images}", data.max_skipped, "data.max_skipped")
-    bar = tqdm(loader, desc="proposals", unit="batch", disable=not dist.is_master, mininterval=1)
-    precision = choose_precision(config.train, dist.device, training=False)
-    for found in detect(
-        detector, bar, device=dist.device, precision=precision, forward=detector.proposals,
-        on_skipped=count_skips(policy),
-    ):  # fmt: skip
+    images = Images(config, names, root, source=f"--images {args.images}", title="proposals", dist=dist)
+    for found in images.detections(detector, detector.proposals):
         sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
         keep = np.flatnonzero((sides >= 1).all(1) & (found["scores"] >= args.score))[: args.most]
         yield {**found, "boxes": found["boxes"][keep], "scores": found["scores"][keep]}
-    policy.judge(at_end=True)
+    images.policy.judge(at_end=True)
 
 
 def coco_file(found: list[dict[str, Any]], ids: list[int], names: list[str], categories: list[str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from ovdet.commands.test import parse_test
-from ovdet.data.annotations import check_image_root, load
+from ovdet.data.annotations import load
 from ovdet.evaluation.coco import format_table
 from ovdet.fvit.assemble import load_into, load_vit, make_detector, read_config
 from ovdet.task import FLAGS
@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     with together():
-        annotations = load(config, "val", masks="segm" in kinds)
-        check_image_root(annotations, config.locate(config.data.val_images), key="data.val_images")
+        annotations = load(config, "val", masks="segm" in kinds, images=True)
         vocabulary = make_vocabulary(config, annotations)
         vit = load_vit(config)
     detector = make_detector(config, vit, vocabulary, device=dist.device, progress=dist.is_master)

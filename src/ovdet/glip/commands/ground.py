@@ -14,7 +14,7 @@ import torch
 from ovdet.data.images import read_image
 from ovdet.evaluation.coco import write_json
 from ovdet.glip import phrases as ph
-from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
+from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.decode import AGGREGATIONS
 from ovdet.glip.draw import draw
 from ovdet.glip.inference import Query
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     changes = [*args.set, f"test.score={min(0.05, 0.99 * args.score**2)}"]
     if args.aggregation:
         changes.append(f"test.aggregation={args.aggregation}")
-    config = read_config(args.config, changes) if args.config else config_of_checkpoint(args.checkpoint, changes)
+    config = config_for(args.checkpoint, args.config, changes)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     images = list_images(args.images)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
+from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.phrases import TAGGERS
 from ovdet.glip.pseudo import Labeller, LabelOptions, choose, read_captions
 from ovdet.glip.task import FLAGS
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
     args = parse_args(argv)
     changes = [*args.overrides, f"test.score={min(0.05, 0.99 * args.score**2)}"]
-    config = read_config(args.config, changes) if args.config else config_of_checkpoint(args.checkpoint, changes)
+    config = config_for(args.checkpoint, args.config, changes)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     options = LabelOptions(

@@ -11,11 +11,11 @@ from typing import Any
 
 from ovdet.config import config_from_dict, config_to_dict
 from ovdet.evaluation.coco import write_json
-from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
-from ovdet.glip.commands.train import train
+from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.config import TUNING, GlipConfig
 from ovdet.glip.data.odinw import WildSet, find_sets
 from ovdet.glip.evaluation.wild import averages, format_averages, write_leader_board
+from ovdet.glip.run import train
 from ovdet.glip.task import BEST, FLAGS
 from ovdet.glip.testing import open_test
 from ovdet.precision import choose_precision
@@ -102,7 +102,7 @@ def run_set(
     if args.mode:
         run = tuned_config(config, wild, args.mode, shots, seed, args.checkpoint)
         started = (folder / "run" / "checkpoints").is_dir()
-        status = train(run, folder / "run", dist, resume=started)
+        status = train(run, dist, folder / "run", save_every_steps=1000, resume=started)
         if status:
             raise SystemExit(status)
         checkpoint = str(folder / "run" / BEST)
@@ -118,10 +118,7 @@ def run_set(
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
     args = parse_args(argv)
-    if args.config:
-        config = read_config(args.config, args.overrides)
-    else:
-        config = config_of_checkpoint(args.checkpoint, args.overrides)
+    config = config_for(args.checkpoint, args.config, args.overrides)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     sets = find_sets(args.root, args.sets)

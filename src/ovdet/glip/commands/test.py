@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ovdet.glip.assemble import config_of_checkpoint, load_model, read_config
+from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.task import FLAGS
 from ovdet.glip.testing import format_metrics, open_test
 from ovdet.precision import choose_precision
@@ -31,10 +31,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and do what it says; gives the exit status. UserError for faulty input."""
     args = parse_args(argv)
-    if args.config:
-        config = read_config(args.config, args.overrides)
-    else:
-        config = config_of_checkpoint(args.checkpoint, args.overrides)
+    config = config_for(args.checkpoint, args.config, args.overrides)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     precision = choose_precision(config.train, dist.device, training=False)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ovdet.data.dataset import Skipped
+from ovdet.data.dataset import ImageFiles, Skipped
 from ovdet.data.images import read_image
 from ovdet.glip.data.sources import Source
 from ovdet.glip.data.transforms import names_a_side, resized_view, target_size, usable_boxes
 from ovdet.glip.losses import GroundTruth
 from ovdet.glip.tokens import Tokenizer, positive_map, tokens_of_spans
-from training.engine.data.images import ImageError, decode, resolve
+from training.engine.data.images import ImageError, decode
 
 
 class TrainDataset(Dataset):
@@ -92,7 +92,7 @@ class TrainDataset(Dataset):
         return decode(image, name) if isinstance(image, bytes) else read_image(image, exif=self.exif)
 
 
-class TestDataset(Dataset):
+class TestDataset(ImageFiles):
     """Images at the size of testing.
 
     Items, by index: a dict of ``image`` uint8 ``[3, h, w]``, ``original`` (height, width of the file) and ``index``;
@@ -102,21 +102,12 @@ class TestDataset(Dataset):
     __test__ = False  # no test, though its name begins like one
 
     def __init__(self, file_names: Sequence[str], *, root: str, shorter: int, longest: int, exif: bool = False) -> None:
-        self.file_names, self.root, self.shorter, self.longest, self.exif = file_names, root, shorter, longest, exif
+        super().__init__(file_names, root=root, exif=exif)
+        self.shorter, self.longest = shorter, longest
 
-    def __len__(self) -> int:
-        return len(self.file_names)
-
-    def __getitem__(self, index: int) -> dict[str, Any] | Skipped:
-        name = self.file_names[index]
-        try:
-            image = read_image(resolve(self.root, name) if self.root else name, exif=self.exif)
-        except ImageError as error:
-            return Skipped(error.file, error.reason)
-        original = (image.shape[-2], image.shape[-1])
-        size = target_size(*original, self.shorter, self.longest)
-        image, _ = resized_view(image, torch.zeros(0, 4), size, flip=False)
-        return {"image": image, "original": original, "index": index}
+    def view(self, image: Tensor) -> dict[str, Any]:
+        size = target_size(image.shape[-2], image.shape[-1], self.shorter, self.longest)
+        return {"image": resized_view(image, torch.zeros(0, 4), size, flip=False)[0]}
 
 
 def pad_images(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, list[tuple[int, int]]]:

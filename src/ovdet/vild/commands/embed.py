@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ovdet.data.annotations import check_image_root, load
+from ovdet.data.annotations import load
 from ovdet.precision import choose_precision
 from ovdet.sections import TrainConfig
 from ovdet.task import FLAGS
@@ -34,9 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(dist.rank)
     data = config.data
     with together():
-        annotations = load(config, "train")
-        root = config.locate(data.train_images)
-        check_image_root(annotations, root, key="data.train_images")
+        annotations = load(config, "train", images=True)
         proposals = ProposalList.open(config.locate(data.proposals))
         proposals.rows_of(annotations)
         if args.verify and not proposals.is_undamaged():
@@ -57,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = choose_precision(TrainConfig(precision=config.teacher.precision), dist.device, training=False)
     embedder = Embedder(teacher.model, config.teacher, device=dist.device, precision=precision)
     fill(
-        store, proposals, embedder, root=root, exif=data.exif, dist=dist, workers=data.workers,
-        max_skipped=data.max_skipped,
+        store, proposals, embedder, root=config.locate(data.train_images), exif=data.exif, dist=dist,
+        workers=data.workers, max_skipped=data.max_skipped,
     )  # fmt: skip
     if dist.is_master:
         print(f"{announcement(store)}: complete")

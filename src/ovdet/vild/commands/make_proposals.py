@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ovdet.data.annotations import check_image_root, load
+from ovdet.data.annotations import load
 from ovdet.evaluation.coco import write_json
 from ovdet.evaluation.recall import format_recall
 from ovdet.task import FLAGS
@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     with together():
-        annotations = load(config, args.split)
-        root = config.locate(getattr(config.data, f"{args.split}_images"))
-        check_image_root(annotations, root, key=f"data.{args.split}_images")
+        annotations = load(config, args.split, images=True)
         reference = load(config, "val") if config.data.val_annotations else annotations
         vocabulary = make_vocabulary(config, reference)
         teacher = load_teacher(config)
@@ -60,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with together():
         key = proposal_key(config, weights_hash(content["detector"]), most=most, min_side=args.min_side)
         writer = ProposalWriter(args.out, annotations, key)
+    root = config.locate(getattr(config.data, f"{args.split}_images"))
     proposals = write_proposals(
         writer, config, detector.eval(), root, dist=dist, most=most, min_side=args.min_side
     )  # fmt: skip

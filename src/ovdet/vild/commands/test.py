@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 
 from ovdet.commands.test import parse_test
-from ovdet.data.annotations import check_image_root, load
+from ovdet.data.annotations import load
 from ovdet.evaluation.coco import format_table
 from ovdet.precision import choose_precision
 from ovdet.sections import TrainConfig
@@ -41,8 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     with together():
-        annotations = load(config, "val", masks="segm" in kinds)
-        check_image_root(annotations, config.locate(config.data.val_images), key="data.val_images")
+        annotations = load(config, "val", masks="segm" in kinds, images=True)
         vocabulary = make_vocabulary(config, annotations)
         teacher = load_teacher(config)
     detector = make_detector(

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.engine.data.images import first_line
 from training.engine.errors import UserError
-from training.engine.journal import write_atomically
+from training.engine.files import write_atomically
 
 NAME = "key.json"
 

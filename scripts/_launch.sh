@@ -1,5 +1,17 @@
-# Sourced by dist_train.sh and dist_test.sh: launch PROCESSES PROGRAM ARGUMENTS...
+# Sourced by what starts the detectors' programs: dist_train.sh and dist_test.sh of each, and pipelines.
+#
+# One process per GPU, or CPU processes where there is none. Several machines: set NNODES, NODE_RANK and MASTER_ADDR (and
+# MASTER_PORT) on each. PYTHON names another interpreter than that of the clone's .venv.
 
+# launch_with PROGRAM N "USAGE" ARGUMENTS...: the program, in as many processes as the Nth argument says, with the others.
+launch_with() {
+    local program="$1" place="$2" usage="$3"
+    shift 3
+    [ $# -ge "$place" ] || { echo "usage: bash $usage" >&2; exit 2; }
+    launch "${!place}" "$program" "${@:1:place-1}" "${@:place+1}"
+}
+
+# launch PROCESSES PROGRAM ARGUMENTS...
 launch() {
     local processes="$1" program="$2" root python cores
     shift 2
