@@ -1,7 +1,7 @@
 """MLPs whose width is no multiple of 8, computed in a padded width where a GPU computes in half precision.
 
-EVA02-CLIP-L-14 has an MLP of 2730 units: rows of 5460 bytes, of which no two in a row begin at a multiple of the 16
-bytes that tensor cores load at once, so its matrix products leave their fast kernels. Here weights and activations are
+EVA02-CLIP-L-14 has an MLP of 2730 units: rows of 5460 bytes, of which one in four begins at a multiple of the 16 bytes
+that tensor cores load at once, so its matrix products leave their fast kernels. Here weights and activations are
 padded with zeros to the next multiple of 64, whose rows begin on lines of 128 bytes. Kernels work on tiles of at least
 64 units, so that a multiple of 8 would start as many tiles: 43 of 64 units for 2730, 2736 and 2752 alike; by the counts
 of ``benchmarks/roofline.py`` it would save 0.2 % of L/14's teacher.
