@@ -10,7 +10,7 @@ from typing import Any
 from ovdet.config import format_config
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS, DetectionTask, loop_options
-from training.engine.checkpoint import read_file, remove_unfinished, seed_generators
+from training.engine.checkpoint import read_file, seed_generators
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
 from training.engine.folder import open_folder, resume_after_restart
@@ -57,8 +57,6 @@ def train(
     )  # fmt: skip
     # A folder without a run in it is as good as none.
     with open_folder(folder, "auto", dist, FLAGS, {"config.toml": format_config(config)}):
-        if dist.is_master:
-            remove_unfinished(folder)  # detector files that a killed run was writing
         setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
         log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
         return loop.train(folder, start)

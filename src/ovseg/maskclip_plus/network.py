@@ -57,6 +57,7 @@ class Student(nn.Module):
         self.register_buffer("embeddings", embeddings.clone().float())
         self.background = background
         self.background_vector = None if background is None else nn.Parameter(torch.randn(embeddings.shape[1]))
+        self.to(memory_format=torch.channels_last)  # faster convolutions on CPUs and in half precision
 
     def classifier(self) -> Tensor:
         """Class vectors ``[C, D]`` of unit length; the background's takes gradients."""
@@ -67,7 +68,7 @@ class Student(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """Features ``[B, D, h, w]`` of normalised images ``[B, 3, H, W]``; h is H / stride, rounded up."""
-        return self.head(self.backbone(image)["out"])
+        return self.head(self.backbone(image.contiguous(memory_format=torch.channels_last))["out"])
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, C, h, w]``."""

@@ -99,7 +99,8 @@ def open_folder(
                 folder.mkdir(parents=True, exist_ok=True)
                 held = FolderLock(folder)
                 (folder / "checkpoints").mkdir(exist_ok=True)
-                remove_unfinished(folder / "checkpoints")
+                for place in (folder, folder / "checkpoints"):  # files for users lie in either
+                    remove_unfinished(place)
                 for name, text in (files or {}).items():
                     write_atomically(folder / name, text)
             except OSError as error:
