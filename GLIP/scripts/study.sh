@@ -19,7 +19,7 @@ quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-GLIP/work_dirs/study${smoke:+_smoke}}"
 seeds="${SEEDS:-0 1}"
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
-train=4000 val=400 steps=2400 train_b=600 val_b=150 tune_steps=160 shots="1 3 10 0"
+train=4000 val=400 steps=1800 train_b=600 val_b=150 tune_steps=100 shots="1 3 10 0"
 if [ -n "$smoke" ]; then train=40 val=12 steps=4 train_b=24 val_b=8 tune_steps=2 shots="1 0" seeds="0"; fi
 
 source scripts/_venv.sh

@@ -54,6 +54,11 @@ class Student(nn.Module):
         build, self.stride = BACKBONES[backbone]
         net = build(weights=None, weights_backbone=None, num_classes=embeddings.shape[1])
         self.name, self.backbone, self.head = backbone, net.backbone, net.classifier
+        for module in net.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                # torchvision's MobileNet averages over 100 steps, its ResNet over 10; after a few hundred steps from
+                # random weights the former's statistics would still be those of a network that is long gone.
+                module.momentum = 0.1
         self.register_buffer("embeddings", embeddings.clone().float())
         self.background = background
         self.background_vector = None if background is None else nn.Parameter(torch.randn(embeddings.shape[1]))
