@@ -5,8 +5,8 @@
 
 Stages run in order of importance, each in a process of its own with a time limit: environment, tests, agreement with
 the CPU, the program (device crops, saving, resuming, scaler), its profile, compiling, the step, the conventional step,
-L/14, the loader, one process of data parallelism, evaluation, detector. Results are written after every stage, so that
-a run that ends early keeps what it has. A stage that fails is named and the next one goes on.
+L/14, attention kernels, the loader, one process of data parallelism, evaluation, detector. Results are written after
+every stage, so that a run that ends early keeps what it has. A stage that fails is named and the next one goes on.
 """
 
 from __future__ import annotations
@@ -211,6 +211,20 @@ def compiled(run: Run) -> dict:
     return {**rates(log), "fell_back": "recompile_limit" in log}
 
 
+def attention(run: Run) -> dict:
+    """The program with each kind of attention kernel: images/s, or why the card has none."""
+    found: dict = {}
+    for name in ("flash", "math") if run.smoke else ("flash", "cudnn", "efficient"):
+        flags = [*run.large(), "--attention", name, "--max-steps", 6 if run.smoke else 28]
+        try:
+            found[name] = rates(run.train(f"attention_{name}", *flags, limit=90))["images_per_s"]
+        except RuntimeError as error:
+            found[name] = " ".join(str(error).split())[-200:]
+    if not any(isinstance(rate, float) for rate in found.values()):
+        raise RuntimeError(f"no kernel of attention runs: {found}")
+    return found
+
+
 def _step(run: Run, *arguments: object, limit: float) -> dict:
     sizes = ["--sizes", 64, "--batches", 2, "--crops", 2, "--steps", 2] if run.smoke else []
     return run.benchmark("train_step.py", "--model", run.model, "--device", run.device, *arguments, *sizes, limit=limit)
@@ -266,8 +280,8 @@ def detector(run: Run) -> dict:
 
 
 STAGES: tuple[Callable[[Run], dict], ...] = (
-    environment, tests, agreement, program, profile, compiled, step, conventional, large_model, loader, parallel,
-    evaluation, detector,
+    environment, tests, agreement, program, profile, compiled, step, conventional, large_model, attention, loader,
+    parallel, evaluation, detector,
 )  # fmt: skip
 
 

@@ -29,6 +29,7 @@ from common import print_table  # noqa: E402
 from counting import Count, counting  # noqa: E402
 
 import open_clip  # noqa: E402
+from open_clip.mlp_widths import pad_mlps  # noqa: E402
 from open_clip.regions import roi_features  # noqa: E402
 from training.data.grid import grid_choices  # noqa: E402
 
@@ -125,15 +126,19 @@ class Step:
         return 16.0 * self.trained + 2.0 * self.trained + 2.0 * self.frozen + self.saved
 
 
-def count_step(model: str, size: int, batch: int, regions: float, *, teacher: bool, train: bool = True) -> Step:
+def count_step(
+    model: str, size: int, batch: int, regions: float, *, teacher: bool, train: bool = True, pads: bool = False
+) -> Step:
     """Count a step from the code that it runs.
 
     Args:
         model: name of a config. size: side of the dense input, a multiple of the patch. batch: images a process.
         regions: boxes, and crops where there is a teacher, of an image on average.
+        pads: count MLPs of odd width padded (:mod:`open_clip.mlp_widths`), with all that padding copies.
     """
     half = torch.bfloat16
     student = open_clip.create_model(model, device="meta", load_weights=False).to(dtype=half)
+    pad_mlps(student.visual.trunk, pads)
     frozen = sum(p.numel() for p in student.visual.parameters()) if teacher else 0
     crops = max(round(batch * regions), 1)
     native = student.visual.image_size
@@ -265,6 +270,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64])
     parser.add_argument("--crop-on", choices=("worker", "device"), default="worker")
     parser.add_argument("--eager", action="store_true", help="cost runs by all kernels instead of the fused bound")
+    parser.add_argument("--pad-mlps", action="store_true", help="count the padding of MLPs of odd width (L/14)")
     parser.add_argument("--measured", type=Path, help="json of benchmarks/gpu.py, whose times are shown beside")
     parser.add_argument("--no-recipes", action="store_true", help="the step's table alone")
     return parser
@@ -276,7 +282,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     changed = {n: getattr(args, n) for n in FIGURES if getattr(args, n) is not None}
     device = Device(**{**asdict(DEVICES[args.device]), **changed})
     measured = json.loads(args.measured.read_text()).get("step_parts_ms") if args.measured else None
-    step = count_step(args.model, args.size, args.batch_size, args.regions, teacher=not args.no_teacher)
+    step = count_step(
+        args.model, args.size, args.batch_size, args.regions, teacher=not args.no_teacher, pads=args.pad_mlps
+    )
     title = f"{args.model} at {args.size}, batch {args.batch_size}, {args.regions:g} regions an image, on {args.device}"
     show_parts(title, step, device, measured)
     totals = {kind: sum(seconds(step, device, fused=kind == "fused").values()) for kind in ("eager", "fused")}

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from . import timm_blocks
 from .checks import check_images
 from .dense_passes import DensePasses
+from .mlp_widths import pad_mlps
 from .packed_blocks import packed_block
 from .padding import Canvas, interleave, packed_rotary
 from .readouts import DEFAULT
@@ -70,6 +71,8 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         if not isinstance(trunk, timm_blocks.TRUNKS):
             raise TypeError(f"image trunk {type(trunk).__name__} is not supported: use an Eva or VisionTransformer")
         self.trunk = trunk
+        #: (width, width computed in) of MLPs that a GPU computes padded in half precision.
+        self.padded_widths = pad_mlps(trunk)
         self.image_size = int(image_size)
         self.patch_size = int(trunk.patch_embed.patch_size[0])
         self.image_mean, self.image_std = tuple(image_mean), tuple(image_std)

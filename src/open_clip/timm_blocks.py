@@ -1,5 +1,7 @@
 """What is known of timm's insides, in one place: attention modules, blocks, rotary tables, attention pooling.
 
+Its MLPs are known in :mod:`open_clip.mlp_widths` alone.
+
 A dense reading enters a trunk where timm has no door, so parts of its forward pass are written out here. They hold for
 timm 1.0.21 and later; ``tests/open_clip/test_supported_versions.py`` runs the oldest and the newest release.
 
@@ -337,5 +339,3 @@ def pool_unread(pool: nn.Module) -> list[Part]:
     parts = _whole(pool.latent, pool.q, pool.q_norm, pool.k_norm, pool.pos_embed)
     parts.append(Part(pool.kv.weight, keys))
     return parts if pool.kv.bias is None else [*parts, Part(pool.kv.bias, keys)]
-
-

@@ -24,6 +24,7 @@ from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.panoptic import build_eval_data
 from training.evaluation.pictures import evaluation_pictures
+from training.kernels import Reader, check_attention, prefer_attention, report_kernels
 from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args
@@ -126,6 +127,10 @@ def run(options: Options, dist: Dist) -> int:
         if options.trains:
             task = Distillation(options, model, dist, precision, evaluation)
             loop = Loop(task, loop_options(options), dist=dist, precision=precision)
+        else:
+            sizes = (*options.eval.eval_image_sizes, model.visual.image_size)
+            readers = {f"model at {n}": Reader(model.visual, n, precision.input_dtype) for n in sizes}
+            check_attention(options.machine.attention, readers, dist.device)
     if options.run.dry_run:
         found = forecast(loop)
         if dist.is_master:
@@ -141,6 +146,7 @@ def run(options: Options, dist: Dist) -> int:
             log.warning("%s", warning)
         if loop is not None:
             return loop.train(folder, resume)
+        report_kernels(readers, dist.device)
         if options.readout is not None:
             as_user_error(model.visual.set_readout, options.readout)
         if options.model.drop_padding:
@@ -163,7 +169,8 @@ def _main(argv: Sequence[str] | None) -> int:
     dist = init_distributed(machine.device, machine.dist_backend, machine.dist_timeout)
     setup_logging(dist.rank)
     seed_generators(seed + dist.rank)
-    return run(options, dist)
+    with prefer_attention(machine.attention):
+        return run(options, dist)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
 import open_clip
 from open_clip import CLIP, ImageTower
@@ -169,21 +168,6 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
         block.compile(**options)
     if isinstance(tower, ImageTower):
         tower.compiled = {f: torch.compile(f, **options) for f in (value_block, prefix_block, *PIECES)}
-
-
-def attention_kernel(tower: ImageTower, side: int, dtype: torch.dtype) -> str:
-    """Name of the attention kernel that PyTorch takes for a tower's blocks: flash, cudnn, efficient or math.
-
-    Args:
-        side: of the input, pixels.
-        dtype: in which it computes.
-    """
-    heads = tower.trunk.blocks[0].attn.num_heads
-    tokens = (side // tower.patch_size) ** 2 + tower.num_prefix_tokens
-    device = next(tower.parameters()).device
-    q = torch.empty(1, heads, tokens, tower.width // heads, dtype=dtype, device=device)
-    backend = SDPBackend(torch.ops.aten._fused_sdp_choice(q, q, q))
-    return backend.name.lower().removesuffix("_attention")
 
 
 class _Limits(logging.Handler):

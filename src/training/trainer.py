@@ -27,10 +27,10 @@ from training.engine.loop import Batch, LoopOptions, Progress, Rate, Task
 from training.engine.precision import Precision
 from training.engine.schedule import make_schedule, step_seed
 from training.engine.sharding import whole_state
+from training.kernels import Reader, check_attention, report_kernels
 from training.methods import Setting
 from training.models import (
     StartWeights,
-    attention_kernel,
     build_optimizer,
     prepare_student,
     prepare_teachers,
@@ -107,6 +107,7 @@ class Distillation(Task):
             self.data.dataset.stores = self.stores
             self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
         self.student = prepare_student(options, model, dist, precision)
+        check_attention(options.machine.attention, self._readers(), dist.device)
         setting = Setting(
             student=self.student, teachers=self.teachers, readout=options.readout, class_names=self.data.class_names,
             embed=self._embed, rank=dist.rank, world_size=dist.world_size,
@@ -278,7 +279,7 @@ class Distillation(Task):
         """Say what the data lacks; fill the stores of teachers' answers."""
         log_left_out(self.source, self.data.skipped)
         log.info("%d images", self.data.num_images)
-        self._report_attention()
+        report_kernels(self._readers(), self.dist.device)
         for name, store in self.stores.items():
             fill(
                 store, self.data.dataset, self.method.teachers[name], dist=self.dist, precision=self.precision,
@@ -286,21 +287,15 @@ class Distillation(Task):
             )  # fmt: skip
             del self.method.teachers[name], self.teachers[name]
 
-    def _report_attention(self) -> None:
-        """Say which attention kernels PyTorch takes; a slow one on a GPU deserves a warning."""
-        towers = {"student": (self.student.visual, self.views["images"].size, self.precision.input_dtype)}
+    def _readers(self) -> dict[str, Reader]:
+        """Student and teachers, by who they are, as far as their blocks are known."""
+        pixels = self.precision.input_dtype
+        readers = {"student": Reader(self.student.visual, self.views["images"].size, pixels)}
         for name, teacher in self.teachers.items():
             tower = getattr(teacher.model, "visual", teacher.model)
             if isinstance(tower, ImageTower):
-                towers[f"teacher {name}"] = (tower, teacher.view.size, teacher.view.dtype)
-        kernels = {name: attention_kernel(*one) for name, one in towers.items()}
-        log.info("attention kernels: %s", ", ".join(f"{name} {kernel}" for name, kernel in kernels.items()))
-        slow = [name for name, kernel in kernels.items() if kernel == "math"]
-        if slow and self.dist.device.type == "cuda":
-            log.warning(
-                "attention of the %s is not fused, which is slow and takes much memory: --precision amp_bf16 has fused "
-                "kernels on every recent GPU", " and the ".join(slow),
-            )  # fmt: skip
+                readers[f"teacher {name}"] = Reader(tower, teacher.view.size, teacher.view.dtype)
+        return readers
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
         """The ensemble of student and start model in the published layout."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from timm.layers import LayerNorm, SwiGLU
 from torch import nn
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU is visible", allow_module_level=True)
 
 import open_clip
+from open_clip.mlp_widths import pad_mlps
 from open_clip.regions import roi_features
 from training.engine.precision import PRECISIONS, make_precision
+from training.kernels import ATTENTIONS, Reader, attention_kernel, check_attention, prefer_attention
 from training.main import main
 from training.teachers.build import build_teacher
 from training.teachers.describe import TeacherSpec
@@ -30,6 +34,9 @@ def module(path: str):
     sys.modules[spec.name] = made
     spec.loader.exec_module(made)
     return made
+
+
+Products = module("open_clip/test_mlp_widths.py").Products
 
 
 @pytest.mark.parametrize("name", PRECISIONS)
@@ -98,6 +105,42 @@ def test_a_bfloat16_teacher_is_close_to_the_float32_one():
     with torch.autocast("cuda", torch.bfloat16):
         answers = half(crops.bfloat16()).float()
     assert torch.cosine_similarity(answers, full).min() > 0.998
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_mlps_of_odd_width_are_padded_by_themselves_and_err_no_more(mixed):
+    """Of EVA02-CLIP-L-14: in bfloat16, and under autocast, as far from float64 as timm's own, within a quarter."""
+    torch.manual_seed(0)
+    plain = SwiGLU(1024, 2730, norm_layer=LayerNorm).to(GPU)
+    x = torch.randn(300, 1024, device=GPU)
+    ours, exact = copy.deepcopy(plain), copy.deepcopy(plain).double()(x.double())
+    assert pad_mlps(ours) == {(2730, 2752)}
+    seen = []
+    ours.norm.register_forward_hook(lambda m, args, y: seen.append(args[0].is_contiguous()))
+    if not mixed:
+        plain, ours, x = plain.bfloat16(), ours.bfloat16(), x.bfloat16()
+    with torch.autocast("cuda", torch.bfloat16, enabled=mixed), Products() as products:
+        ours_y = ours(x)
+    with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+        errors = [(y.double() - exact).norm() for y in (ours_y, plain(x))]
+    assert products.seen == [(300, 1024, 5504), (300, 2752, 1024)] and seen == [True]
+    assert errors[0] <= 1.25 * errors[1]
+    assert torch.equal(ours.float()(x.float()), plain.float()(x.float())), "float32 is computed as it is"
+
+
+@pytest.mark.parametrize("name", [n for n in ATTENTIONS if n != "auto"])
+def test_the_kernel_of_attention_that_is_asked_for_runs(name):
+    q = torch.randn(2, 4, 65, 64, device=GPU, dtype=torch.bfloat16, requires_grad=True)
+    reader = Reader(open_clip.create_model("ViT-Ti-8-64").visual, 64, torch.bfloat16)
+    with prefer_attention(name):
+        kernel = attention_kernel(reader, GPU)
+        if kernel != name:
+            pytest.skip(f"{torch.cuda.get_device_name()} has no {name}: {kernel}")
+        check_attention(name, {"student": reader}, GPU)
+        with torch.profiler.profile() as seen:
+            torch.nn.functional.scaled_dot_product_attention(q, q, q).sum().backward()
+    keys = [e.key for e in seen.key_averages() if e.key.startswith("aten::_scaled_dot_product_")]
+    assert keys and all(name in key for key in keys), keys
 
 
 def losses(log: Path) -> list[float]:

@@ -67,12 +67,6 @@ def test_sizes_of_a_batch(crop_on):
     assert batch["sizes"] == [(32, 64)] and batch["reach"] == [(39, 64)]
 
 
-def test_attention_kernels_are_named(program, caplog):
-    caplog.set_level("INFO")
-    assert program(name="a", epochs=1, max_steps=1) == 0
-    assert "attention kernels: student flash, teacher crops flash" in caplog.text
-
-
 def test_multiscale_scales_the_sizes():
     batch = {"images": torch.zeros(1, 3, 64, 64), "sizes": [(33, 64)], "reach": [(40, 64)]}
     student = type("S", (), {"visual": type("V", (), {"drop_padding": True})()})()
