@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,6 +87,12 @@ def as_module() -> Callable[[str], ModuleType]:
         return module
 
     return load
+
+
+@pytest.fixture(scope="session")
+def in_browser(as_module: Callable[[str], ModuleType]) -> Callable[..., AbstractContextManager[Any]]:
+    """Called with the arguments of ``tools/page.py``, in a ``with``: Playwright's page of it, in a headless browser."""
+    return as_module("tests/browser.py").in_browser
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
@@ -18,9 +11,6 @@ import torch
 from PIL import Image
 
 from training.engine.errors import UserError
-
-ROOT = Path(__file__).parents[2]
-FILE = ROOT / "tools" / "page.py"
 
 
 @pytest.fixture(scope="module")
@@ -75,62 +65,30 @@ def test_mistakes(tool, models, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_in_a_headless_browser(tmp_path):
+def test_in_a_headless_browser(in_browser: Callable, tmp_path):
     """Upload, class names, the result with its legend, the slider, a click, the download."""
-    pytest.importorskip("gradio")
-    playwright = pytest.importorskip("playwright.sync_api")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
     torch.manual_seed(0)
     import open_clip
 
     weights = tmp_path / "weights.pt"
     torch.save(open_clip.create_model("ViT-Ti-8-64").state_dict(), weights)
     Image.fromarray(photograph(120, 160)).save(tmp_path / "photo.png")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(FILE), "--model", "ViT-Ti-8-64", "--pretrained", str(weights), "--device", "cpu"]
-    server = subprocess.Popen([*command, "--port", str(port)], env=environment)
-    try:
-        _wait_for(f"http://127.0.0.1:{port}", server)
-        with playwright.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1300, "height": 1000})
-            page.goto(f"http://127.0.0.1:{port}")
-            page.set_input_files("#photograph input[type=file]", str(tmp_path / "photo.png"))
-            page.wait_for_selector("#photograph img", timeout=60_000)
-            page.fill("#classes textarea", "cat, dog, sky")
-            page.click("#label")
-            page.wait_for_selector("#legend", timeout=120_000)
-            legend = page.inner_text("#legend")
-            assert all(name in legend for name in ("cat", "dog", "sky"))
-            page.wait_for_function("document.querySelectorAll('#slider img').length >= 2", timeout=60_000)
-            with page.expect_download(timeout=60_000) as download:
-                page.click("#download")
-            labels = Image.open(download.value.path())
-            assert labels.mode == "P" and labels.size == (160, 120)
-            box = page.query_selector("#photograph img").bounding_box()
-            page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
-            page.wait_for_selector("#heat img", timeout=60_000)
-            page.fill("#classes textarea", "cat, cat")
-            page.click("#label")
-            page.wait_for_selector("text=is given 2 times", timeout=60_000)
-            browser.close()
-    finally:
-        server.terminate()
-        server.wait(timeout=30)
-
-
-def _wait_for(address: str, server: subprocess.Popen) -> None:
-    """Until a server answers; fails when it has ended, or after two minutes."""
-    for _ in range(240):
-        assert server.poll() is None, "the page has ended"
-        try:
-            urllib.request.urlopen(address, timeout=5)
-            return
-        except OSError:
-            time.sleep(0.5)
-    raise AssertionError("the page does not answer")
+    with in_browser("--model", "ViT-Ti-8-64", "--pretrained", str(weights)) as page:
+        page.set_input_files("#photograph input[type=file]", str(tmp_path / "photo.png"))
+        page.wait_for_selector("#photograph img", timeout=60_000)
+        page.fill("#classes textarea", "cat, dog, sky")
+        page.click("#label")
+        page.wait_for_selector("#legend", timeout=120_000)
+        legend = page.inner_text("#legend")
+        assert all(name in legend for name in ("cat", "dog", "sky"))
+        page.wait_for_function("document.querySelectorAll('#slider img').length >= 2", timeout=60_000)
+        with page.expect_download(timeout=60_000) as download:
+            page.click("#download")
+        labels = Image.open(download.value.path())
+        assert labels.mode == "P" and labels.size == (160, 120)
+        box = page.query_selector("#photograph img").bounding_box()
+        page.mouse.click(box["x"] + box["width"] / 4, box["y"] + box["height"] / 2)
+        page.wait_for_selector("#heat img", timeout=60_000)
+        page.fill("#classes textarea", "cat, cat")
+        page.click("#label")
+        page.wait_for_selector("text=is given 2 times", timeout=60_000)
