@@ -109,6 +109,12 @@ def test_malformed_images_are_skipped_named_and_counted(program, scenes, tmp_pat
     (images / "folder.jpg").mkdir()
     (tmp_path / "outside.jpg").write_bytes(encode(picture(30, 30, 0), "JPEG"))  # a fine image that is not to be read
     assert bad == 1 or listed["odd"] + listed["bad"] >= 200
+    if program.name == "glip":  # leaves out images without objects
+        kind = content["annotations"][0]["category_id"]
+        box = {"category_id": kind, "bbox": [2, 2, 20, 20], "area": 400, "iscrowd": 0}
+        content["annotations"] += [
+            {"id": 10**6 + i, "image_id": image["id"], **box} for i, image in enumerate(content["images"][good:])
+        ]
     (tmp_path / "train.json").write_text(json.dumps(content))
     seen = Counter()
     original = SkipPolicy.name
