@@ -151,9 +151,11 @@ def test_pseudo_labels_go_on_where_they_stopped(model, scenes, tmp_path, capsys)
     assert "no class names" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_student_trains_stops_goes_on_and_is_read_again(model, scenes, tmp_path, capsys, monkeypatch):
+def test_student_trains_stops_goes_on_and_is_read_again(model, golden, scenes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("training.engine.checkpoint.prune", lambda *_: None)  # the one inside the epoch is needed
-    common = flags(model, scenes, "--split", "val", "--crop", "32", "--batch-size", "2", "--templates", "plain")
+    patch = json.loads((golden / "vit_quickgelu" / "config.json").read_text())["vision_cfg"]["patch_size"]
+    crop = str(2 * patch)
+    common = flags(model, scenes, "--split", "val", "--crop", crop, "--batch-size", "2", "--templates", "plain")
     common += [
         "--logs",
         str(tmp_path),
@@ -185,7 +187,7 @@ def test_student_trains_stops_goes_on_and_is_read_again(model, scenes, tmp_path,
         ([*common, "--name", "whole"], "exists"),
         ([*common, "--name", "x", "--unseen", "dog"], "not a class"),
         ([*common, "--name", "x", "--unseen", "cat", "person"], "names every class"),
-        ([*common, "--name", "x", "--crop", "33"], "no multiple of the patch size 16"),
+        ([*common, "--name", "x", "--crop", str(2 * patch + 1)], f"no multiple of the patch size {patch}"),
         ([*common, "--name", "x", "--batch-size", "1"], "at least 2"),
     ]:
         assert maskclip_plus.main(wrong) == 2
