@@ -169,7 +169,8 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         if table is None:
             with torch.inference_mode(False), torch.no_grad():  # a table made for an evaluation serves training too
                 table = timm_blocks.rotary_table(self.trunk, grid)
-            if device is not None and type(table) is Tensor:
+            # A traced program's table is none: torch 2.6 would leave the tracer's stand-in here.
+            if device is not None and type(table) is Tensor and not torch.compiler.is_compiling():
                 self._tables[grid, device] = table
         return table
 

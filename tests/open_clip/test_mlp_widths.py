@@ -188,6 +188,7 @@ def imagined_gpu() -> None:
     try:
         with FakeTensorMode():
             torch.full_like(torch.empty(1, device="cuda"), 1)
+            nn.Conv2d(1, 1, 1, device="cuda")(torch.empty(1, 1, 2, 2, device="cuda"))
     except RuntimeError as error:
         pytest.skip(f"no imagined GPU with torch {torch.__version__}: {str(error).splitlines()[0]}")
 
@@ -264,6 +265,8 @@ def test_wrapped_for_many_processes(one_process, how):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if how == "fsdp" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip(f"torch {torch.__version__} divides no model on CPUs")
     image, results = torch.randn(2, 3, 32, 32, dtype=torch.float64), []
     for wrapped in (False, True):
         tower = make_tower("eva02").double().visual

@@ -83,13 +83,15 @@ class Sharded(nn.Module):
         dist: several processes.
 
     Raises:
-        UserError: a single process.
+        UserError: a single process, or CPUs with a torch that divides nothing on them.
     """
 
     def __init__(self, task: Task, dist: Dist) -> None:
         super().__init__()
         if not dist.distributed:
             raise UserError("--fsdp divides the model over processes: start several with torchrun")
+        if dist.device.type == "cpu" and not hasattr(torch.cpu.Stream, "record_event"):
+            raise UserError(f"--fsdp: torch {torch.__version__} divides no model on CPUs; update torch, or use GPUs")
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
