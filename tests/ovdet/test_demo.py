@@ -60,9 +60,9 @@ def test_benchmark_runs(tmp_path: Path):
     tiny = ["model.name=ViT-Ti-8-64", "model.blocks=[1, 2, 3]", "model.channels=16", "model.box_width=32"]
     tiny += ["model.roi_samples=16", "model.rpn_post_nms=20"]
     result = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "detector.py"), "--image-size", "64", "--steps", "2",
+        [sys.executable, str(ROOT / "benchmarks" / "detector.py"), *tiny, "--image-size", "64", "--steps", "2",
          "--images", "4", "--device", "cpu", "--data", str(tmp_path), "--part", "stages", "test", "masks", "waits",
-         "memory", *tiny],
+         "memory"],
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
