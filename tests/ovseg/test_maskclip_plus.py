@@ -121,3 +121,17 @@ def test_a_student_labels_images_of_any_size(tmp_path, backbone, stride):
     torch.save({"state_dict": {}}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="holds no student"):
         load_student(tmp_path / "other.pt")
+
+
+def test_statistics_of_the_small_student_follow_its_weights():
+    """Those of the first norm, after thirty passes over one batch, are the batch's."""
+    torch.manual_seed(0)
+    student = Student(F.normalize(torch.randn(5, 16), dim=1), backbone="mobilenet_v3_large").train()
+    norm = next(m for m in student.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_pre_hook(lambda module, given: seen.append(given[0].mean(dim=(0, 2, 3))))
+    images = torch.rand(4, 3, 64, 64) + 2
+    with torch.no_grad():
+        for _ in range(30):
+            student(images)
+    torch.testing.assert_close(norm.running_mean, seen[0], rtol=0.05, atol=1e-4)
