@@ -29,6 +29,7 @@ from common import Clock, print_table  # noqa: E402
 MODEL = "ViT-Ti-8-64"
 READOUTS = ["value", "value_bare", "vanilla", "sclip", "sclip_bare", "clearclip", "clearclip_full", "kk_bare", "naclip"]
 REFINEMENTS = ["none", "pd", "ks", "pdks"]
+SETTINGS = ("annotation-free", "zero-shot")  # of the students
 UNSEEN_EVERY = 5  # of the classes in label order, each fifth is unseen
 SIZE = 128  # pixels of a scene
 
@@ -104,13 +105,21 @@ class Study:
             "--max-split", 4, "--max-boxes", 12, "--alpha", 1.0, "--det-image-size", SIZE,
         )  # fmt: skip
 
-    def score(self, seed: int, name: str) -> None:
-        """All readings and refinements on the validation scenes."""
+    def score(self, seed: int, name: str, readouts: Sequence[str], refinements: Sequence[str], output: str) -> None:
+        """Readings and refinements on the validation scenes."""
         self.run(
             "ovseg.evaluate", "--model", MODEL, "--pretrained", self.weights(seed, name), "--dataset", "panoptic",
-            "--data-root", self.data, "--short-side", SIZE, "--readouts", *READOUTS, "--refine", *REFINEMENTS,
-            "--workers", self.args.workers, "--output", self.folder(seed) / f"scores-{name}", *self.machine,
+            "--data-root", self.data, "--short-side", SIZE, "--readouts", *readouts, "--refine", *refinements,
+            "--workers", self.args.workers, "--output", self.folder(seed) / output, *self.machine,
         )  # fmt: skip
+
+    def score_readings(self, seed: int, name: str) -> None:
+        """All of them."""
+        self.score(seed, name, READOUTS, REFINEMENTS, f"scores-{name}")
+
+    def score_labels(self, seed: int) -> None:
+        """The distilled model's value reading, whose labels the students learn from."""
+        self.score(seed, "clipself", ["value"], ["none"], "scores-labels")
 
     def student(self, seed: int, setting: str) -> None:
         """MaskCLIP+ on dense labels of the distilled model."""
@@ -147,7 +156,7 @@ class Study:
         return self.names()[UNSEEN_EVERY - 1 :: UNSEEN_EVERY]
 
     def scores(self, seed: int, name: str) -> dict[str, dict]:
-        """Results of :meth:`score` by reading and refinement."""
+        """Results of :meth:`score` by reading and refinement; ``name`` is a model, or labels."""
         return json.loads((self.folder(seed) / f"scores-{name}" / "results.json").read_text())["results"]
 
     def student_scores(self, seed: int, setting: str) -> dict:
@@ -167,36 +176,39 @@ def over_seeds(values: Sequence[float]) -> str:
     return f"{100 * statistics.fmean(values):.1f} ± {100 * spread:.1f}"
 
 
-def report(study: Study, seeds: Sequence[int]) -> dict:
-    """Print the tables; their numbers."""
+def report_readings(study: Study, seeds: Sequence[int]) -> dict[str, list[float]]:
+    """Print the table of readings; its numbers by model, reading and refinement."""
     scores = {name: [study.scores(seed, name) for seed in seeds] for name in ("start", "clipself")}
-    rows, numbers = [], {"seeds": list(seeds), "readings": {}, "students": {}}
+    rows, numbers = [], {}
     for readout in READOUTS:
         row = [readout]
         for name in ("start", "clipself"):
             for refinement in REFINEMENTS:
                 key = readout if refinement == "none" else f"{readout}+{refinement}"
                 values = [s[key]["mIoU"] for s in scores[name]]
-                numbers["readings"][f"{name} {key}"] = values
+                numbers[f"{name} {key}"] = values
                 row.append(over_seeds(values))
         rows.append(row)
     header = ["reading", *(f"{n} {r}" for n in ("start", "distilled") for r in REFINEMENTS)]
     print_table(f"mIoU (%) on {study.args.val} scenes, {len(seeds)} seeds", header, rows)
-    if study.args.no_students:
-        return numbers
+    return numbers
 
+
+def report_students(study: Study, seeds: Sequence[int]) -> dict[str, dict[str, list[float]]]:
+    """Print the table of students; its numbers by row and group of classes."""
     every, unseen = study.names(), study.unseen()
     seen = [name for name in every if name not in unseen]
-    lines = []
-    for label, of in (("pseudo labels (distilled, value)", None), ("MaskCLIP+, annotation-free", "annotation-free"),
-                      ("MaskCLIP+, zero-shot", "zero-shot")):  # fmt: skip
-        records = (
-            [s["value"] for s in scores["clipself"]] if of is None else [study.student_scores(s, of) for s in seeds]
-        )
+    rows = {
+        "pseudo labels (distilled, value)": [study.scores(seed, "labels")["value"] for seed in seeds],
+        **{f"MaskCLIP+, {of}": [study.student_scores(seed, of) for seed in seeds] for of in SETTINGS},
+    }
+    lines, numbers = [], {}
+    for label, records in rows.items():
         columns = [[mean_iou(r, names) for r in records] for names in (every, seen, unseen)]
-        numbers["students"][label] = dict(zip(("all", "seen", "unseen"), columns, strict=True))
+        numbers[label] = dict(zip(("all", "seen", "unseen"), columns, strict=True))
         lines.append([label, *(over_seeds(c) for c in columns)])
-    print_table("Students, mIoU (%)", ["", "all classes", "seen", "unseen"], lines)
+    title = f"Students, mIoU (%) on {study.args.val} scenes, {len(seeds)} seeds"
+    print_table(title, ["", "all classes", "seen", "unseen"], lines)
     return numbers
 
 
@@ -207,7 +219,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", required=True, help="folder of the study")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--smoke", action="store_true", help="a handful of scenes and steps")
-    add("--no-students", action="store_true", help="readings only, without MaskCLIP+")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--no-students", action="store_true", help="readings only, without MaskCLIP+")
+    parts.add_argument("--no-readings", action="store_true", help="MaskCLIP+ only")
     add("--train", type=int, default=2000, help="training scenes")
     add("--val", type=int, default=150, help="validation scenes")
     add("--pairs", type=int, default=3000, help="image-text pairs")
@@ -234,11 +248,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in args.seeds:
         study.stage(f"start-{seed}", lambda s=seed: study.start(s))
         study.stage(f"distil-{seed}", lambda s=seed: study.distil(s))
-        for name in ("start", "clipself"):
-            study.stage(f"score-{name}-{seed}", lambda s=seed, n=name: study.score(s, n))
-        for setting in () if args.no_students else ("annotation-free", "zero-shot"):
-            study.stage(f"student-{setting}-{seed}", lambda s=seed, k=setting: study.student(s, k))
-    print(json.dumps(report(study, args.seeds)))
+        if not args.no_readings:
+            for name in ("start", "clipself"):
+                study.stage(f"score-{name}-{seed}", lambda s=seed, n=name: study.score_readings(s, n))
+        if not args.no_students:
+            study.stage(f"score-labels-{seed}", lambda s=seed: study.score_labels(s))
+            for setting in SETTINGS:
+                study.stage(f"student-{setting}-{seed}", lambda s=seed, k=setting: study.student(s, k))
+    numbers = {"seeds": args.seeds}
+    if not args.no_readings:
+        numbers["readings"] = report_readings(study, args.seeds)
+    if not args.no_students:
+        numbers["students"] = report_students(study, args.seeds)
+    print(json.dumps(numbers))
 
 
 if __name__ == "__main__":

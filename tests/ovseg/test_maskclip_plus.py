@@ -95,7 +95,9 @@ def test_student_learns_a_background_and_nothing_else_of_its_classifier():
         Student(embeddings, backbone="vgg")
 
 
-@pytest.mark.parametrize("backbone, stride", [("resnet50", 8), ("mobilenet_v3_large", 16)])
+@pytest.mark.parametrize(
+    "backbone, stride", [("resnet50", 8), ("mobilenet_v3_large", 16), ("lraspp_mobilenet_v3_large", 8)]
+)
 def test_a_student_labels_images_of_any_size(tmp_path, backbone, stride):
     """Written, read again and used: the cells of a constant answer lie on the whole image."""
     from ovseg.classes import parse_classes
@@ -110,9 +112,13 @@ def test_a_student_labels_images_of_any_size(tmp_path, backbone, stride):
     assert about["classes"] == ["a", "b", "c"] and again.stride == stride
     segmenter = StudentSegmenter(again, classes, Protocol(short_side=40), mean=about["mean"], std=about["std"])
     image = torch.randint(0, 256, (3, 45, 61), dtype=torch.uint8)
+    last = [again.head[-1]] if backbone != "lraspp_mobilenet_v3_large" else [
+        again.head.low_classifier, again.head.high_classifier
+    ]  # fmt: skip
     with torch.no_grad():
-        again.head[-1].weight.zero_()
-        again.head[-1].bias.copy_(torch.eye(8)[1])
+        for convolution in last:
+            convolution.weight.zero_()
+            convolution.bias.copy_(torch.eye(8)[1])
     found = segmenter(image, confidence=True)["default"]
     assert found.labels.shape == (45, 61) and (found.labels == 1).all()
     (tmp_path / "none.pt").write_bytes(b"nothing")
@@ -135,3 +141,16 @@ def test_statistics_of_the_small_student_follow_its_weights():
         for _ in range(30):
             student(images)
     torch.testing.assert_close(norm.running_mean, seen[0], rtol=0.05, atol=1e-4)
+
+
+def test_a_backbone_starts_from_weights_of_torchvision(tmp_path):
+    """A classifier's file in torchvision's names; one of another network is refused in one line."""
+    from torchvision.models import mobilenet_v3_large
+
+    student = Student(torch.eye(3, 8), backbone="lraspp_mobilenet_v3_large")
+    source = mobilenet_v3_large(weights=None)
+    torch.save(source.state_dict(), tmp_path / "mobilenet.pth")
+    student.load_backbone(tmp_path / "mobilenet.pth")
+    torch.testing.assert_close(student.backbone["4"].block[0][0].weight, source.features[4].block[0][0].weight)
+    with pytest.raises(UserError, match=r"mobilenet.pth: no weights of torchvision's resnet50"):
+        Student(torch.eye(3, 8)).load_backbone(tmp_path / "mobilenet.pth")

@@ -99,7 +99,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("training", "defaults are the published ones of the setting and data set")
     group.add_argument("--setting", default="annotation-free", choices=("annotation-free", "zero-shot"))
     group.add_argument("--backbone", default="resnet50", choices=BACKBONES)
-    group.add_argument("--backbone-weights", default="", help="file of a torchvision ResNet; random without")
+    group.add_argument(
+        "--backbone-weights", default="", help="file of torchvision's ResNet or MobileNet; random without"
+    )
     group.add_argument("--steps", type=int, help="optimizer steps")
     group.add_argument("--guided", type=float, help="share of the steps in which CLIP fills in the labels")
     group.add_argument("--lr", type=float, help="rate of SGD at the start")

@@ -1,10 +1,10 @@
-"""The student: torchvision's DeepLabV3 with the class embeddings as its fixed classifier."""
+"""The student: a segmentation network of torchvision with the class embeddings as its fixed classifier."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torchvision.models.segmentation import (
     deeplabv3_mobilenet_v3_large,
     deeplabv3_resnet50,
     deeplabv3_resnet101,
+    lraspp_mobilenet_v3_large,
 )
 
 from open_clip.weights import load_torch_file
@@ -22,20 +23,38 @@ from ovseg.segment import ImageSegmenter
 from training.engine.checkpoint import read_file
 from training.engine.errors import UserError
 
-#: Name -> torchvision's network and the pixels of its cells. The small one is for machines without a GPU.
+
+class Architecture(NamedTuple):
+    """A network of torchvision.
+
+    Attributes:
+        build: makes it.
+        stride: pixels of its cells.
+        levels: whether the head reads several maps of the backbone, or only the last.
+    """
+
+    build: Callable[..., nn.Module]
+    stride: int
+    levels: bool = False
+
+
+#: Names of students. The last two are for machines without a GPU; LR-ASPP, with cells of half the side and a head that
+#: costs next to nothing, is the quicker of them by far.
 BACKBONES = {
-    "resnet50": (deeplabv3_resnet50, 8),
-    "resnet101": (deeplabv3_resnet101, 8),
-    "mobilenet_v3_large": (deeplabv3_mobilenet_v3_large, 16),
+    "resnet50": Architecture(deeplabv3_resnet50, 8),
+    "resnet101": Architecture(deeplabv3_resnet101, 8),
+    "mobilenet_v3_large": Architecture(deeplabv3_mobilenet_v3_large, 16),
+    "lraspp_mobilenet_v3_large": Architecture(lraspp_mobilenet_v3_large, 8, levels=True),
 }
 
 
 class Student(nn.Module):
     """Images to logits of classes that are described by embeddings.
 
-    DeepLabV3 (atrous pooling at output stride 8, with MobileNet 16) whose last convolution leads to the embeddings'
-    width; a logit is the product of a feature and a class embedding, neither scaled nor shifted, and features are not
-    normalised. The embeddings are fixed, so the classes can be exchanged after training.
+    DeepLabV3 (atrous pooling at output stride 8, with MobileNet 16), or LR-ASPP (the sum of two levels, at 8), whose
+    last convolution leads to the embeddings' width; a logit is the product of a feature and a class embedding, neither
+    scaled nor shifted, and features are not normalised. The embeddings are fixed, so the classes can be exchanged after
+    training.
 
     Args:
         embeddings: unit-length ``[C, D]``, one per class.
@@ -51,7 +70,7 @@ class Student(nn.Module):
         super().__init__()
         if backbone not in BACKBONES:
             raise UserError(f'no backbone is called "{backbone}": use {", ".join(BACKBONES)}')
-        build, self.stride = BACKBONES[backbone]
+        build, self.stride, self.levels = BACKBONES[backbone]
         net = build(weights=None, weights_backbone=None, num_classes=embeddings.shape[1])
         self.name, self.backbone, self.head = backbone, net.backbone, net.classifier
         for module in net.modules():
@@ -73,21 +92,23 @@ class Student(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """Features ``[B, D, h, w]`` of normalised images ``[B, 3, H, W]``; h is H / stride, rounded up."""
-        return self.head(self.backbone(image.contiguous(memory_format=torch.channels_last))["out"])
+        maps = self.backbone(image.contiguous(memory_format=torch.channels_last))
+        return self.head(maps if self.levels else maps["out"])
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits ``[B, C, h, w]``."""
         return class_logits(self.features(image), self.classifier())
 
     def load_backbone(self, path: str | Path) -> None:
-        """Start from the weights of torchvision's ResNet (a state dict; its classifier is left out).
+        """Start from the weights of torchvision's ResNet or MobileNet (a state dict; its classifier is left out).
 
         Raises:
             UserError: the file cannot be read or does not fit.
         """
         try:
             state = load_torch_file(path)
-            state = {k: v for k, v in state.items() if not k.startswith("fc.")}
+            kept = {k: v for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+            state = {k.removeprefix("features."): v for k, v in kept.items()}  # as MobileNet calls its layers
             self.backbone.load_state_dict(state)
         except Exception as error:  # torch raises many kinds for files that are no weights
             raise UserError(
