@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ovdet.config import Config
-from ovdet.glip.decode import AGGREGATIONS
+from ovdet.glip.decode import AGGREGATIONS, MERGES
 from ovdet.glip.dyconv import OFFSETS
 from ovdet.sections import Rule, not_negative, positive, shares
 
@@ -230,6 +230,11 @@ class TestConfig:
     nms: float = 0.6
     per_level: int = 1000
     per_image: int = 100  # for each prompt
+    scales: list[int] = field(default_factory=list)  # shorter sides of a test at several sizes; empty: data.test_size
+    scales_longest: int = 2500  # largest longer side of these
+    mirror: bool = False  # each size mirrored as well
+    ranges: list[float] = field(default_factory=list)  # per size: least and largest root of a box's area, file's pixels
+    merge: str = "nms"  # of several sizes: "nms" or "vote"
     chunk: int = 0  # class names in a prompt; 0: as many as there is room for
     separator: str = ". "
     knowledge: str = ""  # YAML of what is known of each class: a text of its own for each, in place of prompts
@@ -242,7 +247,11 @@ class TestConfig:
         yield "test.knowledge_kind", self.knowledge_kind, self.knowledge_kind in KNOWLEDGE, " or ".join(KNOWLEDGE)
         poolings = ("first", "mean")
         yield "test.knowledge_pooling", self.knowledge_pooling, self.knowledge_pooling in poolings, '"first" or "mean"'
-        yield from positive("test", self, ("batch_size", "per_level", "per_image"))
+        yield "test.scales", self.scales, all(side > 0 for side in self.scales), "positive sides"
+        pairs = not self.ranges or len(self.ranges) == 2 * max(len(self.scales), 1)
+        yield "test.ranges", self.ranges, pairs, "a least and a largest side for each of test.scales, or nothing"
+        yield "test.merge", self.merge, self.merge in MERGES, " or ".join(f'"{m}"' for m in MERGES)
+        yield from positive("test", self, ("batch_size", "per_level", "per_image", "scales_longest"))
         yield from not_negative("test", self, ("chunk",))
         yield from shares("test", self, ("score", "nms"))
 

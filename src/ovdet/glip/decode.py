@@ -13,6 +13,7 @@ from ovdet.glip import boxes as ops
 from ovdet.glip.head import HeadOutput
 
 AGGREGATIONS = ("mean", "max", "onehot", "power")
+MERGES = ("nms", "vote")  # of the detections of several views, see ovdet.glip.views
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def select_detections(
         good = (found[:, 2:] >= found[:, :2]).all(1)
         found, labels, values = found[good], labels[good], values[good].sqrt()
         keep = batched_nms(ops.to_exclusive(found), values, labels, options.nms)
-        keep = _at_most(values[keep], keep, options.per_image)
+        keep = at_most(values[keep], keep, options.per_image)
         results.append({"boxes": found[keep], "scores": values[keep], "labels": labels[keep]})
     return results
 
@@ -119,7 +120,7 @@ def _best_of_levels(ranked: Tensor, counts: Sequence[int], most: int) -> tuple[T
     return cells, labels, values
 
 
-def _at_most(values: Tensor, keep: Tensor, most: int) -> Tensor:
+def at_most(values: Tensor, keep: Tensor, most: int) -> Tensor:
     """The first ``most`` of falling values, and those equal to the last of them."""
     if len(values) <= most:
         return keep

@@ -12,6 +12,7 @@ from ovdet.glip.decode import Selection
 from ovdet.glip.head import Text
 from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.prompts import knowledge_prompt
+from ovdet.glip.views import Views, detect_views
 from training.engine.errors import UserError
 
 TEXTS_AT_ONCE = 16  # prompts that are encoded together
@@ -23,6 +24,11 @@ class Query:
 
     prompts: list[Prompt]
     texts: list[Text]  # one of batch 1 for each prompt
+
+    def for_mirrored(self) -> Query:
+        """Those that can be asked of a mirrored image."""
+        kept = [pair for pair in zip(self.prompts, self.texts, strict=True) if not pair[0].sided]
+        return Query([prompt for prompt, _ in kept], [text for _, text in kept])
 
 
 @torch.no_grad()
@@ -79,16 +85,26 @@ def find(
     originals: Sequence[tuple[int, int]],
     query: Query,
     options: Selection,
+    views: Views | None = None,
 ) -> list[dict[str, Tensor]]:
     """Detections of each image for all prompts of a query, by falling score; no NMS between prompts.
 
     Args:
         images: uint8 RGB ``[B, 3, H, W]``, padded right and bottom.
         sizes: (height, width) of each in the input; originals: of the file.
+        views: look at these instead; the images are then those of the files, and the sizes their own.
 
     Returns:
         See :meth:`ovdet.glip.model.GLIP.detect`.
     """
+    if views is not None:
+
+        def detect(batch: Tensor, inner: list[tuple[int, int]], mirrored: bool) -> Sequence[dict[str, Tensor] | None]:
+            asked = query.for_mirrored() if mirrored else query
+            return find(model, batch, inner, originals, asked, options) if asked.prompts else [None] * len(inner)
+
+        groups = [[prompt.labels for prompt in query.prompts]] * len(sizes)
+        return detect_views(detect, images, sizes, views, groups, options, model.image.divisor)
     levels = model.encode_image(images, sizes)
     parts = [
         model.detect(levels, text, [prompt], sizes, originals, options)
@@ -105,8 +121,17 @@ def find_own(
     originals: Sequence[tuple[int, int]],
     prompts: Sequence[Prompt],
     options: Selection,
+    views: Views | None = None,
 ) -> list[dict[str, Tensor]]:
     """Detections of each image for a prompt of its own (captions); otherwise as :func:`find`."""
+    if views is not None:
+
+        def detect(batch: Tensor, inner: list[tuple[int, int]], mirrored: bool) -> Sequence[dict[str, Tensor] | None]:
+            found = find_own(model, batch, inner, originals, prompts, options)
+            return [None if mirrored and p.sided else one for p, one in zip(prompts, found, strict=True)]
+
+        groups = [[prompt.labels] for prompt in prompts]
+        return detect_views(detect, images, sizes, views, groups, options, model.image.divisor)
     levels = model.encode_image(images, sizes)
     text = model.encode_text([p.encoded for p in prompts])
     return model.detect(levels, text, prompts, sizes, originals, options)

@@ -42,10 +42,11 @@ class Grounder:
     """
 
     def __init__(self, model: GLIP, config: GlipConfig, device: torch.device) -> None:
-        from ovdet.glip.testing import selection
+        from ovdet.glip.testing import selection, views
 
         self.model, self.config, self.device = model.eval(), config, device
         self.precision, self.selection = choose_precision(config.train, device, training=False), selection(config)
+        self.views = views(config)
         self._classes: tuple[tuple[str | ClassPrompt, ...], Query] | None = None
 
     def classes(self, names: Sequence[str | ClassPrompt]) -> Query:
@@ -88,12 +89,13 @@ class Grounder:
     def find(self, images: Sequence[Tensor], query: Query) -> list[dict[str, np.ndarray]]:
         """Detections of uint8 images ``[3, H_i, W_i]``, by falling score: boxes within the image, scores, labels."""
         data, originals = self.config.data, [(image.shape[-2], image.shape[-1]) for image in images]
-        sizes = [target_size(*size, data.test_size, data.longest) for size in originals]
-        nothing = torch.zeros(0, 4)
-        views = [resized_view(i, nothing, size, flip=False)[0] for i, size in zip(images, sizes, strict=True)]
-        batch, sizes = pad_images(views, self.model.image.divisor)
+        if self.views is None:
+            sizes = [target_size(*size, data.test_size, data.longest) for size in originals]
+            nothing = torch.zeros(0, 4)
+            images = [resized_view(i, nothing, size, flip=False)[0] for i, size in zip(images, sizes, strict=True)]
+        batch, sizes = pad_images(images, self.model.image.divisor)
         with self.precision.autocast():
-            results = find(self.model, batch.to(self.device), sizes, originals, query, self.selection)
+            results = find(self.model, batch.to(self.device), sizes, originals, query, self.selection, self.views)
         for result, (height, width) in zip(results, originals, strict=True):
             limit = torch.tensor([width, height] * 2, device=result["boxes"].device)
             result["boxes"] = torch.minimum(result["boxes"].clamp(min=0), limit)

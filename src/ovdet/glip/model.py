@@ -27,11 +27,13 @@ class Prompt:
         encoded: its tokens.
         tokens: token positions of each phrase.
         labels: what each phrase is called in results: rows of a class list, or phrases of a caption.
+        sided: whether the text speaks of left or right, and is not to be asked of a mirrored image.
     """
 
     encoded: Encoded
     tokens: list[list[int]]
     labels: list[int]
+    sided: bool = False
 
 
 class GLIP(nn.Module):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ovdet.glip.data.transforms import names_a_side
 from ovdet.glip.model import Prompt
 from ovdet.glip.tokens import Span, Tokenizer, tokens_of_spans
 from training.engine.errors import UserError
@@ -110,7 +111,7 @@ def caption_prompt(caption: str, phrases: Sequence[Phrase], tokenizer: Tokenizer
     for phrase, positions in zip(phrases, tokens, strict=True):
         if not positions:
             raise UserError(f'phrase "{phrase.text}" has no letters that the text encoder knows: name another one')
-    return Prompt(encoded, tokens, list(range(len(phrases))))
+    return Prompt(encoded, tokens, list(range(len(phrases))), names_a_side(caption))
 
 
 # -- noun phrases -----------------------------------------------------------------------------------------------------

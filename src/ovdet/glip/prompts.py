@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ovdet.glip.config import KNOWLEDGE
+from ovdet.glip.data.transforms import names_a_side
 from ovdet.glip.model import Prompt
 from ovdet.glip.tokens import Encoded, Span, Tokenizer, tokens_of_spans
 from training.engine.errors import UserError
@@ -113,7 +114,7 @@ def _prompt(
     for entry, positions in zip(entries, tokens, strict=True):
         if not positions:
             raise UserError(f'class "{entry.name}" has no letters that the text encoder knows: give it another name')
-    return Prompt(encoded, tokens, list(labels))
+    return Prompt(encoded, tokens, list(labels), names_a_side(text))
 
 
 def read_class_prompts(path: str | Path, names: Sequence[str]) -> list[ClassPrompt]:

@@ -26,6 +26,7 @@ from ovdet.glip.decode import Selection
 from ovdet.glip.inference import find_own
 from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.phrases import Phrase, caption_prompt, noun_phrases
+from ovdet.glip.views import Views
 from training.engine.data.images import ImageError, read_image, resolve
 from training.engine.data.parsing import image_file_name, read_json
 from training.engine.errors import UserError
@@ -114,7 +115,7 @@ class Labeller:
     Args:
         model: the teacher, in eval mode; teacher: what identifies it.
         root: image root.
-        options, selection: how.
+        options, selection, views: how; see :class:`ovdet.glip.views.Views`.
         folder: of the shards and the manifest.
         tagger_data: folder of the tagger's data.
 
@@ -135,6 +136,7 @@ class Labeller:
         source: str,
         batch_size: int = 4,
         tagger_data: str | None = None,
+        views: Views | None = None,
     ) -> None:
         self.model, self.root, self.folder, self.options = model, root, folder, options
         self.selection, self.precision, self.batch_size, self.tagger_data = (
@@ -143,8 +145,10 @@ class Labeller:
             batch_size,
             tagger_data,
         )
-        self.teacher = teacher
+        self.teacher, self.views = teacher, views
         self.identity = {"teacher": teacher, "source": source, **asdict(options), **asdict(selection)}
+        if views is not None:
+            self.identity["views"] = json.loads(json.dumps(asdict(views)))  # as the manifest gives it back
 
     def check_folder(self, *, write: bool) -> None:
         """See that the folder belongs to this very labelling; with ``write`` it is made."""
@@ -218,8 +222,10 @@ class Labeller:
             counts["dropped: image cannot be read"] += 1
             return None
         original = (image.shape[-2], image.shape[-1])
-        size = target_size(*original, self.options.shorter, self.options.longest)
-        return caption, text, phrases, prompt, resized_view(image, torch.zeros(0, 4), size, flip=False)[0], original
+        if self.views is None:
+            size = target_size(*original, self.options.shorter, self.options.longest)
+            image = resized_view(image, torch.zeros(0, 4), size, flip=False)[0]
+        return caption, text, phrases, prompt, image, original
 
     @torch.no_grad()
     def _detect(self, items: Sequence[tuple], counts: Counter[str]) -> Iterator[dict[str, Any]]:
@@ -228,7 +234,7 @@ class Labeller:
         device = self.model.head.bias0.device
         prompts_: Sequence[Prompt] = prompts
         with self.precision.autocast():
-            found = find_own(self.model, batch.to(device), sizes, originals, prompts_, self.selection)
+            found = find_own(self.model, batch.to(device), sizes, originals, prompts_, self.selection, self.views)
         for caption, text, named, result, original in zip(captions, texts, phrases, found, originals, strict=True):
             record = self._record(caption, text, named, result, original, counts)
             if record is not None:

@@ -29,6 +29,7 @@ from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.phrases import Phrase, caption_prompt
 from ovdet.glip.prompts import ClassPrompt, clean_name, knowledge_texts, make_prompts, read_knowledge
 from ovdet.glip.tokens import Tokenizer
+from ovdet.glip.views import Views
 from ovdet.testing import read_truth
 from training.engine.data.annotations import load_annotations
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, on_master
@@ -48,12 +49,23 @@ def selection(config: GlipConfig) -> Selection:
     return Selection(test.aggregation, test.score, test.per_level, test.nms, per_image)
 
 
+def views(config: GlipConfig) -> Views | None:
+    """The views that a config looks at in place of an image at one size; None for that."""
+    test, data = config.test, config.data
+    if not test.scales and not test.mirror:
+        return None
+    ranges = tuple(zip(test.ranges[::2], test.ranges[1::2], strict=True))
+    sides, longest = (tuple(test.scales), test.scales_longest) if test.scales else ((data.test_size,), data.longest)
+    return Views(sides, longest, test.mirror, ranges, test.merge)
+
+
 class _Set:
     """Images of a validation set, dealt to processes by batches."""
 
     def __init__(self, names: Sequence[str], root: str, config: GlipConfig, divisor: int, dist: Dist) -> None:
         data = config.data
-        dataset = TestDataset(names, root=root, shorter=data.test_size, longest=data.longest, exif=data.exif)
+        shorter = 0 if views(config) else data.test_size  # views are made of the image itself
+        dataset = TestDataset(names, root=root, shorter=shorter, longest=data.longest, exif=data.exif)
         self.loader = test_loader(
             dataset, batch_size=config.test.batch_size, workers=data.workers, rank=dist.rank,
             world_size=dist.world_size, pin=dist.device.type == "cuda", collate=Collate(divisor),
@@ -120,11 +132,11 @@ class ClassTest:
     @torch.no_grad()
     def detect(self, model: GLIP, precision: Precision) -> Detections | None:
         """Detections of all processes on process 0, None on the others; the model is in eval mode."""
-        options, mine = selection(self.config), []
+        options, looks, mine = selection(self.config), views(self.config), []
         with precision.autocast():
             query = self._query(model)
             for batch in self.images:
-                found = find(model, batch["images"], batch["sizes"], batch["original"], query, options)
+                found = find(model, batch["images"], batch["sizes"], batch["original"], query, options, looks)
                 mine += [{"index": i, **_on_cpu(one)} for i, one in zip(batch["index"], found, strict=True)]
         parts = gather_to_master(Detections.gather(mine))
         return None if parts is None else Detections.merge(parts)
@@ -206,11 +218,11 @@ class PhraseTest:
     @torch.no_grad()
     def __call__(self, model: GLIP, precision: Precision, folder: Path | None = None) -> dict[str, float]:
         """Recalls of all phrases and by their type (``"R@1"``, ``"R@1 people"``), on every process."""
-        options, mine = selection(self.config), []
+        options, looks, mine = selection(self.config), views(self.config), []
         with precision.autocast():
             for batch in self.images:
                 prompts = [self.prompts[i] for i in batch["index"]]
-                found = find_own(model, batch["images"], batch["sizes"], batch["original"], prompts, options)
+                found = find_own(model, batch["images"], batch["sizes"], batch["original"], prompts, options, looks)
                 mine += [(i, _on_cpu(result)) for i, result in zip(batch["index"], found, strict=True)]
         parts = gather_to_master(mine)
 

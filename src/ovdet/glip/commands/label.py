@@ -12,7 +12,7 @@ from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.phrases import TAGGERS
 from ovdet.glip.pseudo import Labeller, LabelOptions, choose, read_captions
 from ovdet.glip.task import FLAGS
-from ovdet.glip.testing import selection
+from ovdet.glip.testing import selection, views
 from ovdet.precision import choose_precision
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import barrier, init_distributed, together
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         labeller = Labeller(
             model, weights_hash(model.state_dict()), args.images, args.out, options=options,
             selection=selection(config), precision=choose_precision(config.train, dist.device, training=False),
-            source=args.captions, batch_size=args.batch_size, tagger_data=args.tagger_data,
+            source=args.captions, batch_size=args.batch_size, tagger_data=args.tagger_data, views=views(config),
         )  # fmt: skip
         labeller.check_folder(write=False)
     with together():

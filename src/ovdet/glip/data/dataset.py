@@ -93,7 +93,7 @@ class TrainDataset(Dataset):
 
 
 class TestDataset(ImageFiles):
-    """Images at the size of testing.
+    """Images at the size of testing, or as they are where ``shorter`` is 0.
 
     Items, by index: a dict of ``image`` uint8 ``[3, h, w]``, ``original`` (height, width of the file) and ``index``;
     or a :class:`~ovdet.data.dataset.Skipped`.
@@ -106,6 +106,8 @@ class TestDataset(ImageFiles):
         self.shorter, self.longest = shorter, longest
 
     def view(self, image: Tensor) -> dict[str, Any]:
+        if not self.shorter:
+            return {"image": image}
         size = target_size(image.shape[-2], image.shape[-1], self.shorter, self.longest)
         return {"image": resized_view(image, torch.zeros(0, 4), size, flip=False)[0]}
 
@@ -114,7 +116,7 @@ def pad_images(images: Sequence[Tensor], divisor: int) -> tuple[Tensor, list[tup
     """Images uint8 ``[3, h_i, w_i]`` as one ``[B, 3, H, W]``, padded right and bottom, and their (height, width)."""
     sizes = [(image.shape[-2], image.shape[-1]) for image in images]
     height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
-    batch = torch.zeros(len(images), 3, height, width, dtype=torch.uint8)
+    batch = images[0].new_zeros(len(images), 3, height, width)
     for row, image, (h, w) in zip(batch, images, sizes, strict=True):
         row[:, :h, :w] = image
     return batch, sizes
