@@ -124,7 +124,9 @@ class Study:
     def student(self, seed: int, setting: str) -> None:
         """MaskCLIP+ on dense labels of the distilled model."""
         name = f"student-{setting}"
-        extra = ["--unseen", *self.unseen()] if setting == "zero-shot" else []
+        extra = []
+        if setting == "zero-shot":
+            extra = ["--unseen", *self.unseen(), "--guided", self.args.student_guided]
         self.run(
             "ovseg.maskclip_plus", "--model", MODEL, "--pretrained", self.weights(seed, "clipself"),
             "--setting", setting, "--dataset", "panoptic", "--data-root", self.data, "--split", "train",
@@ -228,12 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--start-steps", type=int, default=480)
     add("--start-batch", type=int, default=64)
     add("--distil-steps", type=int, default=320)
-    add("--student-steps", type=int, default=3000)
+    add("--student-steps", type=int, default=1000)
     add("--student-batch", type=int, default=16)
-    add("--student-lr", type=float, default=0.02)
+    add("--student-lr", type=float, default=0.05)
+    add("--student-guided", type=float, default=0.5, help="share of steps before a zero-shot student teaches itself")
     add("--student-side", type=int, default=SIZE, help="pixels that a scene has for the student")
     add("--crop", type=int, default=SIZE, help="side of a student's training sample")
-    add("--backbone", default="resnet50", help="of the student")
+    add("--backbone", default="lraspp_mobilenet_v3_large", help="of the student")
     add("--workers", type=int, default=1)
     add("--device", default="", choices=("", "cpu", "cuda"))
     args = parser.parse_args(argv)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Does a GLIP on the quick start's towers ground phrases, also such as it never saw? Two seeds, against chance and against the
-# same training on a text tower that has learned nothing; then full, linear and prompt tuning on a second domain with few
-# examples. Within 45 minutes on 2 CPU cores, after the quick start (run first where its models are missing).
+# Does a GLIP on the quick start's towers ground phrases, also such as it never saw? Two seeds, against chance, against the same
+# training on a text tower that learns nothing, and on one that begins with nothing; then full, linear and prompt tuning on a
+# second domain with few examples. Within 45 minutes on 2 CPU cores, after the quick start (run first where its models are
+# missing).
 #
 #   bash GLIP/scripts/study.sh            results in GLIP/work_dirs/study: result.md, and pictures
 #   bash GLIP/scripts/study.sh --smoke    the same with a handful of images and steps, to see that everything runs
@@ -101,10 +102,11 @@ run_all() {  # run_all: lines of commands from the standard input, as many at a 
     [ "$failed" = 0 ] || exit 1
 }
 
-stage "train on domain A: learned and untrained text tower, seeds $seeds"
+stage "train on domain A: with the quick start's text tower, without learning in one of random weights, and from it; seeds $seeds"
 for seed in $seeds; do
     echo "ground trained $seed"
-    echo "ground untrained $seed text.weights=random"
+    echo "ground untrained $seed text.weights=random text.frozen=true"
+    echo "ground scratch $seed text.weights=random"
 done | { run_all; }
 stage "whole models"
 for seed in $seeds; do echo "whole $seed"; done | { run_all; }

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import mean
 
 MODES = {"full": "full", "linear_prob": "linear probe", "language_prompt_v2": "prompt"}
+TOWERS = {"trained": "the quick start's text tower", "untrained": "random, untrained", "scratch": "random at first"}
 KINDS = {"seen": "pairs seen in training", "unseen": "pairs held out", "unknown": "held out, unknown to the towers too"}
 
 
@@ -32,17 +33,17 @@ def grounding(folder: Path, seeds: list[int]) -> str:
         name: {
             part: [read(folder / f"{name}_{s}" / part / "metrics.json") for s in seeds] for part in ("phrases", "names")
         }
-        for name in ("trained", "untrained")
+        for name in TOWERS
     }
     rows = []
     for kind, label in KINDS.items():
         if kind in chance:
-            cells = [percent([m[f"R@1 {kind}"] for m in results[n]["phrases"]]) for n in ("trained", "untrained")]
-            rows.append([f"recall@1, {label}", cells[0], cells[1], f"{100 * chance[kind]:.1f}"])
+            cells = [percent([m[f"R@1 {kind}"] for m in results[n]["phrases"]]) for n in TOWERS]
+            rows.append([f"recall@1, {label}", *cells, f"{100 * chance[kind]:.1f}"])
     for key, label in (("AP50_base", "AP50, names seen"), ("AP50_novel", "AP50, names held out")):
-        cells = [percent([m[key] for m in results[n]["names"]]) for n in ("trained", "untrained")]
+        cells = [percent([m[key] for m in results[n]["names"]]) for n in TOWERS]
         rows.append([label, *cells, "-"])
-    return table(["", "learned text tower", "untrained text tower", "chance"], rows)
+    return table(["", *TOWERS.values(), "chance"], rows)
 
 
 def tuning(folder: Path, seeds: list[int], shots: list[int]) -> str:

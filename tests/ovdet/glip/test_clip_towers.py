@@ -67,15 +67,18 @@ def test_text_states_are_those_before_pooling(clip_file: Path):
     assert torch.allclose(pooled, model.encode_text(ids), atol=1e-5)
 
 
-def test_frozen_towers_stay_and_all_else_learns(clip_file: Path):
-    config = read_config(CONFIG, [f"clip.pretrained={clip_file}"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_towers_stay_and_all_else_learns(clip_file: Path, frozen: bool):
+    config = read_config(CONFIG, [f"clip.pretrained={clip_file}", f"text.frozen={str(frozen).lower()}"])
     model = start_model(config)
     assert model.tokenizer.limit == 32
-    towers = (model.image.tower, model.text)
-    assert not any(p.requires_grad for tower in towers for p in tower.parameters())
+    assert not any(p.requires_grad for p in model.image.tower.parameters())
+    learning = {name for name, p in model.text.named_parameters() if p.requires_grad}
+    unread = {"tower.text_projection"}  # the joint space, which nothing here reads
+    assert learning == (set() if frozen else set(dict(model.text.named_parameters())) - unread)
     assert all(p.requires_grad for p in model.head.parameters())
     set_training(model)
-    assert not model.image.tower.training and not model.text.training and model.head.training
+    assert not model.image.tower.training and model.text.training != frozen and model.head.training
     texts = [model.tokenizer.encode("a red circle and a blue star")] * 2
     tokens = torch.zeros(1, 32, dtype=torch.bool)
     tokens[0, 1:4] = True
@@ -183,4 +186,5 @@ def test_phrases_are_trained_and_tested(clip_file: Path, study_data: ModuleType,
     assert {"R@1", "R@1 seen", "R@10 unseen", "upper bound unknown"} <= last.keys()
     content = torch.load(tmp_path / "run" / "model_last.pt", weights_only=True)
     assert content["base"]["weights"] == str(clip_file)
-    assert not any(name.startswith(("text.", "image.tower.")) for name in content["model"])
+    assert not any(name.startswith("image.tower.") for name in content["model"])
+    assert any(name.startswith("text.") for name in content["model"])  # the text tower learns in this config
