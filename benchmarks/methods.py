@@ -118,7 +118,7 @@ class Ranking:
             shutil.rmtree(self.data, ignore_errors=True)
             self.data.mkdir(parents=True)
             numbers = ["--train", plan.train, "--val", plan.val, "--pairs", plan.pairs, "--workers", self.jobs]
-            self.call(["-m", "training.scenes", "--out", scenes, *numbers, *plan.scene])
+            run_python(["-m", "training.scenes", "--out", scenes, *numbers, *plan.scene])
             self.split(scenes / "annotations")
             (self.data / "complete").touch()
         self.unseen = json.loads((scenes / "annotations/split.json").read_text())["novel"]
@@ -159,16 +159,6 @@ class Ranking:
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 
-    def call(self, arguments: Sequence[object]) -> None:
-        """Run Python, one thread, and stop with its last words when it fails."""
-        environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1",
-                       "OMP_WAIT_POLICY": "passive"}  # fmt: skip
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, text=True, capture_output=True
-        )
-        if done.returncode:
-            raise SystemExit(f"error: {' '.join(map(str, arguments))}\n{(done.stderr or done.stdout)[-2000:]}")
-
     def train(
         self, name: str, flags: Sequence[object], *, steps: int, seed: int, evaluation: str | None, lr: float = 1e-3
     ) -> None:
@@ -190,11 +180,11 @@ class Ranking:
         own = {f for f in filled if f.startswith("--")}
         begin = time.perf_counter()
         resumed = ["--resume", "latest"] if (folder / "checkpoints").is_dir() else []
-        self.call([
+        run_python([
             "-m", "training.main", "--model", MODEL, "--name", name, "--logs", logs, "--seed", seed, "--lr", lr,
             "--epochs", 1000, "--max-steps", steps, "--warmup", plan.warmup, "--workers", 0, "--device", "cpu",
             "--precision", "fp32", "--log-every-n-steps", 20, "--save-frequency", 0, "--save-every-n-steps", 100,
-            *_without(common, own), *filled, *resumed,
+            *without(common, own), *filled, *resumed,
         ])  # fmt: skip
         self.times.append(time.perf_counter() - begin)
 
@@ -210,7 +200,7 @@ class Ranking:
         if scores_of(folder, self.sizes, self.unseen) is None:
             shutil.rmtree(folder, ignore_errors=True)
             scenes = self.data / "scenes"
-            self.call([
+            run_python([
                 "-m", "training.main", "--model", MODEL, "--pretrained", self.start, "--readout", readout, "--name",
                 name, "--logs", self.out / "logs", "--val-data", self.data / "rows.json", "--val-image-root",
                 scenes / "val2017", "--val-segm-root", scenes / "annotations/panoptic_val2017", "--eval-image-sizes",
@@ -292,7 +282,19 @@ def _name(row: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in row).replace("--", "-")
 
 
-def _without(flags: Sequence[object], given: set[str]) -> list[object]:
+def run_python(arguments: Sequence[object], threads: int | None = 1) -> None:
+    """Run Python with so many threads (None: as it likes), and stop with its last words when it fails."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "passive"}
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, text=True, capture_output=True
+    )
+    if done.returncode:
+        raise SystemExit(f"error: {' '.join(map(str, arguments))}\n{(done.stderr or done.stdout)[-2000:]}")
+
+
+def without(flags: Sequence[object], given: set[str]) -> list[object]:
     """Flags with their values, but for those that are given otherwise."""
     kept, skipping = [], False
     for part in flags:

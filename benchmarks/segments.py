@@ -24,7 +24,7 @@ from torch import Tensor
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 from foundation import TRUNK  # noqa: E402
 
-from open_clip import ImageTower  # noqa: E402
+from open_clip import CLIP, ImageTower  # noqa: E402
 from open_clip.transform import normalize, resize  # noqa: E402
 from training.engine.data.images import read_image  # noqa: E402
 from training.engine.data.masks import read_segment_ids  # noqa: E402
@@ -53,6 +53,7 @@ def pure_cells(ids: np.ndarray, grid: int) -> np.ndarray:
     table = np.zeros((grid * grid, len(labels)))
     np.add.at(table, (cell.ravel(), number.ravel()), 1)
     share = table / table.sum(1, keepdims=True)
+    share[:, labels == 0] = 0  # pixels of no segment
     return np.where(share.max(1) >= PURE, share.argmax(1), -1)
 
 
@@ -83,15 +84,43 @@ def by_trunk(file: str | Path | None, grid: int) -> Features:
     return similar
 
 
+def by_model(model: CLIP, grid: int, readout: str | None = None) -> Features:
+    """Cosine of a model's dense embeddings, by its own reading or another."""
+
+    def similar(image: Tensor) -> Tensor:
+        side, visual = grid * model.visual.patch_size, model.visual
+        with torch.inference_mode():
+            pixels = normalize(resize(image[None], side, side), visual.image_mean, visual.image_std)
+            cells = model.encode_dense(pixels, normalize=True, readout=readout)[0]
+        return cells @ cells.T
+
+    return similar
+
+
 def same_segment(data: str | Path, features: dict[str, Features], grid: int, most: int = 24) -> dict[str, float]:
     """Mean AUC over the validation images of a data set in COCO's panoptic layout, by name of the features."""
     data = Path(data)
-    content = json.loads((data / "annotations/panoptic_val2017.json").read_text())
+    found = image_aucs(data / "annotations/panoptic_val2017.json", data / "val2017", features, grid, most)
+    return {name: float(np.nanmean(values)) for name, values in found.items()}
+
+
+def image_aucs(
+    annotations: str | Path, root: str | Path, features: dict[str, Features], grid: int, most: int | None = None
+) -> dict[str, list[float]]:
+    """AUC of each image by name of the features; NaN for an image without pairs of both kinds.
+
+    Args:
+        annotations: COCO's panoptic json, its PNGs in the folder of its name; pixels of no segment (id 0) do not count.
+        root: of the images.
+        most: images at most.
+    """
+    annotations, root = Path(annotations), Path(root)
+    content = json.loads(annotations.read_text())
     names = {image["id"]: image["file_name"] for image in content["images"]}
     found: dict[str, list[float]] = {name: [] for name in features}
     for annotation in content["annotations"][:most]:
-        image = read_image(str(data / "val2017" / names[annotation["image_id"]]))
-        ids = read_segment_ids(str(data / "annotations/panoptic_val2017" / annotation["file_name"]))
+        image = read_image(str(root / names[annotation["image_id"]]))
+        ids = read_segment_ids(str(annotations.with_suffix("") / annotation["file_name"]))
         side = min(ids.shape) // grid * grid  # cells are squares of whole pixels
         cells = pure_cells(ids[:side, :side], grid)
         first, second = np.triu_indices(len(cells), 1)
@@ -100,7 +129,7 @@ def same_segment(data: str | Path, features: dict[str, Features], grid: int, mos
         for name, function in features.items():
             similar = function(image[:, :side, :side]).numpy()
             found[name].append(auc(similar[first, second], cells[first] == cells[second]))
-    return {name: float(np.nanmean(values)) for name, values in found.items()}
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:

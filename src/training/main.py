@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import time
@@ -22,6 +23,7 @@ from training.engine.journal import Journal, setup_logging
 from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
 from training.evaluation.evaluate import evaluate, format_table
+from training.evaluation.metrics import SegmentRows
 from training.evaluation.panoptic import build_eval_data
 from training.evaluation.pictures import evaluation_pictures
 from training.kernels import Reader, check_attention, prefer_attention, report_kernels
@@ -71,10 +73,16 @@ class Evaluation:
         per_class = None
         if options.eval.per_class and journal.folder is not None:
             per_class = journal.folder / f"per_class_{kind}_{step}.json"
+        rows = SegmentRows() if options.eval.per_segment else None
         results = evaluate(
             model, self.data, embeddings, device=self.dist.device, dtype=self.precision.input_dtype,
             rank=self.dist.rank, world_size=self.dist.world_size, per_class_file=per_class,
+            rows=rows,
         )  # fmt: skip
+        table = None if rows is None else rows.gather()
+        if table is not None and journal.folder is not None:
+            text = json.dumps({"classes": list(self.data.class_names), **table})
+            (journal.folder / f"per_segment_{kind}_{step}.json").write_text(text + "\n")
         # Every process draws, as fully sharded weights are gathered by all of them; process 0 keeps the pictures.
         pictures = evaluation_pictures(
             model, self.data, embeddings, options.eval.log_images, device=self.dist.device,

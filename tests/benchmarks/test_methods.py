@@ -67,7 +67,7 @@ def test_auc_and_cells():
 
 
 def test_flags_that_are_given_replace_the_common_ones():
-    kept = methods._without(["--a", 1, "--b", 2, 3, "--switch", "--c", 4], {"--b", "--switch"})
+    kept = methods.without(["--a", 1, "--b", 2, 3, "--switch", "--c", 4], {"--b", "--switch"})
     assert kept == ["--a", 1, "--c", 4]
 
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from open_clip.transform import normalize
 from training.engine.distributed import all_reduce_sum
 from training.engine.errors import UserError
-from training.evaluation.metrics import KINDS, TOP_K, MeanAccuracy, topk_correct
+from training.evaluation.metrics import KINDS, TOP_K, MeanAccuracy, SegmentRows, topk_correct
 from training.evaluation.panoptic import MAX_SIZE, MIN_SIZE
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def evaluate(
     world_size: int = 1,
     progress: bool = True,
     per_class_file: str | Path | None = None,
+    rows: SegmentRows | None = None,
 ) -> dict[str, float]:
     """Mean accuracy of a model over an evaluation set; every process calls it and gets the same result.
 
@@ -58,6 +59,7 @@ def evaluate(
         rank, world_size: this process and how many there are. Only process 0 shows progress and writes.
         progress: show a progress bar.
         per_class_file: json file for the accuracy of each class.
+        rows: filled with what was said of each segment of this process.
 
     Returns:
         Accuracies in 0..1 by name, ``{rois,maskpool,crops}.{thing,stuff}.macc{1,5}``. With several input sizes those of
@@ -76,7 +78,10 @@ def evaluate(
     skipped: list[tuple[str, str]] = []
 
     def count(name: str, features: Tensor, labels: Tensor, is_thing: Tensor) -> None:
-        counters[name].update(topk_correct(features.float() @ embeddings.T, labels, TOP_K), labels, is_thing)
+        correct = topk_correct(features.float() @ embeddings.T, labels, TOP_K)
+        counters[name].update(correct, labels, is_thing)
+        if rows is not None:
+            rows.add(name, correct)
 
     sizes = list(eval_data.image_sizes)
     region_names = {
@@ -94,6 +99,9 @@ def evaluate(
             totals += torch.tensor([len(counts), len(batch["skipped"]), batch["absent_segments"]])
             if counts:
                 labels, is_thing = (batch[key].to(device, non_blocking=True) for key in ("labels", "is_thing"))
+                if rows is not None:
+                    ids = batch["image_ids"].repeat_interleave(batch["counts"])
+                    rows.add_segments(ids, batch["labels"], batch["is_thing"])
                 for size in sizes:
                     boxes, masks = (
                         batch[key][size].to(device, non_blocking=True).split(counts) for key in ("boxes", "masks")

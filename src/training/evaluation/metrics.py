@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from training.engine.distributed import all_reduce_sum
+from training.engine.distributed import all_reduce_sum, gather_to_master
 
 KINDS = ("thing", "stuff")
 TOP_K = (1, 5)
@@ -85,3 +85,40 @@ class MeanAccuracy:
                     accuracy = {f"top{k}": hits / total for k, hits in zip(self.ks, right, strict=True)}
                     records.append({"class": name, "kind": kind, "segments": total, **accuracy})
         return records
+
+
+class SegmentRows:
+    """What each prediction said of each segment, for resampling over images (bootstrap) and for looking at failures."""
+
+    def __init__(self) -> None:
+        self._segments: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._correct: dict[str, list[Tensor]] = {}
+
+    def add_segments(self, image_ids: Tensor, labels: Tensor, is_thing: Tensor) -> None:
+        """Segments of a batch, each ``[K]``, in the order in which every prediction is told."""
+        self._segments.append((image_ids, labels, is_thing))
+
+    def add(self, name: str, correct: Tensor) -> None:
+        """Of the next segments, whether the prediction ``name`` is right: bool ``[K, len(TOP_K)]``."""
+        self._correct.setdefault(name, []).append(correct)
+
+    def gather(self) -> dict[str, list] | None:
+        """Columns on process 0, None elsewhere; every process must call it.
+
+        ``image_id``, ``label``, ``kind`` (thing or stuff), and ``NAME.top1``, ``NAME.top5`` (0 or 1) of each
+        prediction. Rows are sorted by image and label, so that they do not depend on the number of processes.
+        """
+        columns: dict[str, list] = {"image_id": [], "label": [], "kind": []}
+        if self._segments:
+            ids, labels, things = (torch.cat(part).tolist() for part in zip(*self._segments, strict=True))
+            columns |= {"image_id": ids, "label": labels, "kind": [KINDS[not thing] for thing in things]}
+        for name, parts in self._correct.items():
+            for k, right in zip(TOP_K, torch.cat(parts).T.long().tolist(), strict=True):
+                columns[f"{name}.top{k}"] = right
+        parts = gather_to_master(columns)
+        if parts is None:
+            return None
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        whole = {name: [v for part in parts for v in part.get(name, [])] for name in names}
+        order = sorted(range(len(whole["label"])), key=lambda i: (whole["image_id"][i], whole["label"][i]))
+        return {name: [values[i] for i in order] for name, values in whole.items()}

@@ -24,6 +24,9 @@ class EvalOptions:
     skip_first_eval: bool = flag(False, "do not evaluate before training")
     mask_antialias: bool = flag(False, "bring masks to the grid with antialias (not as published)")
     per_class: bool = flag(False, "also write the accuracy of each class, per_class.json in the experiment's folder")
+    per_segment: bool = flag(
+        False, "also write what was said of each segment, per_segment.json, for errors by resampling images"
+    )
     log_images: int = flag(
         0, "pictures of N validation images (labels, components of the dense map) to TensorBoard at each evaluation",
         type=NATURAL, metavar="N",

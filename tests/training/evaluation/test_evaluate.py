@@ -21,6 +21,7 @@ from open_clip.weights import load_state
 from training.engine.errors import UserError
 from training.engine.pictures import distinct_colours
 from training.evaluation.evaluate import evaluate, format_table
+from training.evaluation.metrics import SegmentRows
 from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import build_eval_data, collate_panoptic
 from training.evaluation.pictures import evaluation_pictures
@@ -99,10 +100,11 @@ def data_of(args, sizes=(64,), **kwargs):
 
 
 def test_known_accuracies(tmp_path):
-    model, args = ColourModel().train(), write_coloured(tmp_path, SCENES)
+    model, args, rows = ColourModel().train(), write_coloured(tmp_path, SCENES), SegmentRows()
     results = evaluate(
-        model, data_of(args), 3 * EMBEDDINGS, device="cpu", progress=False, per_class_file=tmp_path / "classes.json"
-    )
+        model, data_of(args), 3 * EMBEDDINGS, device="cpu", progress=False, per_class_file=tmp_path / "classes.json",
+        rows=rows,
+    )  # fmt: skip
     for kind in ("rois", "maskpool", "crops"):
         for key, value in EXPECTED.items():
             assert results.pop(f"{kind}.{key}") == pytest.approx(value, abs=1e-12), (kind, key)
@@ -111,6 +113,15 @@ def test_known_accuracies(tmp_path):
     assert model.training and not any(model.was_training)
     records = json.loads((tmp_path / "classes.json").read_text())["rois"]
     assert {"class": "yellow", "kind": "thing", "segments": 2, "top1": 0.0, "top5": 0.5} in records
+    table = rows.gather()
+    assert table["image_id"] == [0] * 4 + [1] * 4 + [2] * 4
+    assert table["label"] == [0, 1, 2, 5, 0, 0, 5, 6, 1, 3, 3, 5]  # of an image by label
+    assert table["kind"] == ["stuff" if label in STUFF else "thing" for label in table["label"]]
+    right = [1, 1, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1]
+    for kind in ("rois", "maskpool", "crops"):
+        # Of the two red segments of image 1 and the two yellow ones of image 2 either may come first.
+        assert sorted(table[f"{kind}.top1"][4:6]) == [0, 1] and sum(table[f"{kind}.top5"][9:11]) == 1
+        assert table[f"{kind}.top1"][:4] + table[f"{kind}.top1"][6:] == right[:4] + right[6:]
 
 
 def test_several_sizes_and_the_table(tmp_path):
@@ -254,8 +265,11 @@ def _evaluate_in_process(rank: int, world: int, golden, folder) -> None:
             **golden_sizes(golden),
         )
         model, embeddings = golden_eva(golden), golden_embeddings(golden)
-        results = evaluate(model, data, embeddings, device="cpu", rank=rank, world_size=world, progress=False)
-        (folder / f"{world}_{rank}.json").write_text(json.dumps(results))
+        rows = SegmentRows()
+        results = evaluate(
+            model, data, embeddings, device="cpu", rank=rank, world_size=world, progress=False, rows=rows
+        )
+        (folder / f"{world}_{rank}.json").write_text(json.dumps([results, rows.gather()]))
     finally:
         torch.distributed.destroy_process_group()
 
@@ -264,8 +278,15 @@ def _evaluate_in_process(rank: int, world: int, golden, folder) -> None:
 def test_processes_agree_with_one(golden, tmp_path, world, in_processes):
     """Two processes share five images unevenly; of six, one has none. All have the result of a single one."""
     data = build_eval_data(golden_args(golden), **golden_sizes(golden))
-    alone = evaluate(golden_eva(golden), data, golden_embeddings(golden), device="cpu", progress=False)
+    rows = SegmentRows()
+    alone = evaluate(golden_eva(golden), data, golden_embeddings(golden), device="cpu", progress=False, rows=rows)
     in_processes(_evaluate_in_process, world, world, golden, tmp_path)
     for rank in range(world):
-        results = json.loads((tmp_path / f"{world}_{rank}.json").read_text())
+        results, table = json.loads((tmp_path / f"{world}_{rank}.json").read_text())
         assert results == pytest.approx(alone, abs=1e-12)
+        if rank:
+            assert table is None
+        else:
+            assert {name: sorted(column) for name, column in table.items()} == {
+                name: sorted(column) for name, column in rows.gather().items()
+            }
