@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from ovdet.evaluation.arrays import Detections
 from ovdet.glip.assemble import read_config
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.decode import Selection
@@ -18,8 +21,11 @@ from ovdet.glip.library import Grounder
 from ovdet.glip.model import GLIP
 from ovdet.glip.phrases import caption_prompt, noun_phrases
 from ovdet.glip.prompts import make_prompts
+from ovdet.glip.testing import ClassTest
 from ovdet.glip.views import Views, detect_views, merge_views
+from training.engine.distributed import init_distributed
 from training.engine.errors import UserError
+from training.engine.precision import make_precision
 
 CONFIGS = Path(__file__).resolve().parents[3] / "GLIP" / "configs"
 ALL = Selection(score=0.0, nms=0.6, per_image=10)
@@ -153,3 +159,33 @@ def test_the_library_looks_at_several_sizes(tiny: Callable[..., GLIP], config_of
 def test_views_that_cannot_be(value: str, message: str):
     with pytest.raises(UserError, match=message):
         read_config(CONFIGS / "glip_l.toml", ["test.scales=[48, 64]", value])
+
+
+def test_a_validation_set_is_looked_at_in_several_sizes(
+    tiny: Callable[..., GLIP], config_of_tiny: Callable[..., GlipConfig], tmp_path: Path
+):
+    """Images of different sizes in a batch; one view of the test's own size gives what the test gives."""
+    rng, model, config = np.random.default_rng(0), tiny(), config_of_tiny()
+    categories = [{"id": 3, "name": "dog"}, {"id": 8, "name": "cat"}]
+    content: dict = {"images": [], "annotations": [], "categories": categories}
+    for i, (height, width) in enumerate([(64, 90), (80, 64), (64, 64)]):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        content["images"].append({"id": i, "file_name": f"{i}.png", "height": height, "width": width})
+        place = {"image_id": i, "category_id": 3, "bbox": [5, 5, 20, 20], "area": 400, "iscrowd": 0}
+        content["annotations"].append({"id": i + 1, **place})
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    config.data.val_annotations, config.data.val_images = str(tmp_path / "val.json"), str(tmp_path)
+    config.data.test_size, config.data.workers, config.test.batch_size, config.test.score = 64, 0, 2, 0.0
+
+    def detections(**test) -> Detections:
+        for key, value in test.items():
+            setattr(config.test, key, value)
+        dist = init_distributed("cpu")
+        task = ClassTest(config, model.tokenizer, model.image.divisor, dist)
+        return task.detect(model, make_precision("fp32", dist.device))
+
+    plain, same, several = detections(), detections(scales=[64]), detections(scales=[48, 96], mirror=True)
+    assert len(plain.scores) == len(same.scores) > 20
+    np.testing.assert_allclose(same.scores, plain.scores, atol=1e-5)
+    np.testing.assert_allclose(same.boxes, plain.boxes, atol=1e-3)
+    assert len(several.scores) and not np.array_equal(several.scores, plain.scores)
