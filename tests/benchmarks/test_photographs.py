@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -111,3 +113,36 @@ def test_the_model_is_an_ordinary_one(tmp_path):
     with torch.no_grad():  # what the head is learned on is what the model projects
         projected = photo_head.projection(model.eval())(photo_head.class_tokens(trunk, crops))
         torch.testing.assert_close(model.encode_image(normalize(crops, *photo_head.IMAGENET)), projected)
+
+
+@pytest.mark.slow
+def test_smoke(tmp_path):
+    """From pictures to the table on a trunk of random weights; the second time everything is there."""
+    import timm
+    from safetensors.torch import save_file
+
+    scenes = tmp_path / "scenes"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    made = ["-m", "training.scenes", "--out", str(scenes), "--train", "6", "--val", "4", "--size", "112"]
+    subprocess.run([sys.executable, *made], check=True, env=environment, capture_output=True)
+    trunk = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    save_file(trunk.state_dict(), str(tmp_path / "trunk.safetensors"))
+    panoptic = scenes / "annotations/panoptic_val2017.json"
+    classes = len(json.loads(panoptic.read_text())["categories"])
+    np.save(tmp_path / "classes.npy", np.random.default_rng(0).standard_normal((classes, 32)))
+    command = [
+        sys.executable, str(ROOT / "benchmarks/photographs.py"), "--out", str(tmp_path / "out"), "--train-annotations",
+        str(scenes / "annotations/instances_train2017.json"), "--train-images", str(scenes / "train2017"),
+        "--val-annotations", str(panoptic), "--val-images", str(scenes / "val2017"), "--embeddings",
+        str(tmp_path / "classes.npy"), "--trunk", str(tmp_path / "trunk.safetensors"), "--methods", "clipself",
+        "declip", "--seeds", "2", "--steps", "2", "--size", "56", "--larger", "84", "--crop", "56",
+    ]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, text=True, capture_output=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "| **declip** | 2 |" in done.stdout and "after context distillation" in done.stdout
+    record = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(record["rows"]["clipself"]["56 masks"]["values"]) == 2 and 0 < record["auc"]["before"] < 1
+    np.save(tmp_path / "classes.npy", np.zeros((3, 32)))
+    done = subprocess.run(command, text=True, capture_output=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2 and "give one row for each" in done.stderr
