@@ -119,7 +119,7 @@ done | { run_all; }
 
 stage "report"
 "$PY" GLIP/scripts/study_report.py "$out" --seeds $seeds --shots $shots
-picture="$(ls "$out"/a/val2017 | head -n 1)"
-"$PY" GLIP/ground.py "$out/a/val2017/$picture" --checkpoint "$out/trained_${seeds%% *}/model_last.pt" --device cpu \
+pictures=("$out"/a/val2017/*)
+"$PY" GLIP/ground.py "${pictures[0]}" --checkpoint "$out/trained_${seeds%% *}/model_last.pt" --device cpu \
     --caption "a red striped circle and a blue dotted star and a yellow square" --score 0.2 --out "$out/pictures"
 echo "$(elapsed) minutes"
