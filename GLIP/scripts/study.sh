@@ -119,7 +119,16 @@ done | { run_all; }
 
 stage "report"
 "$PY" GLIP/scripts/study_report.py "$out" --seeds $seeds --shots $shots
-pictures=("$out"/a/val2017/*)
-"$PY" GLIP/ground.py "${pictures[0]}" --checkpoint "$out/trained_${seeds%% *}/model_last.pt" --device cpu \
-    --caption "a red striped circle and a blue dotted star and a yellow square" --score 0.2 --out "$out/pictures"
+# A picture of each of the first test captions.
+"$PY" - "$out/a/glip/val.json" <<'PROGRAM' >"$out/pictures.tsv"
+import json
+import sys
+
+for image in json.load(open(sys.argv[1]))["images"][:6]:
+    print(image["file_name"], image["caption"], sep="\t")
+PROGRAM
+while IFS=$'\t' read -r file caption; do
+    "$PY" GLIP/ground.py "$out/a/val2017/$file" --checkpoint "$out/trained_${seeds%% *}/model_last.pt" --device cpu \
+        --caption "$caption" --score 0.4 --out "$out/pictures/${file%.*}" </dev/null
+done <"$out/pictures.tsv"
 echo "$(elapsed) minutes"
