@@ -128,6 +128,11 @@ class Photographs:
         (file,) = sorted(folder.glob("per_segment_*.json"))
         return json.loads(file.read_text())
 
+    def evaluate(self, readout: str) -> Table:
+        """The untrained model by a reading."""
+        flags = ["--readout", readout, "--batch-size", 4, "--det-image-size", self.args.size]
+        return self.main(f"untrained-{_name(readout)}", flags)
+
     def train(self, name: str, flags: Sequence[str], seed: int) -> Table:
         """A method from one seed."""
         args = self.args
@@ -144,7 +149,7 @@ class Photographs:
         """Everything, with the table after every run."""
         args = self.args
         self.prepare()
-        self.untrained = {r: self.main(f"untrained-{_name(r)}", ["--readout", r, "--batch-size", 4]) for r in UNTRAINED}
+        self.untrained = {r: self.evaluate(r) for r in UNTRAINED}
         self.runs: dict[str, dict[int, Table]] = {row: {} for row in args.methods}
         tasks = [(row, seed) for seed in range(args.seeds) for row in args.methods]
 

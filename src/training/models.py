@@ -63,7 +63,8 @@ def load_model(options: Options) -> CLIP:
             f"--downsample-factor {model_options.downsample_factor}: {name} has patches of {patch}; give {patch}, or "
             "leave it out"
         )
-    if options.data.dataset_type != "contrastive" and size % patch:
+    used = options.trains or not options.eval.eval_image_sizes  # an evaluation at sizes of its own asks for no other
+    if used and options.data.dataset_type != "contrastive" and size % patch:
         near = max(round(size / patch), 1) * patch
         raise UserError(f"--det-image-size {size} is no multiple of the patch size {patch}: use {near}")
     if getattr(options.own, "extract_type", "v2") == "v1" and reference_layout(model) != "openai":
