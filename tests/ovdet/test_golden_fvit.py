@@ -317,10 +317,11 @@ def test_published_sampling(recorded: Recorded):
     for i, boxes in enumerate(proposals.unpad()):
         theirs = wanted[f"proposals_{i}"]
         close(scores[i, : len(boxes)], theirs[:, 4])
-        # Of two scores that differ in their last digit, either may come first.
-        apart = torch.cdist(boxes, theirs[:, :4], p=torch.inf)
-        assert apart.amin(0).max() <= 1e-3 and apart.amin(1).max() <= 1e-3
-        assert (apart.diagonal() > 1e-3).sum() <= 2
+        # Of two scores that differ in their last digit, either may come first. Where the network means a box far larger
+        # than the image, rounding grows with it: the record is 1.6e-3 pixels off the same formulas in float64.
+        apart, near = torch.cdist(boxes, theirs[:, :4], p=torch.inf), 3e-3
+        assert apart.amin(0).max() <= near and apart.amin(1).max() <= near
+        assert (apart.diagonal() > near).sum() <= 2
 
     def drawn(kind: str) -> Draw:
         parts = ("positive", "background")
