@@ -1,6 +1,6 @@
 """Dense labels on generated scenes: every reading of a start model and of the one distilled from it, and MaskCLIP+.
 
-    python benchmarks/ovseg_scenes.py --out logs/ovseg_scenes         three seeds, students too: 3 hours on 2 CPU cores
+    python benchmarks/ovseg_scenes.py --out logs/ovseg_scenes         three seeds, students too: about 3 hours, 2 cores
     python benchmarks/ovseg_scenes.py --out logs/ovseg_scenes --no-students     readings alone: an hour on 2 CPU cores
     python benchmarks/ovseg_scenes.py --out logs/smoke --smoke           that everything runs
 

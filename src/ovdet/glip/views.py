@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou
 
+from ovdet.glip import boxes as ops
 from ovdet.glip.data.dataset import pad_images
 from ovdet.glip.data.transforms import resized_view, target_size
 from ovdet.glip.decode import MERGES, Selection, at_most
@@ -90,8 +91,7 @@ def _of_view(found: Found, limits: tuple[float, float], width: int | None) -> Fo
     side = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1).sqrt()
     keep = (side >= limits[0]) & (side <= limits[1])
     if width is not None:
-        x1, y1, x2, y2 = boxes.unbind(1)
-        boxes = torch.stack([width - x2, y1, width - x1, y2], 1)
+        boxes = ops.to_exclusive(ops.mirror(ops.to_inclusive(boxes), width))
     return {"boxes": boxes[keep], "scores": found["scores"][keep], "labels": found["labels"][keep]}
 
 
