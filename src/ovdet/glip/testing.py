@@ -52,7 +52,7 @@ def selection(config: GlipConfig) -> Selection:
 def views(config: GlipConfig) -> Views | None:
     """The views that a config looks at in place of an image at one size; None for that."""
     test, data = config.test, config.data
-    if not test.scales and not test.mirror:
+    if not (test.scales or test.mirror or test.ranges):
         return None
     ranges = tuple(zip(test.ranges[::2], test.ranges[1::2], strict=True))
     sides, longest = (tuple(test.scales), test.scales_longest) if test.scales else ((data.test_size,), data.longest)

@@ -184,7 +184,9 @@ def test_a_validation_set_is_looked_at_in_several_sizes(
         task = ClassTest(config, model.tokenizer, model.image.divisor, dist)
         return task.detect(model, make_precision("fp32", dist.device))
 
-    plain, same, several = detections(), detections(scales=[64]), detections(scales=[48, 96], mirror=True)
+    plain = detections()
+    assert not len(detections(ranges=[1e4, 1e5]).scores)  # also without other sizes
+    same, several = detections(scales=[64], ranges=[]), detections(scales=[48, 96], mirror=True)
     assert len(plain.scores) == len(same.scores) > 20
     np.testing.assert_allclose(same.scores, plain.scores, atol=1e-5)
     np.testing.assert_allclose(same.boxes, plain.boxes, atol=1e-3)
