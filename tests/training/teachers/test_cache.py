@@ -151,3 +151,12 @@ def test_rows_of_several_shards(scenes, tmp_path):
         TeacherStore(tmp_path / "s", offsets, 4, {"weights": "v"}, shard_images=5)
     with pytest.raises(UserError, match="width"):
         TeacherStore(tmp_path / "s", offsets, 5, {"weights": "w"}, shard_images=5)
+
+
+def test_maps_of_crops_are_asked_for_in_every_step(program, proposals, tmp_path):
+    """SC's teacher gives a map of each crop: tens of times what is kept of its embedding, so it stays."""
+    flags = {"log_every_n_steps": 1, "method": "sc", "epochs": 2}
+    assert run(program, proposals, name="plain", **flags) == 0
+    assert run(program, proposals, name="cached", cache_teacher=tmp_path / "cache", **flags) == 0
+    assert [f.name for f in (tmp_path / "cache").iterdir()] == ["crops"]
+    assert losses(program, "cached") == pytest.approx(losses(program, "plain"), rel=1e-3)

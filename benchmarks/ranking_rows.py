@@ -1,0 +1,75 @@
+"""Rows of the ranking bench: the flags of each, and which kept answers of teachers they share."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+from foundation import TRUNK  # noqa: E402
+
+MODEL, SIZE, LARGER = "ViT-Ti-8-64", 128, 192
+BASE = "clipself"
+
+# Flags of each row; {data}, {trunk}, {teacher} and {answers} are filled in. All train on grids unless they say so.
+KEPT = ["--cache-teacher", "{answers}"]
+CROPS = ["--fixed-regions", *KEPT]
+VFM = ["--vfm", TRUNK, "--vfm-weights", "{trunk}", *CROPS]
+DENSE = ["--names", "{data}/names.json", "--dense-teacher", MODEL, "--dense-teacher-weights", "{teacher}",
+         "--logit-temperature", "0.02"]  # fmt: skip
+BOXES = ["--dataset-type", "proposals_distill"]
+METHODS: dict[str, list[str]] = {
+    BASE: CROPS,
+    "clipself, v": ["--readout", "value_bare", *CROPS],
+    "clipself, 3 v": ["--readout", "multi-v:3", *CROPS],
+    "clipself, windows": ["--readout", "window:4", *CROPS],
+    "sc": ["--method", "sc", *CROPS],
+    "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
+    "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
+                      "--context-weight", "0.1", "--dataset-type", "grid_distill"],
+    "denserc": ["--method", "denserc", *VFM],
+    "densevlm": ["--method", "densevlm", *DENSE, *CROPS],
+    "clipself, boxes": [*BOXES, *KEPT],
+    "mixrc": ["--method", "mixrc", *VFM],
+    "mixrc, teacher": ["--method", "mixrc", *VFM, *DENSE, "--alignment-weight", "0.2"],
+    "mixrc, names": ["--method", "mixrc", *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
+    "fineclip": ["--method", "fineclip", *BOXES, "--train-data", "{data}/captioned.json"],
+    "regionclip": ["--method", "regionclip"],
+    "clim": ["--method", "clim", "--train-data", "{data}/pairs.json", "--train-image-root", "{data}/scenes/pairs",
+             "--mosaic-size", str(SIZE), "--batch-size", "32"],
+}  # fmt: skip
+
+
+def shared_answers(flags: Sequence[str], seed: int) -> dict[str, str]:
+    """Where a row's kept answers are, by the teacher's name.
+
+    Those about crops are the same for all rows that draw the same regions from the same seed, those about whole images
+    for all seeds; what one method asks the start model about images is its own.
+    """
+    method = flags[flags.index("--method") + 1] if "--method" in flags else BASE
+    regions = "boxes" if "proposals_distill" in flags else "grid"
+    if method == "mixrc" and "grid_distill" not in flags:
+        regions = "mixed"
+    shared = {"crops": f"crops-{regions}-{seed}"} if method != "densevlm" else {}
+    shared |= {"vfm": "vfm"} if "--vfm" in flags else {}
+    shared |= {"dense": "dense"} if "--dense-teacher" in flags else {}
+    return shared | ({"start": f"start-{method}"} if "--names" in flags and "--dense-teacher" not in flags else {})
+
+
+def kept_answers(folder: Path, flags: Sequence[str], seed: int) -> Path:
+    """A folder for ``--cache-teacher`` of links to what a row shares with others; made if it is not there."""
+    shared = shared_answers(flags, seed)
+    own = folder / "+".join(sorted(shared.values()))
+    own.mkdir(parents=True, exist_ok=True)
+    for teacher, store in shared.items():
+        (folder / "stores" / store).mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            (own / teacher).symlink_to(Path("..") / "stores" / store)
+    return own
+
+
+def row_name(row: str) -> str:
+    """A row's name in names of folders."""
+    return "".join(c if c.isalnum() else "-" for c in row).replace("--", "-")
