@@ -87,15 +87,25 @@ def run(setting: Setting, row: Row, seed: int) -> None:
                 raise RuntimeError("\n".join([f"{row.title}, seed {seed} failed:", *last]))
 
 
-def table(results: Mapping[str, Sequence[Mapping[str, float]]], rows: Sequence[Row]) -> str:
-    """A markdown table in percent: means over seeds, with the standard deviation where there are several."""
+def table(results: Mapping[str, Mapping[int, Mapping[str, float]]], rows: Sequence[Row]) -> str:
+    """A markdown table in percent: means over seeds, with the standard deviation where there are several.
+
+    A row of our own choices, which has fewer seeds than the row it varies, shows its difference to that row on the same
+    seeds in brackets.
+
+    Args:
+        results: metrics by row and seed.
+    """
     lines = [f"| detector on | {' | '.join(COLUMNS.values())} |", f"| --- |{' --- |' * len(COLUMNS)}"]
     for row in rows:
-        cells = []
+        # The rows of the two models are named like their weights.
+        cells, base = [], {} if row.name == row.weights else results.get(row.weights, {})
         for column in COLUMNS:
-            values = [100 * one[column] for one in results[row.name]]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
+            values = [100 * one[column] for one in results[row.name].values()]
+            text = f"{statistics.mean(values):.1f}"
+            text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            paired = [100 * (one[column] - base[s][column]) for s, one in results[row.name].items() if s in base]
+            cells.append(text + (f" ({statistics.mean(paired):+.1f})" if paired else ""))
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -126,7 +136,7 @@ def main() -> None:
                 for _ in pool.map(lambda one: run(setting, *one), wave):
                     bar.update(1)
     results = {
-        row.name: [json.loads(metrics_file(setting, row, seed).read_text())["bbox"] for seed in row.seeds]
+        row.name: {seed: json.loads(metrics_file(setting, row, seed).read_text())["bbox"] for seed in row.seeds}
         for row in rows
     }
     text = table(results, rows)

@@ -27,6 +27,20 @@ def environment(folder: Path) -> Path:
     return folder
 
 
+def test_rows_of_choices_are_compared_on_their_own_seeds(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "F-ViT" / "scripts"))
+    import demo_runs
+
+    def scores(value: float) -> dict[str, float]:
+        return dict.fromkeys(demo_runs.COLUMNS, value)
+
+    rows = [demo_runs.Row("clipself", "CLIPSelf model", seeds=(0, 1)), demo_runs.Row("decay", "no decay")]
+    results = {"clipself": {0: scores(0.5), 1: scores(0.3)}, "decay": {0: scores(0.475)}}
+    lines = demo_runs.table(results, rows).splitlines()
+    assert lines[2] == "| CLIPSelf model | " + " | ".join(["40.0 ± 14.1"] * 3) + " |"
+    assert lines[3] == "| no decay | " + " | ".join(["47.5 (-2.5)"] * 3) + " |"
+
+
 @pytest.mark.slow
 def test_demonstration_runs(tmp_path: Path):
     torch.manual_seed(0)
