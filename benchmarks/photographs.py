@@ -10,7 +10,8 @@ the training photographs (photo_head.py). Each method then trains on these photo
 same rate, steps and crops and several seeds, and classifies boxes and masks of the validation photographs at two sizes,
 before and after. Errors are over seeds, and by resampling the validation photographs (bootstrap). Besides, the AUC of
 patch pairs of one object, before and after context distillation. Methods that ask a text tower are not among the rows,
-as this model has none: SynCLIP, DenseVLM, RegionCLIP, FineCLIP, CLIM. Goes on where it was interrupted.
+as this model has none: SynCLIP, DenseVLM, RegionCLIP, FineCLIP, CLIM. MixRC is not either: without boxes and names
+it is DenseRC. Goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ ROWS: dict[str, list[str]] = {
     "sc": ["--method", "sc"],
     "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
     "denserc": ["--method", "denserc", *VFM],
-    "mixrc": ["--method", "mixrc", *VFM],
 }  # fmt: skip
 UNTRAINED = ("value", "value_bare", "multi-v:3", "qq", "csa")
-READING = {"clipself, v": "value_bare", "clipself, 3 v": "multi-v:3", "declip": "qq"}  # of a row, untrained
+# Of a row, untrained. DenseRC's gates start at the plain sum of the layers' values.
+READING = {"clipself, v": "value_bare", "clipself, 3 v": "multi-v:3", "denserc": "multi-v:3", "declip": "qq"}
 KEY = ("lr", "steps", "batch", "size", "larger", "crop", "keep_answers")  # of the results
 FREQUENT = 5  # segments from which on a class counts as frequent
 Table = Mapping[str, list]

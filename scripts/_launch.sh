@@ -7,6 +7,7 @@
 launch_with() {
     local program="$1" place="$2" usage="$3"
     shift 3
+    case "${1:-}" in -h | --help) echo "usage: bash $usage"; exit 0 ;; esac
     [ $# -ge "$place" ] || { echo "usage: bash $usage" >&2; exit 2; }
     launch "${!place}" "$program" "${@:1:place-1}" "${@:place+1}"
 }

@@ -13,6 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 smoke= full=
 case "${1:-}" in
     "") ;;
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' F-ViT/scripts/demo.sh; exit 0 ;;
     --full) full=1 ;;
     --smoke) smoke=1 ;;
     *) echo "error: unknown argument $1; use --full or --smoke" >&2; exit 2 ;;

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,14 @@ class LoadedDetector:
         """Detect these classes from now on; their embeddings are computed once and cached.
 
         Raises:
-            ValueError: no name, or one twice.
+            ValueError: no name, one twice, or something else than names.
         """
+        if isinstance(names, str):
+            raise ValueError(f"classes are the text {names!r}: give a list of names, such as {names.split(',')}")
         names = tuple(names)
+        strangers = [name for name in names if not isinstance(name, str)]
+        if strangers:
+            raise ValueError(f"classes hold {strangers[0]!r}, which is no name: give a list of texts")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"classes are {list(names)}: give at least one, and none twice")
         if names != self.classes:
@@ -112,19 +118,26 @@ class LoadedDetector:
 
         Raises:
             ImageError: an image that cannot be read.
-            ValueError: classes, or an array that is no image.
+            ValueError: classes, a batch size below 1, or something that is no image.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: give 1 or more")
         self.use_classes(classes)
         if isinstance(images, (str, Path, Tensor, np.ndarray, Image.Image)):
             images = [images]
-        data = self.config.data
-        samples = []
-        for index, picture in enumerate(images):
-            pixels = as_pixels(picture, exif=data.exif)
-            view, size = test_view(pixels, data.image_size, data.resize)
-            samples.append({"image": view, "size": size, "original": tuple(pixels.shape[-2:]), "index": index})
-        batches = (collate_test(samples[i : i + batch_size]) for i in range(0, len(samples), batch_size))
-        return list(self._found(batches))
+        return list(self._found(self._batches(iter(images), batch_size)))
+
+    def _batches(self, images: Iterator[Picture], batch_size: int) -> Iterator[dict[str, Any]]:
+        """Batches of images, read as they are needed: there may be more than fit into memory."""
+        data, first = self.config.data, 0
+        while pictures := list(itertools.islice(images, batch_size)):
+            samples = []
+            for index, picture in enumerate(pictures, first):
+                pixels = as_pixels(picture, exif=data.exif)
+                view, size = test_view(pixels, data.image_size, data.resize)
+                samples.append({"image": view, "size": size, "original": tuple(pixels.shape[-2:]), "index": index})
+            first += len(pictures)
+            yield collate_test(samples)
 
     def detect_files(
         self,
@@ -183,7 +196,10 @@ def load_detector(
 
     Raises:
         UserError: the file, or the ViT's weights that it names, are missing, damaged or of another kind.
+        ValueError: overrides that are one text.
     """
+    if isinstance(overrides, str):
+        raise ValueError(f"overrides are the text {overrides!r}: give a list, such as [{overrides!r}]")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     content = files.load(file, kinds=tuple(OPENERS))
     opener = importlib.import_module(OPENERS[content["format"]])
@@ -195,17 +211,19 @@ def as_pixels(picture: Picture, *, exif: bool = True) -> Tensor:
 
     Raises:
         ImageError: a file that cannot be read.
-        ValueError: an array that is no image.
+        ValueError: something that is no image.
     """
     if isinstance(picture, (str, Path)):
         return read_image(str(picture), exif=exif)
     if isinstance(picture, Image.Image):
         picture = np.asarray((ImageOps.exif_transpose(picture) if exif else picture).convert("RGB"))
-    if isinstance(picture, np.ndarray):
-        picture = torch.from_numpy(np.array(picture)).movedim(-1, 0) if picture.ndim == 3 else torch.empty(0)
-    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3 or not picture.numel():
+    if not isinstance(picture, (Tensor, np.ndarray)):
+        raise ValueError(f"an image is of type {type(picture).__name__}: give a path, a Pillow image or an array")
+    own, kind = tuple(picture.shape), str(picture.dtype).removeprefix("torch.")
+    channels_at = 0 if isinstance(picture, Tensor) else -1
+    if kind != "uint8" or len(own) != 3 or own[channels_at] != 3 or 0 in own:
         raise ValueError(
-            f"an image is an array of {picture.dtype} and shape {tuple(picture.shape)}: give uint8 RGB, tensors as "
-            "[3, H, W] and numpy arrays as [H, W, 3]"
+            f"an image is an array of {kind} and shape {own}: give uint8 RGB, tensors as [3, H, W] and numpy arrays as "
+            "[H, W, 3]"
         )
-    return picture
+    return picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture)).movedim(-1, 0)

@@ -74,6 +74,17 @@ def ap_on_validation(config: Any, data: RunData, dist: Dist) -> Validate:
     return validate
 
 
+def check_objects(dataset: TrainDataset) -> None:
+    """See that samples will hold objects. UserError where each is lost, see :attr:`TrainDataset.lost`."""
+    wanted = dataset.wanted & dataset.annotations.has_mask() if dataset.masks else dataset.wanted
+    if not wanted.any():
+        reasons = ", ".join(f"{number} x {reason}" for reason, number in dataset.lost.items())
+        raise UserError(
+            f"data.train_annotations {dataset.annotations.file}: no object can be learned ({reasons}); mend the file, "
+            "or change data.min_object_side or model.masks"
+        )
+
+
 def build_task(
     kind: type[T],
     detector: nn.Module,
@@ -95,6 +106,7 @@ def build_task(
         validate: (detector, folder for results) -> metrics by kind; None where there is no validation set.
         vit, vocabulary, form: ``vit``, ``names`` with ``novel``, and ``kind`` of :func:`ovdet.files.detector_content`.
     """
+    check_objects(dataset)
     values = config_to_dict(config)
 
     def content() -> dict[str, Any]:

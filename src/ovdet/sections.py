@@ -85,10 +85,12 @@ class TrainConfig:
     def rules(self) -> Iterator[Rule]:
         """What the types do not say."""
         kinds = ("", "fp32", "amp_bf16", "amp_fp16")
+        yield "train.decay_epochs", self.decay_epochs, all(epoch > 0 for epoch in self.decay_epochs), "epochs above 0"
+        yield "train.seed", self.seed, 0 <= self.seed < 2**32, "0 or more and below 2^32"
         yield "train.precision", self.precision, self.precision in kinds, '"", "fp32", "amp_bf16" or "amp_fp16"'
         yield from positive("train", self, ("epochs", "batch_size", "base_batch", "log_every", "save_every"))
         yield from not_negative(
-            "train", self, ("lr", "weight_decay", "clip", "warmup_steps", "warmup_factor", "seed", "eval_every",
+            "train", self, ("lr", "weight_decay", "clip", "warmup_steps", "warmup_factor", "eval_every",
                             "decay_factor", "loss_scale")
         )  # fmt: skip
 
@@ -115,7 +117,9 @@ def shares(section: str, values: Any, names: tuple[str, ...]) -> Iterator[Rule]:
 
 
 def anchor_rules(model: Any) -> Iterator[Rule]:
-    """Rules of a section ``model`` with ``anchor_ratios`` and ``anchor_offset``."""
+    """Rules of a section ``model`` with the anchors' ratios, offset and overlaps."""
+    low, high = model.rpn_negative_iou, model.rpn_positive_iou
+    yield "model.rpn_negative_iou", low, low <= high, f"at most model.rpn_positive_iou ({high})"
     ratios = model.anchor_ratios
     good = bool(ratios) and all(0 < ratio < math.inf for ratio in ratios)
     yield "model.anchor_ratios", ratios, good, "positive numbers"

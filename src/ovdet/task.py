@@ -131,6 +131,7 @@ class DetectionTask(Task):
     def prepare(self, progress: Progress) -> None:
         """Say what the data lacks."""
         log_left_out(self.source, self.dataset.annotations.skipped)
+        log_left_out(self.source, self.dataset.lost)
 
     def make_sampler(self, **where: int) -> EpochBatchSampler:
         """The order of the data, for this process.

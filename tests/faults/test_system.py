@@ -122,6 +122,9 @@ def test_failures_are_told_from_programming_errors():
     assert "loader worker" in explain(RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed."))
     assert "another process" in explain(RuntimeError("[..gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert "another process" in explain(torch.distributed.DistBackendError("NCCL error: remote process exited"))
+    with pytest.raises(RuntimeError) as error:
+        torch.empty(2**50)
+    assert "out of memory" in explain(error.value)
     assert "out of memory" in explain(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
     for error in (RuntimeError("shape mismatch"), ValueError("x"), OSError(2, "No such file", "x"), KeyError("gloo")):
         assert explain(error) is None

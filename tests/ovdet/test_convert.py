@@ -17,6 +17,7 @@ import open_clip
 from open_clip.factory import build_model
 from open_clip.weights import export_state_dict
 from ovdet import files
+from ovdet.config import config_to_dict
 from ovdet.fvit.assemble import load_vit, read_config
 from ovdet.fvit.detector import Detector, build_detector
 from ovdet.fvit.published import EMBEDDINGS, UNUSED, VIT, from_published, to_published
@@ -103,7 +104,9 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     detector = build_detector(config, vit.model, torch.ones(2, 24), torch.ones(1, dtype=torch.bool))
     for value in detector.trainable_state_dict().values():
         value.copy_(torch.rand(value.shape) * 10)
-    content = files.detector_content(detector, vit=vit.identity, config={}, names=["a", "b c", "d"], novel=[0, 1, 0])
+    content = files.detector_content(
+        detector, vit=vit.identity, config=config_to_dict(config), names=["a", "b c", "d"], novel=[0, 1, 0]
+    )
     files.save(content, folder / "detector.pt")
     return folder
 
@@ -167,18 +170,27 @@ def test_what_does_not_fit_is_refused(small: Path, tool: ModuleType, tmp_path: P
     tool.main([config, str(small / "detector.pt"), str(tmp_path / "a.pth")])
     state = torch.load(tmp_path / "a.pth", weights_only=True)["state_dict"]
     name = "roi_head.bbox_head.fc_reg.bias"
+    vit = "backbone.visual.norm.bias"
+    narrow = {EMBEDDINGS: state[EMBEDDINGS][:, 1:], f"{UNUSED}bias": state[f"{UNUSED}bias"][1:]}
     bad = {
         "lacks roi_head.bbox_head.fc_reg.bias": {k: v for k, v in state.items() if k != name},
         "has unknown neck.more": {**state, "neck.more": torch.zeros(1)},
         "has other shapes of roi_head.bbox_head.fc_reg.bias": {**state, name: torch.zeros(5)},
         "another ViT": {**state, "backbone.visual.norm.bias": state["backbone.visual.norm.bias"] + 1},
         "all_embeddings": {k: v for k, v in state.items() if k != EMBEDDINGS},
+        "bad.pth has embeddings of 2 classes, but data.val_annotations val.json lists 3": {**state, **narrow},
+        "bad.pth: 1 of 4 values of .*fc_reg.bias are NaN": {**state, name: torch.tensor([0, 1, torch.nan, 3])},
+        "of backbone.visual.norm.bias are NaN or infinite": {**state, vit: state[vit] + torch.inf},
+        "no published detector: it has no roi_head": {k: v for k, v in state.items() if k.startswith(VIT)},
+        r"no published detector: it has no backbone.visual": {k: v for k, v in state.items() if k.startswith("roi_")},
     }
     for message, content in bad.items():
         torch.save({"state_dict": content}, tmp_path / "bad.pth")
         with pytest.raises(UserError, match=message) as error:
-            tool.main([config, str(tmp_path / "bad.pth"), out])
-        assert "\n" not in str(error.value) and not Path(out).exists()
+            more = [] if message == "another ViT" else ["--write-vit", str(tmp_path / "v.pt")]
+            tool.main([config, str(tmp_path / "bad.pth"), out, *more, "--embeddings", str(tmp_path / "e.npy")])
+        assert "\n" not in str(error.value)
+        assert not any((tmp_path / written).exists() for written in ("out.pt", "v.pt", "e.npy"))
     with pytest.raises(UserError, match="other classes"):
         torch.save({"state_dict": state, "meta": {"CLASSES": ("x", "y", "z")}}, tmp_path / "bad.pth")
         tool.main([config, str(tmp_path / "bad.pth"), out])
@@ -189,8 +201,90 @@ def test_what_does_not_fit_is_refused(small: Path, tool: ModuleType, tmp_path: P
         override = ["model.temperature_kind=log"]
         content = files.load(small / "detector.pt")
         content["detector"]["classifier.log_temperature"] = content["detector"].pop("classifier.temperature")
+        content["config"]["model"]["temperature_kind"] = "log"
         files.save(content, tmp_path / "log.pt")
         tool.main([config, str(tmp_path / "log.pt"), str(tmp_path / "log.pth"), *override])
+
+
+def test_a_detector_of_other_settings_is_not_exported(small: Path, tool: ModuleType, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    content = files.load(small / "detector.pt")
+    content["config"]["model"] |= {"anchor_offset": 0.5, "roi_finest": 0.0, "embedding_relu": False, "cache_dir": "x"}
+    content["config"]["data"] |= {"pixels": "model"}
+    content["config"]["test"] |= {"nms": 0.5}
+    files.save(content, tmp_path / "x.pt")
+    command = [str(small / "tiny.toml"), str(tmp_path / "x.pt"), str(tmp_path / "x.pth")]
+    theirs = ["model.anchor_offset=0.5", "model.embedding_relu=false", "model.roi_finest=0.0", 'data.pixels="model"']
+    with pytest.raises(UserError) as error:
+        tool.main(command)
+    assert f"x.pt was trained with {', '.join(theirs)}, but " in str(error.value)
+    assert 'model.roi_finest=56.0, data.pixels="imagenet": give' in str(error.value)
+    assert not (tmp_path / "x.pth").exists()
+    tool.main([*command, *theirs])
+    assert (tmp_path / "x.pth").is_file()
+    content["detector"]["rpn.objectness.bias"][0] = torch.nan
+    files.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match="values of rpn.objectness.bias are NaN"):
+        tool.main([*command, *theirs, "--force"])
+
+
+def test_embeddings_come_in_label_order(small: Path, tool: ModuleType, tmp_path: Path, monkeypatch, capsys):
+    """Not in the published file's; what the tool writes serves as data.embeddings."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config, table = str(small / "tiny.toml"), tmp_path / "e.npy"
+    tool.main([config, str(small / "detector.pt"), str(tmp_path / "a.pth")])
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    wanted = content["state_dict"][EMBEDDINGS].T.clone()
+    content["state_dict"][EMBEDDINGS] = content["state_dict"][EMBEDDINGS][:, [2, 0, 1, 3]]
+    content["meta"]["CLASSES"] = ("D", "a", "b_c")
+    torch.save(content, tmp_path / "b.pth")
+    command = [config, str(tmp_path / "b.pth"), str(tmp_path / "b.pt"), "--embeddings", str(table), "--force"]
+    tool.main(command)
+    assert np.array_equal(np.load(table), wanted.numpy())
+    assert files.load(tmp_path / "b.pt")["classes"] == ["a", "b c", "d"]
+    for classes, message in ((("D", "a"), "2 classes are listed in it, but it has embeddings of 3"),
+                             (("d", "a", "a"), "other classes")):  # fmt: skip
+        torch.save({**content, "meta": {"CLASSES": classes}}, tmp_path / "b.pth")
+        with pytest.raises(UserError, match=message):
+            tool.main(command)
+    del content["meta"]
+    torch.save(content, tmp_path / "b.pth")
+    assert "lists no classes" not in capsys.readouterr().out
+    tool.main(command)
+    assert "lists no classes" in capsys.readouterr().out
+
+
+def test_output_paths_are_checked_first(small: Path, tool: ModuleType, tmp_path: Path, monkeypatch):
+    """Nothing is read or written, and no file takes another's place."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.pth").write_bytes(b"published")
+    (tmp_path / "c.toml").write_text('[model]\ncache_dir = "w.pt"\n')
+    (tmp_path / "w.pt").write_bytes(b"weights")
+    (tmp_path / "link.pth").symlink_to("a.pth")
+    (tmp_path / "sub").mkdir()
+    for given, message in {
+        "a.pth": "target a.pth is the same file as source a.pth",
+        "sub/../link.pth": "target sub/../link.pth is the same file as source a.pth",
+        "c.toml": "target c.toml is the same file as CONFIG c.toml",
+        "w.pt": "target w.pt is the same file as model.cache_dir",
+        "b.pt --write-vit b.pt": "--write-vit b.pt is the same file as target b.pt",
+        "b.pt --write-vit a.pth": "--write-vit a.pth is the same file as source a.pth",
+        "b.pt --write-vit v.npy --embeddings v.npy": "--embeddings v.npy is the same file as --write-vit v.npy",
+        "b.pt --embeddings nodir/q.npy": "--embeddings nodir/q.npy: the folder nodir does not exist: make it first",
+        "nodir/b.pt": "target nodir/b.pt: the folder nodir does not exist",
+        "b.pt --write-vit a.pth/v.pt": "the folder a.pth does not exist",
+        ".": "target . is a folder",
+        "x" * 300: "File name too long; choose another name",
+        "b.pt --embeddings q": "--embeddings q: give a name that ends in .npy",
+    }.items():
+        with pytest.raises(UserError) as error:
+            tool.main(["c.toml", "a.pth", *given.split(), "--force"])
+        assert message in str(error.value) and "\n" not in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth", "c.toml", "link.pth", "sub", "w.pt"]
+    assert (tmp_path / "a.pth").read_bytes() == b"published"
+    for flag in (["--write-vit", "v.pt"], ["--embeddings", "e.npy"]):
+        with pytest.raises(UserError, match=f"{flag[0]}: .*detector.pt is a detector file, which has none"):
+            tool.main([str(small / "tiny.toml"), str(small / "detector.pt"), "b.pth", *flag])
 
 
 class Trap:

@@ -292,13 +292,19 @@ def trained(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_detector_file_and_vit_belong_together(scenes: Path, trained: Path, tmp_path: Path):
+def test_detector_file_and_vit_belong_together(
+    scenes: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):  # fmt: skip
     path = str(trained / "latest.pt")
     config = read_config(str(scenes / "tiny.toml"), ["train.eval_every=1"])
     annotations = load(config, "val")
     vit = load_vit(config)
     detector = make_detector(config, vit, make_vocabulary(config, annotations), device=ALONE.device)
     load_into(path, detector, config, vit)
+    assert "was trained with" not in caplog.text
+    config.model.rpn_nms, config.model.anchor_ratios, config.data.padding = 0.3, [0.2, 1.0], "black"
+    load_into(path, detector, config, vit)
+    assert "model.anchor_ratios=[0.5, 1.0, 2.0] model.rpn_nms=0.7 data.padding=\"zero\"; the config" in caplog.text
     with pytest.raises(UserError, match="needs a detector with masks"):
         run_test(config, detector, annotations, make_vocabulary(config, annotations), dist=ALONE, kinds=["segm"])
     vit.identity["hash"] = "0" * 64
@@ -350,6 +356,38 @@ def test_files_of_the_former_version_load(
     with pytest.raises(UserError, match="lacks .* with .*model.anchor_offset=0.5 .*model.box_own_fcs=0") as error:
         load_into(str(tmp_path / "former.pt"), detector, config, vit)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", ["area", "segmentation"])
+def test_objects_that_no_sample_holds_are_counted(scenes: Path, tmp_path: Path, caplog, fault: str):
+    """Their images would be learned as background; where all objects are lost, there is nothing to train on."""
+    content = json.loads((scenes / "annotations/instances_train2017.json").read_text())
+    settings = ["data.min_object_side=1.0", "train.eval_every=0", f"model.masks={str(fault != 'area').lower()}"]
+    spoiled = {"area": 0, "segmentation": []}[fault]
+    reason = {"area": "object without area", "segmentation": "object without a segmentation"}[fault]
+    for name, spoil in (("some", content["annotations"][:3]), ("all", content["annotations"])):
+        for annotation in spoil:
+            annotation[fault] = spoiled
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    file = f"data.train_annotations={tmp_path}/some.json"
+    run(scenes, tmp_path / "run", *settings, file, max_steps=1)
+    assert any(f"x {reason}" in message and "left out" in message for message in caplog.messages)
+    with pytest.raises(UserError, match=f"no object can be learned .*{reason}"):
+        run(scenes, tmp_path / "none", *settings, file.replace("some", "all"), max_steps=1)
+    assert not (tmp_path / "none").exists()
+
+
+def test_what_a_validation_file_lacks_is_said(scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    config = read_config(str(scenes / "tiny.toml"), [])
+    content = json.loads(Path(config.locate(config.data.val_annotations)).read_text())
+    content["annotations"][0]["bbox"] = [1, 1, -3, 2]
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    config.data.val_annotations = str(tmp_path / "val.json")
+    load(config, "val")
+    assert "1 x box of zero or negative size (left out)" in caplog.text
+    (tmp_path / "val.json").write_text(json.dumps(content | {"annotations": []}))
+    load(config, "val")
+    assert "lists no object: detections are written, AP cannot be computed" in caplog.text
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------

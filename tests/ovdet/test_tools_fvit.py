@@ -1,9 +1,10 @@
-"""Preparation of open-vocabulary files, proposals and region-text pairs, and detection of a free vocabulary."""
+"""Proposals and region-text pairs, detection of a free vocabulary, and what command lines name."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -27,95 +28,6 @@ from training.scenes.generate import SceneOptions, write_dataset
 def program(name: str) -> ModuleType:
     own = name in ("train", "test", "make_proposals")
     return importlib.import_module(f"ovdet.fvit.commands.{name}" if own else f"ovdet.commands.{name}")
-
-
-@pytest.fixture(scope="module")
-def prepare() -> ModuleType:
-    return program("prepare_open_vocabulary")
-
-
-# -- prepare_open_vocabulary ------------------------------------------------------------------------------------------
-
-
-def official(prepare: ModuleType) -> dict:
-    """A file with the 65 classes and two unused ones; image i holds class i and, if i is odd, class 0."""
-    split = prepare.read_split(prepare.OV_COCO)
-    names = [*split["base"], *split["novel"], "stop sign", "hot dog"]
-    annotations = [{"id": 1000 + i, "image_id": i, "category_id": 3 * i + 1, "bbox": [0, 0, 5, 5]} for i in range(67)]
-    annotations += [{"id": i, "image_id": i, "category_id": 1, "bbox": [1, 1, 3, 3]} for i in range(1, 67, 2)]
-    return {
-        "info": {"year": 2017},
-        "images": [{"id": i, "file_name": f"{i}.jpg"} for i in range(70)],
-        "annotations": annotations,
-        "categories": [{"id": 3 * i + 1, "name": name} for i, name in enumerate(names)],
-    }
-
-
-def test_open_vocabulary_coco(tmp_path: Path, prepare: ModuleType, capsys: pytest.CaptureFixture):
-    file = tmp_path / "instances_train2017.json"
-    file.write_text(json.dumps(official(prepare)))
-    prepare.main(["coco", "--train", str(file), "--val", str(file), "--out", str(tmp_path / "out")])
-    stem = tmp_path / "out" / "instances_train2017"
-    base, both = (json.loads(Path(f"{stem}_{suffix}.json").read_text()) for suffix in ("base", "ov65"))
-    assert len(base["categories"]) == 48 and len(both["categories"]) == 65
-    novel = {c["id"] for c in both["categories"]} - {c["id"] for c in base["categories"]}
-    assert len(novel) == 17 and not novel & {a["category_id"] for a in base["annotations"]}
-    # 48 images of base classes, and the odd ones among the others, which hold class 0 as well.
-    assert {i["id"] for i in base["images"]} == set(range(48)) | set(range(49, 67, 2))
-    assert {i["id"] for i in both["images"]} == set(range(65)) | {65}
-    prepare.main(["coco", "--train", str(file), "--out", str(tmp_path / "whole"), "--all-images"])
-    whole = json.loads((tmp_path / "whole" / "instances_train2017_base.json").read_text())
-    assert len(whole["images"]) == 70 and whole["annotations"] == base["annotations"]
-    assert base["info"] == {"year": 2017} and "48 classes" in capsys.readouterr().out
-    names = json.loads(prepare.OV_COCO.read_text())
-    assert names["base"][:2] == ["person", "bicycle"] and {"airplane", "umbrella"} <= set(names["novel"])
-
-
-def test_lvis_without_rare_and_faulty_input(tmp_path: Path, prepare: ModuleType):
-    content = official(prepare)
-    for i, category in enumerate(content["categories"]):
-        category["frequency"] = "rcf"[i % 3]
-    file = tmp_path / "lvis_v1_train.json"
-    file.write_text(json.dumps(content))
-    prepare.main(["lvis", "--train", str(file)])
-    kept = json.loads((tmp_path / "lvis_v1_train_norare.json").read_text())
-    assert {c["frequency"] for c in kept["categories"]} == {"c", "f"}
-    assert {a["category_id"] for a in kept["annotations"]} == {c["id"] for c in kept["categories"]}
-    content["categories"] = content["categories"][:40]
-    file.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="has no category"):
-        prepare.main(["coco", "--train", str(file)])
-    (tmp_path / "split.json").write_text('{"base": ["a"], "novel": ["a"]}')
-    for split, message in (("split.json", "listed twice"), ("lvis_v1_train.json", "not a json with lists")):
-        with pytest.raises(UserError, match=message):
-            prepare.main(["coco", "--train", str(file), "--split", str(tmp_path / split)])
-
-
-def test_voc(tmp_path: Path, prepare: ModuleType):
-    (tmp_path / "ImageSets" / "Main").mkdir(parents=True)
-    (tmp_path / "ImageSets" / "Main" / "test.txt").write_text("000001\n")
-    (tmp_path / "Annotations").mkdir()
-    xml = """<annotation><size><width>353</width><height>500</height></size>{}</annotation>"""
-    item = "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>48</xmin><ymin>240</ymin><xmax>195</xmax>"
-    item += "<ymax>371</ymax></bndbox></object>"
-    (tmp_path / "Annotations" / "000001.xml").write_text(
-        xml.format(item.format("tvmonitor", 0) + item.format("dog", 1))
-    )
-    prepare.main(["voc", "--root", str(tmp_path), "--out", str(tmp_path / "out.json")])
-    a = load_annotations(str(tmp_path / "out.json"), key="k")
-    assert a.boxes.tolist() == [[47, 239, 195, 371]] * 2 and a.crowd.tolist() == [False, False]
-    written = json.loads((tmp_path / "out.json").read_text())["annotations"]
-    assert [entry["difficult"] for entry in written] == [0, 1]
-    assert [a.names[i] for i in a.labels] == ["tv monitor", "dog"] and len(a.names) == 20
-    prepare.main(["voc", "--root", str(tmp_path), "--out", str(tmp_path / "first.json"), "--first", "12"])
-    first = json.loads((tmp_path / "first.json").read_text())
-    assert len(first["categories"]) == 12 and [a["category_id"] for a in first["annotations"]] == [12]
-    (tmp_path / "Annotations" / "000001.xml").write_text(xml.format(item.format("unicorn", 0)))
-    with pytest.raises(UserError, match="000001.xml"):
-        prepare.main(["voc", "--root", str(tmp_path), "--out", str(tmp_path / "out.json")])
-
-
-# -- make_proposals and detect ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +112,22 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
         tool.read_nouns(tmp_path / "empty.txt")
 
 
+def test_flags_and_images_of_make_proposals(tmp_path: Path):
+    tool = program("make_proposals")
+    command = ["config.toml", "detector.pt", "--images", str(tmp_path), "--out", str(tmp_path)]
+    for flags in (["--most", "0"], ["--most", "-1"], ["--score", "2"], ["--score", "nan"], ["--crop-scale", "0"],
+                  ["--crop-scale", "-1"], ["--cosine", "5"], ["--pairs", "-1"]):  # fmt: skip
+        with pytest.raises(UserError, match=f"argument {flags[0]}: {flags[1]} is out of range"):
+            tool.main([*command, *flags])
+    for flags, message in ((["--name", ""], '--name ""'), (["--pairs", "3", "--clip", "x"], "--pairs, --clip without")):
+        with pytest.raises(UserError, match=message):
+            tool.main([*command, *flags])
+    file = tmp_path / "images.json"
+    for more in ({}, {"annotations": [{"image_id": 9, "category_id": 9, "bbox": [0, 0, 1, 1]}], "categories": []}):
+        file.write_text(json.dumps({"images": [{"id": 5, "file_name": "x.jpg"}], **more}))
+        assert tool.list_images(file, str(tmp_path)) == ([5], ["x.jpg"], str(tmp_path))
+
+
 def test_nouns_of_boxes():
     """Each box gets the noun nearest to CLIP's embedding of its crop."""
     tool = program("make_proposals")
@@ -244,6 +172,14 @@ def test_detect_free_vocabulary(
         tool.main([str(images[0]), *faulty, "--score", "5"])
     with pytest.raises(UserError, match="none of the images could be read"):
         tool.main([str(tmp_path / "none.jpg"), *faulty, "--device", "cpu"])
+    # What cannot be written is found out before the detector is read.
+    (tmp_path / "file").touch()
+    for flags, message in [
+        (["--out", str(tmp_path / "file")], "--out .*file is a file"), (["--json", str(tmp_path)], "--json .*a folder"),
+        (["--json", str(tmp_path / "file" / "x.json")], "is a file"), (["--json", str(images[0])], "would replace"),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            tool.main([str(images[0]), *faulty, "--checkpoint", str(tmp_path / "absent.pt"), *flags])
 
 
 def test_library_call(detector_file: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -271,7 +207,9 @@ def test_library_call(detector_file: tuple, tmp_path: Path, monkeypatch: pytest.
         detector(np.zeros((4, 4)), ["grass"])
 
 
-def test_names_and_files_of_command_lines(tmp_path: Path):
+def test_names_and_files_of_command_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
     assert read_names("cat, dog ,red car") == ["cat", "dog", "red car"] and read_names("cat") == ["cat"]
     many = [f"class number {i}" for i in range(400)]  # longer than a file's name may be
     assert read_names(",".join(many)) == many
@@ -285,7 +223,14 @@ def test_names_and_files_of_command_lines(tmp_path: Path):
         with pytest.raises(UserError, match=message) as error:
             read_names(text)
         assert "\n" not in str(error.value)
-    assert read_names("bow/tie,cat") == ["bow/tie", "cat"]
+    assert read_names("bow/tie,cat,St. Bernard") == ["bow/tie", "cat", "St. Bernard"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").touch()
+    for name in ("names.txt", "im/y.jpg", "namse.toml", "lists/animals.v2", "plain"):
+        with pytest.raises(UserError, match=f'"{name}" among the names is a file'):
+            read_names(f"cat, {name}")
+    with pytest.raises(UserError, match="no such file"):
+        read_names("namse.toml")
 
     for name in ("b/x.png", "a/x.png", "a/y.JPG", "a/notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -295,11 +240,26 @@ def test_names_and_files_of_command_lines(tmp_path: Path):
     out = tmp_path / "out"
     assert place_pictures(files, out) == [out / "a" / "x.png", out / "y.png", out / "b" / "x.png"]
     assert place_pictures(["q/x.jpg", "q/x.png"], out) == [out / "x.png", out / "x.png.png"]
+    assert len(set(place_pictures(["d/a.png.png", "d/a.jpg", "d/a.png"], out))) == 3
+    assert list_images(["a/x.png", "./a/x.png", str(tmp_path / "a" / "x.png"), "b/x.png"]) == ["a/x.png", "b/x.png"]
+    # A second run in a folder leaves out what the first one drew; asked for by name, pictures are images.
+    (out / "a").mkdir(parents=True)
+    (out / "a" / "x.png").touch()
+    assert list_images(["."], output=Path("out")) == ["a/x.png", "a/y.JPG", "b/x.png"]
+    assert "1 pictures in the output folder out are left out" in caplog.text
+    assert list_images(["out"], output=Path("out")) == ["out/a/x.png"]
     with pytest.raises(UserError, match="would replace one of the images"):
         place_pictures([files[0]], tmp_path / "a")
     (tmp_path / "c").mkdir()
     with pytest.raises(UserError, match="holds no image"):
         list_images([str(tmp_path / "c")])
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh", "scripts/demo.sh"])
+def test_scripts_tell_their_usage(script: str):
+    file = Path(__file__).parents[2] / "F-ViT" / script
+    done = subprocess.run(["bash", str(file), "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and f"{file.name} " in done.stdout and not done.stderr
 
 
 def test_drawing():

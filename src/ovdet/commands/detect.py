@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import ovdet
 from ovdet.evaluation.coco import write_json
-from ovdet.listing import list_images, place_pictures, read_names
+from ovdet.listing import check_folder, list_images, place_pictures, read_names
 from ovdet.testing import count_skips
 from ovdet.visualize import draw_detections
 from training.engine.errors import UserError, as_user_error, run_program
@@ -60,6 +60,17 @@ def chosen_names(classes: Sequence[str], file: str | None) -> list[str]:
     return read_names(file, "--classes-from")
 
 
+def check_json(file: Path | None, sources: Sequence[str]) -> None:
+    """UserError where ``--json`` cannot be written, or is an image: found out before anything is detected."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UserError(f"--json {file}: a folder; give the file to write, such as {file / 'found.json'}")
+    check_folder(file.parent, "--json")
+    if file.resolve() in {Path(source).resolve() for source in sources}:
+        raise UserError(f"--json {file}: it would replace one of the images; give another file")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, detect, print and draw. UserError for faulty input."""
     parser = Parser(description="Detect classes of your choice in images, and draw them.")
@@ -86,9 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--batch-size {args.batch_size} --workers {args.workers}: give 1 or more, and 0 or more")
     names = chosen_names(args.classes, args.classes_from)
     attributes = read_names(",".join(args.attributes), "--attributes") if args.attributes else []
-    sources = list_images(args.images)
-    targets = place_pictures(sources, args.out)
     setup_logging(0)
+    sources = list_images(args.images, output=args.out)
+    targets = [] if args.no_pictures else place_pictures(sources, args.out)
+    check_json(args.json, sources)
     detector = ovdet.load_detector(
         args.checkpoint, device=args.device, config=args.config, overrides=[*args.set, f"test.score={args.score}"]
     )  # fmt: skip
@@ -104,12 +116,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             sources, batch_size=args.batch_size, workers=args.workers, keep_pixels=not args.no_pictures,
             on_skipped=count_skips(policy),
         ):  # fmt: skip
-            source, target = sources[found["index"]], targets[found["index"]]
-            if not args.no_pictures:
-                draw(found, names, target)
+            source = sources[found["index"]]
+            if targets:
+                draw(found, names, targets[found["index"]])
             if args.json:
                 records.append(record(found, source))
-            lines = [source if args.no_pictures else f"{source} -> {target}"]
+            lines = [f"{source} -> {targets[found['index']]}" if targets else source]
             for name, score, box in zip(found["names"], found["scores"], found["boxes"], strict=True):
                 lines.append(f"  {name:<20} {score:.3f}  {' '.join(f'{v:.0f}' for v in box)}")
             tqdm.write("\n".join(lines), file=sys.stdout)

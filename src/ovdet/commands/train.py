@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training.engine.distributed import init_distributed
-from training.engine.flags import Parser
+from training.engine.flags import NATURAL, Parser
 from training.engine.journal import setup_logging
 
 
@@ -31,8 +31,8 @@ def train_command(
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--work-dir", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work dir")
-    parser.add_argument("--max-steps", type=int, default=0, help="end after so many steps in all (0: train.epochs)")
-    parser.add_argument("--save-every-steps", type=int, default=1000, help="save inside epochs as well (0: never)")
+    parser.add_argument("--max-steps", type=NATURAL, default=0, help="end after so many steps in all (0: train.epochs)")
+    parser.add_argument("--save-every-steps", type=NATURAL, default=1000, help="save inside epochs as well (0: never)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.config, args.overrides)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
 from ovdet.config import Config
 from training.engine.data import annotations as reader
 from training.engine.data.images import ImageError, is_url, read_bytes, resolve
-from training.engine.data.records import Annotations
+from training.engine.data.records import Annotations, log_left_out
 from training.engine.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def load(config: Config, part: str, *, masks: bool = False, images: bool = False) -> Annotations:
@@ -25,6 +28,10 @@ def load(config: Config, part: str, *, masks: bool = False, images: bool = False
     """
     key = f"data.{part}_annotations"
     found = load_annotations(config.locate(getattr(config.data, f"{part}_annotations")), key=key, masks=masks)
+    if part == "val":  # what training leaves out is said by its task
+        log_left_out(found.file, found.skipped)
+        if not len(found.boxes):
+            log.warning("%s %s lists no object: detections are written, AP cannot be computed", key, found.file)
     if images:
         key = f"data.{part}_images"
         check_image_root(found, config.locate(getattr(config.data, f"{part}_images")), key=key)

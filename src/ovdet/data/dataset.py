@@ -68,6 +68,10 @@ class TrainDataset(Dataset):
         seed: of the views.
         masks: give masks.
 
+    Attributes:
+        lost: objects of trained classes that no sample will hold, by reason. An image that loses all of its objects is
+            learned as background, as published.
+
     Items, by key (epoch, index): a dict of ``image`` uint8 ``[3, S, S]``, ``size`` (height, width of the valid area),
     ``boxes`` float32 ``[N, 4]``, ``labels`` int64 ``[N]``, with masks ``masks``
     (:class:`~ovdet.data.masks.MaskWindows`), and ``image_id``; or a :class:`Skipped`. Crowds are left out. Boxes are
@@ -97,6 +101,14 @@ class TrainDataset(Dataset):
         if min_image_side:
             usable &= (annotations.sizes == 0).any(1) | (annotations.sizes.min(1) >= min_image_side)
         self.images = np.flatnonzero(usable)
+        self.lost = self._count_lost(of_class)
+
+    def _count_lost(self, of_class: np.ndarray) -> dict[str, int]:
+        """Objects of trained classes that no sample will hold, by reason."""
+        lost = {"object without area, too thin or outside of its image": int((of_class & ~self.wanted).sum())}
+        if self.masks:
+            lost["object without a segmentation"] = int((self.wanted & ~self.annotations.has_mask()).sum())
+        return {reason: number for reason, number in lost.items() if number}
 
     def __len__(self) -> int:
         return len(self.images)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +20,8 @@ from ovdet.vocabulary import Vocabulary, free_vocabulary, vocabulary_embeddings
 from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
+
+WHEREABOUTS = ("name", "pretrained", "cache_dir")  # of model: which ViT, and where it is
 
 
 def read_config(path: str, overrides: Sequence[str]) -> FViTConfig:
@@ -56,6 +60,22 @@ def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence
         return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", near=path, overrides=overrides)
 
 
+def differing_settings(trained: FViTConfig, config: FViTConfig) -> list[str]:
+    """Settings of the network and of its input in which a config differs from the one a detector was trained with.
+
+    As overrides, ``model.anchor_offset=0.5``, with the values of the training. Where the ViT's weights are does not
+    count: that they are the same is checked by their hash.
+    """
+    keys = [("model", f.name) for f in dataclasses.fields(config.model) if f.name not in WHEREABOUTS]
+    keys += [("data", key) for key in ("pixels", "padding", "resize", "exif")]
+    found = []
+    for section, key in keys:
+        value = getattr(getattr(trained, section), key)
+        if value != getattr(getattr(config, section), key):
+            found.append(f"{section}.{key}={json.dumps(value)}")
+    return found
+
+
 def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> dict[str, Any]:
     """Load a detector file into a detector that a config describes; returns the file's content.
 
@@ -64,16 +84,7 @@ def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> d
     """
     content = checkpoint.load(path)
     checkpoint.check_vit(content, vit.identity, vit.model, path)
-    trained = config_of_checkpoint(content, path)
-    differing = [
-        f"{section}.{key}={value!r}".replace("True", "true").replace("False", "false")
-        for section, keys in UNVERSIONED.items()
-        for key in keys
-        if section != "train" and (value := getattr(getattr(trained, section), key)) != getattr(
-            getattr(config, section), key)
-    ]  # fmt: skip
-    if trained.model.drop_padding != config.model.drop_padding:
-        differing.append(f"model.drop_padding={str(trained.model.drop_padding).lower()}")
+    differing = differing_settings(config_of_checkpoint(content, path), config)
     try:
         detector.load_trainable_state_dict(checkpoint.detector_state(content))
     except ValueError as error:

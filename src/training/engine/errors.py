@@ -100,6 +100,7 @@ _PARTNER = re.compile(
     re.IGNORECASE,
 )
 _WORKER = re.compile(r"DataLoader worker")
+_MEMORY = "DefaultCPUAllocator"  # what asked, when a tensor on the CPU is too large
 
 
 def explain(error: BaseException, flags: Flags | None = None) -> str | None:
@@ -110,7 +111,7 @@ def explain(error: BaseException, flags: Flags | None = None) -> str | None:
     if isinstance(error, OSError) and error.errno in _DISK:
         file = f" ({error.filename})" if error.filename else ""
         return f"{_DISK[error.errno]}{file}: free some space or choose another {flags.folder}, {again}"
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and _MEMORY in text:
         return f"out of memory ({text}): lower {flags.batch_size}, or use {flags.checkpointing}"
     if isinstance(error, RuntimeError) and _WORKER.search(text):
         return (

@@ -174,7 +174,7 @@ class Loop:
             flag = self.options.flags.warmup
             log.warning(
                 "the warm-up of %d steps (%s) is no shorter than the run of %d steps: the rate never stays at its full "
-                "size, and little is learned; use %s %d, or train longer",
+                "size, and little is learned; set %s to %d, or train longer",
                 self.task.warmup, flag, self.total_steps, flag, self.total_steps // 10,
             )  # fmt: skip
 

@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 from open_clip.transform import crop_region, normalize
 from ovdet.clip import Clip
-from ovdet.data.annotations import load_annotations
 from ovdet.data.images import read_image
 from ovdet.evaluation.coco import write_json
 from ovdet.fvit.assemble import load_into, load_vit, read_config
@@ -39,22 +38,27 @@ from ovdet.precision import choose_precision
 from ovdet.task import FLAGS
 from ovdet.testing import Images
 from ovdet.vocabulary import free_vocabulary, noun_embeddings
+from training.engine.data.annotations import load_annotations
 from training.engine.data.images import is_url, resolve
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.flags import Parser
+from training.engine.flags import COUNT, POSITIVE, SHARE, Parser, number, spelling
 from training.engine.journal import setup_logging
 from training.engine.precision import Precision
 
 log = logging.getLogger(__name__)
+
+PAIR_DEFAULTS = {"pairs": 20, "cosine": -1.0, "crop_scale": 1.5, "clip": ""}  # flags that say something with --nouns
+
 
 def list_images(images: Path, root: str) -> tuple[list[int], list[str], str]:
     """(ids, file names, image root) of a folder or an annotation file. UserError when there is no image."""
     if images.is_dir():
         names = [str(Path(file).relative_to(images)) for file in image_files([str(images)], "--images")]
         return list(range(1, len(names) + 1)), names, str(images)
-    annotations = load_annotations(str(images), key="--images")
+    # Whatever its objects and categories are like, the images are all that is wanted.
+    annotations = load_annotations(str(images), flag="--images", images_only=True)
     if not os.path.isdir(root) and not is_url(root):
         raise UserError(f"--image-root {root or '(not given)'}: no such folder; give that of the images of {images}")
     return annotations.image_ids.tolist(), list(annotations.file_names), root
@@ -179,6 +183,18 @@ def read_nouns(path: Path | None) -> list[str]:
     return read_names(str(path), "--nouns", once=False)
 
 
+def check_flags(args: argparse.Namespace) -> None:
+    """Fill in the flags of region-text pairs. UserError where they would do nothing, or files would have no name."""
+    if not args.name.strip():
+        raise UserError('--name "": give what the files\' names begin with, such as coco')
+    given = [spelling(name) for name in PAIR_DEFAULTS if getattr(args, name) is not None]
+    if given and args.nouns is None:
+        raise UserError(f"{', '.join(given)} without --nouns: no region-text pairs are written; give --nouns FILE too")
+    for name, default in PAIR_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files. UserError for faulty input."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,15 +205,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-root", default="", help="folder of the json's images")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--name", default="coco", help="the files' names begin with it")
-    parser.add_argument("--most", type=int, default=100, help="proposals per image")
-    parser.add_argument("--score", type=float, default=0.0, help="smallest objectness of a proposal")
+    parser.add_argument("--most", type=COUNT, default=100, help="proposals per image")
+    parser.add_argument("--score", type=SHARE, default=0.0, help="smallest objectness of a proposal")
     parser.add_argument("--nouns", type=Path, help="text with one noun a line: write region-text pairs as well")
-    parser.add_argument("--pairs", type=int, default=20, help="region-text pairs per image")
-    parser.add_argument("--cosine", type=float, default=-1.0, help="smallest likeness of crop and noun")
-    parser.add_argument("--crop-scale", type=float, default=1.5, help="crops are boxes enlarged so many times")
-    parser.add_argument("--clip", default="", help="weights that name the boxes; default: those of the detector")
+    parser.add_argument("--pairs", type=COUNT, help="region-text pairs per image (20)")
+    parser.add_argument("--cosine", type=number(float, -1, 1), help="smallest likeness of crop and noun (-1)")
+    parser.add_argument("--crop-scale", type=POSITIVE, help="crops are boxes enlarged so many times (1.5)")
+    parser.add_argument("--clip", help="weights that name the boxes; default: those of the detector")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     args = parser.parse_intermixed_args(argv)
+    check_flags(args)
     config = read_config(args.config, args.overrides)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)

@@ -100,6 +100,12 @@ class Annotations:
         """COCO ``segmentation`` of an annotation that was read with its masks: polygons, a run-length dict, or None."""
         return json.loads(Strings(self.mask_bytes, self.mask_offsets)[annotation])
 
+    def has_mask(self) -> np.ndarray:
+        """Whether annotations were read with a segmentation that is not empty: bool ``[A]``."""
+        if len(self.mask_offsets) != len(self.boxes) + 1:  # read without
+            return np.zeros(len(self.boxes), bool)
+        return np.diff(self.mask_offsets) > len("null")  # shorter ones are [] and {}
+
     def of(self, index: int) -> slice:
         """Annotations of image ``index``, in the file's order."""
         return slice(int(self.offsets[index]), int(self.offsets[index + 1]))
