@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -85,6 +87,13 @@ def check_objects(dataset: TrainDataset) -> None:
         )
 
 
+def classes_in_short(vocabulary: Vocabulary) -> str:
+    """A vocabulary in a few words that tell it from any other: how many classes, how many novel, and a fingerprint."""
+    told = json.dumps([vocabulary.names, [bool(new) for new in vocabulary.novel]])
+    digest = hashlib.blake2b(told.encode(), digest_size=4).hexdigest()
+    return f"{len(vocabulary.names)}, {sum(vocabulary.novel)} of them novel ({digest})"
+
+
 def build_task(
     kind: type[T],
     detector: nn.Module,
@@ -117,7 +126,7 @@ def build_task(
     task = kind(
         detector, dataset, data=config.data, train=config.train, dist=dist, content=content,
         validate=None if validate is None else lambda place: validate(task.detector, place), folder=folder,
-        identity=identity,
+        identity=identity | {"the classes": classes_in_short(vocabulary)},
         options={f"{section}.{key}": value for section, part in values.items() for key, value in part.items()},
     )  # fmt: skip
     return task
@@ -163,10 +172,10 @@ def train(
         dist=dist, precision=precision,
     )  # fmt: skip
     # A folder without a run in it is as good as none.
-    with open_folder(folder, "auto", dist, flags, {"config.toml": format_config(config)}):
+    with open_folder(folder, "auto", dist, flags):
         setup_logging(dist.rank, folder / "train.log" if dist.is_master else None)
         log.info("%s on %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
-        return loop.train(folder, start)
+        return loop.train(folder, start, texts={"config.toml": format_config(config)})
 
 
 def check_former(folder: Path, start: str | None) -> None:

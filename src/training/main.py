@@ -18,7 +18,7 @@ from training.engine.checkpoint import seed_generators
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.dry_run import forecast
 from training.engine.errors import Flags, as_user_error, run_program
-from training.engine.folder import check_folder, named_folder, open_folder, resume_after_restart
+from training.engine.folder import check_folder, named_folder, open_folder, resume_after_restart, write_texts
 from training.engine.journal import Journal, setup_logging
 from training.engine.loop import Loop
 from training.engine.precision import Precision, make_precision
@@ -145,7 +145,8 @@ def run(options: Options, dist: Dist) -> int:
             print(found.text())
         return 0
     text = "".join(f"{key}: {value}\n" for key, value in sorted(options.flat().items()))
-    with open_folder(folder, resume, dist, FLAGS, {"params.txt": text}):
+    texts = {"params.txt": text}
+    with open_folder(folder, resume, dist, FLAGS):
         setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
         log.info(
             "experiment %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name
@@ -153,7 +154,8 @@ def run(options: Options, dist: Dist) -> int:
         for warning in options.warnings:
             log.warning("%s", warning)
         if loop is not None:
-            return loop.train(folder, resume)
+            return loop.train(folder, resume, texts=texts)
+        write_texts(folder, texts, dist, FLAGS)
         report_kernels(readers, dist.device)
         if options.readout is not None:
             as_user_error(model.visual.set_readout, options.readout)

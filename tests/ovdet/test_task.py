@@ -419,6 +419,10 @@ def test_existing_runs(scenes: Path, trained: Path, tmp_path: Path):
         run(scenes, trained)
     with pytest.raises(UserError, match="another run: its weights was"):
         run(scenes, trained, "train.seed=1", resume=True)
+    before = (trained / "config.toml").read_text()
+    with pytest.raises(UserError, match="another run: the classes was .* 2 of them novel .* 0 of them novel"):
+        run(scenes, trained, "data.novel=[]", resume=True)
+    assert (trained / "config.toml").read_text() == before
     former = tmp_path / "former"
     former.mkdir()
     torch.save({"format": "fvit", "progress": {}}, former / "latest.pt")

@@ -262,11 +262,11 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
             save_every_steps=args.save_every, save_every_epochs=0, evaluate_first=False, evaluate_every=0, flags=FLAGS,
         )  # fmt: skip
         loop = Loop(task, options, dist=dist, precision=precision)
-    files = {"params.json": json.dumps(vars(args), indent=1, sort_keys=True) + "\n"}
-    with open_folder(folder, args.resume, dist, FLAGS, files):
+    texts = {"params.json": json.dumps(vars(args), indent=1, sort_keys=True) + "\n"}
+    with open_folder(folder, args.resume, dist, FLAGS):
         setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
         log.info("run %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
-        return loop.train(folder, args.resume)
+        return loop.train(folder, args.resume, texts=texts)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

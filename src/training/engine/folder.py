@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -75,15 +76,10 @@ def resume_after_restart(folder: Path | None, resume: str | None, flags: Flags) 
     return resume if from_file and find_latest(folder / "checkpoints") is None else "latest"
 
 
-def open_folder(
-    folder: Path, resume: str | None, dist: Dist, flags: Flags, files: dict[str, str] | None = None
-) -> AbstractContextManager:
+def open_folder(folder: Path, resume: str | None, dist: Dist, flags: Flags) -> AbstractContextManager:
     """Make a run's folder, or take it over; every process calls it, process 0 alone writes.
 
     What a killed save left behind is removed.
-
-    Args:
-        files: texts to write into it, by name.
 
     Returns:
         A context that holds the folder: a second run on it is refused.
@@ -101,11 +97,29 @@ def open_folder(
                 (folder / "checkpoints").mkdir(exist_ok=True)
                 for place in (folder, folder / "checkpoints"):  # files for users lie in either
                     remove_unfinished(place)
-                for name, text in (files or {}).items():
-                    write_atomically(folder / name, text)
             except OSError as error:
                 held.__exit__(None, None, None)
-                raise UserError(
-                    f"{folder} cannot be written ({error.strerror}): free some space or choose another {flags.folder}"
-                ) from error
+                raise _unwritable(folder, error, flags) from error
     return held
+
+
+def write_texts(folder: Path, texts: Mapping[str, str], dist: Dist, flags: Flags) -> None:
+    """Write what tells of a run into its folder; every process calls it, process 0 alone writes.
+
+    Args:
+        texts: by the names of their files.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with together():
+        if dist.is_master:
+            try:
+                for name, text in texts.items():
+                    write_atomically(folder / name, text)
+            except OSError as error:
+                raise _unwritable(folder, error, flags) from error
+
+
+def _unwritable(folder: Path, error: OSError, flags: Flags) -> UserError:
+    return UserError(f"{folder} cannot be written ({error.strerror}): free some space or choose another {flags.folder}")

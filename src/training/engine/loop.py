@@ -40,6 +40,7 @@ import logging
 import math
 import time
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ from training.engine.checkpoint import Checkpoints
 from training.engine.distributed import Dist, gather_objects, together, wrap
 from training.engine.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from training.engine.flops import FlopMeter, peak_flops
+from training.engine.folder import write_texts
 from training.engine.journal import Journal, Pace
 from training.engine.precision import Precision
 from training.engine.profiler import profile_steps
@@ -119,12 +121,14 @@ class Loop:
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
-    def train(self, folder: Path, resume: str | Path | None = None) -> int:
+    def train(self, folder: Path, resume: str | Path | None = None, *, texts: Mapping[str, str] | None = None) -> int:
         """Train to the end, or until a signal.
 
         Args:
             folder: of the run; it exists.
             resume: ``"latest"`` or ``"auto"`` (of the folder, where there is one), a checkpoint file, or None.
+            texts: files that tell of the run, by name. Written when it is certain that it can go on: those of a run
+                that is resumed with what does not fit stay as they are.
 
         Returns:
             Exit status: 0 done, 75 interrupted and saved.
@@ -137,6 +141,7 @@ class Loop:
         if resume:
             with together():
                 self._resume(resume)
+        write_texts(folder, texts or {}, self.dist, options.flags)
         self.journal = Journal(
             folder if self.dist.is_master else None, progress.step if resume else None, report_to=options.report_to
         )
