@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = config_for(args.checkpoint, args.config, changes)
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
-    images = list_images(args.images)
+    images = list_images(args.images, output=args.out)
     targets = place_pictures(images, args.out)
     model = load_model(config, args.checkpoint, ema=args.ema).to(dist.device)
     grounder = Grounder(model, config, dist.device)
