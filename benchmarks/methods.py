@@ -184,17 +184,12 @@ class Ranking:
         own = {f for f in filled if f.startswith("--")}
         begin = time.perf_counter()
         resumed = ["--resume", "latest"] if (folder / "checkpoints").is_dir() else []
-        command = [
+        run_python([
             "-m", "training.main", "--model", MODEL, "--name", name, "--logs", logs, "--seed", seed, "--lr", lr,
             "--epochs", 1000, "--max-steps", steps, "--warmup", plan.warmup, "--workers", 0, "--device", "cpu",
             "--precision", "fp32", "--log-every-n-steps", 20, "--save-frequency", 0, "--save-every-n-steps", 100,
-            *without(common, own), *filled,
-        ]  # fmt: skip
-        run_python([*command, *resumed])
-        if resumed and not self.complete(name, evaluation):
-            # It was broken off in its last evaluation, which a run that is resumed at its end does not repeat.
-            shutil.rmtree(folder)
-            run_python(command)
+            *without(common, own), *filled, *resumed,
+        ])  # fmt: skip
         self.times.append(time.perf_counter() - begin)
 
     def complete(self, name: str, evaluation: str | None) -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -124,16 +123,12 @@ class Photographs:
             evaluation = ["--val-data", args.val_annotations, "--val-image-root", args.val_images, "--embed-path",
                           self.out / "classes.npy", "--eval-image-sizes", *self.sizes, "--per-segment"]  # fmt: skip
             resumed = ["--resume", "latest"] if (folder / "checkpoints").is_dir() else []
-            command = [
+            arguments = [
                 "-m", "training.main", "--model", self.model, "--pretrained", self.weights, "--name", name, "--logs",
                 self.out / "logs", "--device", args.device, "--precision", "fp32", "--workers", 0, *evaluation, *flags,
+                *resumed,
             ]  # fmt: skip
-            threads = 1 if args.device == "cpu" else None
-            run_python([*command, *resumed], threads)
-            if resumed and not list(folder.glob("per_segment_*.json")):
-                # It was broken off in its last evaluation, which a run that is resumed at its end does not repeat.
-                shutil.rmtree(folder)
-                run_python(command, threads)
+            run_python(arguments, 1 if args.device == "cpu" else None)
         (file,) = sorted(folder.glob("per_segment_*.json"))
         return json.loads(file.read_text())
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import logging
 import math
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +22,8 @@ try:
     import tomllib
 except ImportError:  # Python 3.10
     import tomli as tomllib  # type: ignore[no-redef]
+
+log = logging.getLogger(__name__)
 
 _CHECKOUT = Path(__file__).resolve().parents[2]  # the repository, where the package is used from a clone
 
@@ -93,6 +96,33 @@ def config_from_dict(
 def config_to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """``{section: {key: value}}`` of plain values, for checkpoints; :func:`config_from_dict` takes it back."""
     return {section: dataclasses.asdict(getattr(config, section)) for section in config.sections()}
+
+
+def differing_settings(
+    trained: Config, config: Config, which: Mapping[str, Sequence[str]], but: Sequence[str] = ()
+) -> list[str]:
+    """Settings in which a config differs from the one that weights were trained with.
+
+    Args:
+        which: section -> its keys that count; none: all of them.
+        but: keys that do not, such as where weights are.
+
+    Returns:
+        Overrides with the values of the training: ``model.anchor_offset=0.5``.
+    """
+    then, now = config_to_dict(trained), config_to_dict(config)
+    found = []
+    for section, keys in which.items():
+        for key in keys or then[section]:
+            if key not in but and then[section][key] != now[section][key]:
+                found.append(f"{section}.{key}={_toml(then[section][key])}")
+    return found
+
+
+def warn_of(differing: Sequence[str], path: str | Path) -> None:
+    """Say in the log in which settings a checkpoint was trained otherwise than the config at hand has them."""
+    if differing:
+        log.warning("%s was trained with %s; the config at hand differs there", path, " ".join(differing))
 
 
 def format_config(config: Config) -> str:

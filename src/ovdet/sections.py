@@ -13,6 +13,7 @@ from typing import Any
 from ovdet.data.transforms import RESIZES
 
 Rule = tuple[str, Any, bool, str]  # name of a value, the value, whether it is right, what it must be
+INPUT = ("resize", "pixels", "padding", "exif")  # of data: what weights were trained with, besides their network
 
 
 @dataclass

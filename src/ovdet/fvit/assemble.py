@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,16 +9,17 @@ import torch
 
 from ovdet import files as checkpoint
 from ovdet.clip import Clip, load_clip
-from ovdet.config import config_from_dict, load_config
+from ovdet.config import config_from_dict, differing_settings, load_config, warn_of
 from ovdet.fvit.config import UNVERSIONED, FViTConfig
 from ovdet.fvit.detector import Detector, build_detector
 from ovdet.library import LoadedDetector
+from ovdet.sections import INPUT
 from ovdet.vocabulary import Vocabulary, free_vocabulary, vocabulary_embeddings
 from training.engine.errors import UserError, as_user_error
 
-log = logging.getLogger(__name__)
-
-WHEREABOUTS = ("name", "pretrained", "cache_dir")  # of model: which ViT, and where it is
+# What a detector's weights go with: the network, and how its input is made. Which ViT it is its hash says.
+GOES_WITH = {"model": (), "data": INPUT}
+WHEREABOUTS = ("name", "pretrained", "cache_dir")
 
 
 def read_config(path: str, overrides: Sequence[str]) -> FViTConfig:
@@ -60,22 +58,6 @@ def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence
         return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", near=path, overrides=overrides)
 
 
-def differing_settings(trained: FViTConfig, config: FViTConfig) -> list[str]:
-    """Settings of the network and of its input in which a config differs from the one a detector was trained with.
-
-    As overrides, ``model.anchor_offset=0.5``, with the values of the training. Where the ViT's weights are does not
-    count: that they are the same is checked by their hash.
-    """
-    keys = [("model", f.name) for f in dataclasses.fields(config.model) if f.name not in WHEREABOUTS]
-    keys += [("data", key) for key in ("pixels", "padding", "resize", "exif")]
-    found = []
-    for section, key in keys:
-        value = getattr(getattr(trained, section), key)
-        if value != getattr(getattr(config, section), key):
-            found.append(f"{section}.{key}={json.dumps(value)}")
-    return found
-
-
 def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> dict[str, Any]:
     """Load a detector file into a detector that a config describes; returns the file's content.
 
@@ -84,14 +66,13 @@ def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> d
     """
     content = checkpoint.load(path)
     checkpoint.check_vit(content, vit.identity, vit.model, path)
-    differing = differing_settings(config_of_checkpoint(content, path), config)
+    differing = differing_settings(config_of_checkpoint(content, path), config, GOES_WITH, WHEREABOUTS)
     try:
         detector.load_trainable_state_dict(checkpoint.detector_state(content))
     except ValueError as error:
         settings = f", that is with {' '.join(differing)}" if differing else ""
         raise UserError(f"checkpoint {path}: {error}{settings}") from error
-    if differing:
-        log.warning("%s was trained with %s; the config at hand differs there", path, " ".join(differing))
+    warn_of(differing, path)
     return content
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ovdet.config import config_from_dict, load_config
+from ovdet.config import config_from_dict, differing_settings, load_config, warn_of
 from ovdet.glip import files
 from ovdet.glip.build import build_glip, load_clip, load_start_weights, make_tokenizer
 from ovdet.glip.config import GlipConfig
@@ -18,6 +18,10 @@ from ovdet.glip.model import GLIP
 from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
+
+# What a model's weights go with; not what training started from, nor what it left out at random.
+GOES_WITH = {"image": (), "text": (), "head": (), "data": ("exif",)}
+TRAINING = ("weights", "frozen", "freeze_at", "drop_block", "drop_path", "dropout", "fusion_dropout", "text_dropout")
 
 
 def read_config(path: str | Path, overrides: Sequence[str] = ()) -> GlipConfig:
@@ -37,10 +41,12 @@ def config_of_checkpoint(path: str | Path, overrides: Sequence[str] = ()) -> Gli
         raise UserError(
             f"checkpoint {path} holds no config: name it (--config; GLIP/configs has the published variants)"
         )
+    return _config_in(content, path, overrides)
+
+
+def _config_in(content: dict[str, Any], path: str | Path, overrides: Sequence[str] = ()) -> GlipConfig:
     with as_user_error():
-        config = config_from_dict(GlipConfig, content["config"], source=str(path), overrides=overrides)
-    config.path = str(path)
-    return config
+        return config_from_dict(GlipConfig, content["config"], source=str(path), near=str(path), overrides=overrides)
 
 
 def config_for(checkpoint: str | Path, file: str | Path | None, overrides: Sequence[str] = ()) -> GlipConfig:
@@ -74,6 +80,8 @@ def load_model(config: GlipConfig, checkpoint: str | Path, *, ema: bool = False)
         UserError: missing, damaged, or of another variant or other weights.
     """
     content = files.read_file(checkpoint, "checkpoint")
+    if content.get("format") == files.FORMAT:
+        warn_of(differing_settings(_config_in(content, checkpoint), config, GOES_WITH, TRAINING), checkpoint)
     if content.get("format") == files.FORMAT and content.get("base"):
         model = start_model(config)
         if ema:

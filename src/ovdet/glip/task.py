@@ -77,6 +77,7 @@ class Grounding(Task):
     """
 
     name = "glip"
+    evaluations_steer = True  # the rate and the end, by patience
 
     def __init__(
         self, config: GlipConfig, model: GLIP, test: Test | None, dist: Dist, precision: Precision, work_dir: Path
@@ -242,8 +243,7 @@ class Grounding(Task):
         return {f"{section}.{key}": value for section, values in config.items() for key, value in values.items()}
 
     def prepare(self, progress: Progress) -> None:
-        """Say what trains, and what the data lacks. A checkpoint at the end of an epoch was written before that epoch's
-        evaluation: it is made up for."""
+        """Say what trains, and what the data lacks."""
         log.info(
             "%s of %s (%.1f M parameters), %d images in %s", self.config.train.mode, self.config.path or "a config",
             count_parameters(self.model) / 1e6, len(self.dataset), self.source,
@@ -251,10 +251,6 @@ class Grounding(Task):
         for source in self.dataset.sources:
             if isinstance(source, DetectionSource):
                 log_left_out(source.annotations.file, source.annotations.skipped)
-        every = self.config.train.eval_every
-        due = self.test is not None and every and progress.epoch and not progress.step_in_epoch
-        if due and progress.epoch % every == 0:
-            self._test(progress)
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:
         return {LAST: self._content()}

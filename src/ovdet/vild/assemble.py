@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ovdet import files
 from ovdet.clip import Clip, load_clip
-from ovdet.config import config_from_dict, load_config
+from ovdet.config import config_from_dict, differing_settings, load_config, warn_of
 from ovdet.data.annotations import read_json
 from ovdet.library import LoadedDetector
+from ovdet.sections import INPUT
 from ovdet.vild.backbone import load_trunk
 from ovdet.vild.config import VildConfig
 from ovdet.vild.detector import Detector
@@ -28,6 +29,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = "vild"
 OBJECT = Vocabulary(("object",), (1,), (False,))  # of the network that proposes regions
+# What a detector's weights go with: the network, and how its input is made; not what training started from.
+GOES_WITH = {"model": (), "data": INPUT}
+WHEREABOUTS = ("trunk_weights", "start")
 NOBODY = {"name": "", "weights": "", "hash": ""}  # the teacher of a detector that has none
 
 
@@ -181,23 +185,26 @@ def check_teacher(content: dict[str, Any], teacher: Clip | None, path: str) -> N
         )
 
 
-def load_into(path: str, detector: Detector, teacher: Clip | None) -> dict[str, Any]:
-    """Load a detector file into a detector; returns the file's content.
+def load_into(path: str, detector: Detector, config: VildConfig, teacher: Clip | None) -> dict[str, Any]:
+    """Load a detector file into a detector that a config describes; returns the file's content.
 
     Raises:
         UserError: missing, damaged, of another architecture, or trained with another teacher.
     """
     content = files.load(path, (FORMAT,))
     check_teacher(content, teacher, path)
-    _put(content, detector, path)
+    differing = differing_settings(config_of_checkpoint(content, path), config, GOES_WITH, WHEREABOUTS)
+    _put(content, detector, path, differing)
+    warn_of(differing, path)
     return content
 
 
-def _put(content: dict[str, Any], detector: Detector, path: str) -> None:
+def _put(content: dict[str, Any], detector: Detector, path: str, differing: Sequence[str] = ()) -> None:
     try:
         detector.load_trainable_state_dict(content["detector"])
     except ValueError as error:
-        raise UserError(f"checkpoint {path}: {error}") from error
+        settings = f", that is with {' '.join(differing)}" if differing else ""
+        raise UserError(f"checkpoint {path}: {error}{settings}") from error
 
 
 def open_detector(

@@ -145,6 +145,10 @@ class Journal:
         self.records = [r for r in self.records if any(r.get(k) != record.get(k) for k in same)] + [record]
         write_atomically(self.folder / "results.json", json.dumps(self.records, indent=1) + "\n")
 
+    def knows(self, step: int) -> bool:
+        """Whether there is a record of this step."""
+        return any(record["step"] == step for record in self.records)
+
     def close(self) -> None:
         """Flush to disk; on a full disk the last scalars are lost, with a warning."""
         if self.writer is not None:

@@ -48,7 +48,7 @@ from torch import nn
 from tqdm import tqdm
 
 from training.engine.checkpoint import Checkpoints
-from training.engine.distributed import Dist, gather_objects, together, wrap
+from training.engine.distributed import Dist, from_master, gather_objects, together, wrap
 from training.engine.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from training.engine.flops import FlopMeter, peak_flops
 from training.engine.folder import write_texts
@@ -147,6 +147,8 @@ class Loop:
         )
         self._announce()
         task.prepare(progress)
+        if resume:
+            self._catch_up()
         if options.evaluate_first and progress.step == 0:
             task.evaluate(progress, self.journal, start=True)
         self.batches = task.batches
@@ -296,15 +298,30 @@ class Loop:
 
     def _after_epoch(self) -> None:
         options, progress = self.options, self.progress
-        last = progress.epoch >= options.epochs or progress.step >= self.total_steps
-        if last or (options.save_every_epochs and progress.begun % options.save_every_epochs == 0):
+        if self._at_end() or (options.save_every_epochs and progress.begun % options.save_every_epochs == 0):
             self._save(f"epoch_{progress.begun}.pt")
             if self.dist.is_master:
                 self.checkpoints.prune_after_epoch()
         if options.save_latest:
             self._save("epoch_latest.pt")
-        due = options.evaluate_every and progress.begun % options.evaluate_every == 0
-        if due or (last and options.evaluate_last):
+        if self._evaluation_is_due():
+            self.task.evaluate(progress, self.journal)
+
+    def _at_end(self) -> bool:
+        """Whether the last step has been done."""
+        return self.progress.epoch >= self.options.epochs or self.progress.step >= self.total_steps
+
+    def _evaluation_is_due(self) -> bool:
+        """Whether the state after an epoch, or after the last step, is one to evaluate."""
+        every = self.options.evaluate_every
+        return bool(every and self.progress.begun % every == 0) or (self._at_end() and self.options.evaluate_last)
+
+    def _catch_up(self) -> None:
+        """Evaluate where a run was broken off in its evaluation: the checkpoint was written before that."""
+        progress = self.progress
+        between = progress.step > 0 and (progress.step_in_epoch == 0 or self._at_end())
+        known = from_master(self.journal.knows(progress.step)) and not self.task.evaluations_steer
+        if between and self._evaluation_is_due() and not known:
             self.task.evaluate(progress, self.journal)
 
     def _save_if_due(self, totals: dict[str, float]) -> None:

@@ -103,12 +103,15 @@ class Task(ABC):
             backward pass, a zero one if need be, lest processes wait for each other.
         source: where the data comes from, for messages ("--train-data FILE").
         warmup: steps of its schedule until the rate is at its full size, to tell a run that ends before.
+        evaluations_steer: what evaluations find changes the rest of the run, as when rates fall with patience. A
+            checkpoint is written before the evaluation that follows it, so a resumed run then makes that again.
     """
 
     name: str
     module: nn.Module
     source: str
     warmup: int = 0
+    evaluations_steer: bool = False
 
     # -- data ---------------------------------------------------------------------------------------------------------
 
@@ -194,7 +197,10 @@ class Task(ABC):
         return {}
 
     def evaluate(self, progress: Progress, journal: Journal, *, start: bool = False) -> None:
-        """Evaluate the module, show and record the result. ``start``: before the first step. Default: nothing."""
+        """Evaluate the module, show and record the result. ``start``: before the first step. Default: nothing.
+
+        A run that is resumed where an evaluation was due, but is not in the journal's records, makes up for it.
+        """
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from PIL import Image
 import ovdet
 from ovdet.config import format_config
 from ovdet.glip import files
-from ovdet.glip.assemble import load_published
+from ovdet.glip.assemble import config_for, load_model, load_published
 from ovdet.glip.commands import ground, label, odinw
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.captions import load_captions
@@ -263,3 +263,10 @@ def test_a_file_is_a_detector(checkpoint: Path, photo: Path, tiny: Callable[...,
     (tmp_path / "config.toml").write_text(format_config(config))
     same = load_published(tmp_path / "released.pth", tmp_path / "config.toml", device="cpu")
     assert np.allclose(same(photo, ["dog", "red_ball"])[0]["scores"], found[0]["scores"], atol=1e-5)
+
+
+def test_settings_that_differ_from_the_training_are_named(checkpoint: Path, caplog: pytest.LogCaptureFixture):
+    load_model(config_for(checkpoint, None, ["test.score=0.5"]), checkpoint)
+    assert "was trained with" not in caplog.text
+    load_model(config_for(checkpoint, None, ["head.offsets=aligned", "image.drop_path=0.5"]), checkpoint)
+    assert 'was trained with head.offsets="released"; the config at hand differs' in caplog.text

@@ -16,14 +16,16 @@ import torch
 
 import ovdet
 from ovdet.commands import detect as detect_command
+from ovdet.data.annotations import load
 from ovdet.files import load as load_file
 from ovdet.precision import choose_precision
 from ovdet.task import loop_options
-from ovdet.vild.assemble import read_config
+from ovdet.vild.assemble import learned, load_into, load_teacher, make_detector, read_config
 from ovdet.vild.commands import test as test_command
 from ovdet.vild.commands import train as train_command
 from ovdet.vild.config import VARIANTS
 from ovdet.vild.run import make_task, train
+from ovdet.vocabulary import make_vocabulary
 from training.engine.checkpoint import read_checkpoint
 from training.engine.distributed import Dist
 from training.engine.errors import UserError
@@ -253,6 +255,17 @@ def test_checkpoints_of_other_detectors_are_refused(scenes, trained: Path, tmp_p
         train_command.main([*again, "model.variant=vild", "--resume", "--max-steps", "8"])
     with pytest.raises(UserError, match="give --resume"):
         train_command.main(again)
+
+
+def test_settings_that_differ_from_the_training_are_named(scenes, trained: Path, caplog: pytest.LogCaptureFixture):
+    config = scenes.config()
+    vocabulary, teacher = make_vocabulary(config, load(config, "val")), load_teacher(config)
+    detector = make_detector(config, teacher, learned(config, vocabulary), device=scenes.alone.device, trained=True)
+    load_into(str(trained), detector, config, teacher)
+    assert "was trained with" not in caplog.text
+    config.model.rpn_nms, config.data.pixels, config.model.start = 0.3, "model", "elsewhere.pt"
+    load_into(str(trained), detector, config, teacher)
+    assert 'was trained with model.rpn_nms=0.7 data.pixels="imagenet"; the config at hand' in caplog.text
 
 
 def test_every_config_can_be_read():

@@ -68,6 +68,7 @@ class Line(Task):
 
     def evaluate(self, progress, journal, *, start=False):
         self.evaluated.append((progress.step, start))
+        journal.result({"epoch": progress.begun, "step": progress.step})
 
     def state(self):
         return {"state_dict": self.module.state_dict()}
@@ -221,6 +222,32 @@ def test_resume_refuses_another_run(tmp_path):
         train(wide, tmp_path, resume="latest")
     with pytest.raises(UserError, match="no step, optimizer: .* start from them instead"):
         train(Line(), tmp_path, resume=tmp_path / "line.pt")
+
+
+@pytest.mark.parametrize("steers", [False, True])
+@pytest.mark.parametrize("ending", [{}, {"max_steps": 15}], ids=["after its epochs", "inside an epoch"])
+def test_an_evaluation_that_was_broken_off_is_made_up_for(tmp_path, ending, steers):
+    class Broken(Line):
+        def evaluate(self, progress, journal, *, start=False):
+            if progress.epoch:
+                raise KeyboardInterrupt
+            super().evaluate(progress, journal, start=start)
+
+    def resumed(**more) -> list[int]:
+        task = Line()
+        task.evaluations_steer = steers
+        assert train(task, tmp_path, resume="latest", **ending, **more) == 0
+        return [step for step, _ in task.evaluated]
+
+    end = ending.get("max_steps", 20)
+    with pytest.raises(KeyboardInterrupt):
+        train(Broken(), tmp_path, evaluate_every=1, **ending)  # after the first epoch
+    assert resumed(evaluate_every=1) == [10, end]
+    assert resumed(evaluate_every=1) == ([end] if steers else [])  # all are known
+    (tmp_path / "results.json").unlink()
+    assert resumed(evaluate_every=0) == [end]
+    (tmp_path / "results.json").unlink()
+    assert resumed(evaluate_every=0, evaluate_last=False) == []
 
 
 def test_resume_names_changed_options_and_follows_them(tmp_path, caplog):

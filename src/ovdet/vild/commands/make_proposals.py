@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         vocabulary = make_vocabulary(config, reference)
         teacher = load_teacher(config)
     detector = make_detector(config, teacher, learned(config, vocabulary), device=dist.device, trained=True)
-    content = load_into(args.checkpoint, detector, teacher)
+    content = load_into(args.checkpoint, detector, config, teacher)
     with together():
         key = proposal_key(config, weights_hash(content["detector"]), most=most, min_side=args.min_side)
         writer = ProposalWriter(args.out, annotations, key)

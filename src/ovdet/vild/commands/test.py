@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     detector = make_detector(
         config, teacher, learned(config, vocabulary), device=dist.device, trained=True, progress=dist.is_master
     )
-    load_into(args.checkpoint, detector, teacher)
+    load_into(args.checkpoint, detector, config, teacher)
     settings = {"dist": dist, "kinds": kinds, "folder": args.out, "level": logging.DEBUG}
     if args.crops:
         teacher = teacher or load_teacher(config, needed=True)
