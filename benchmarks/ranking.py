@@ -10,13 +10,17 @@ from pathlib import Path
 import numpy as np
 
 KINDS = {"rois": "boxes", "maskpool": "masks"}
+WHAT = {"thing": "things", "stuff": "stuff"}
 Scores = dict[str, float]  # metric -> per cent
 
 
 def metrics(sizes: Sequence[int]) -> list[str]:
-    """Names of what is ranked: "128 boxes things", ..., and things of classes that training never showed."""
+    """Names of what is ranked: "128 boxes things", ..., and things of classes that training never showed.
+
+    The last two, of crops embedded as images, are what the model that all begin from can teach.
+    """
     names = [f"{s} {kind} {what}" for s in sizes for kind in KINDS.values() for what in ("things", "stuff")]
-    return names + [f"{s} {kind} unseen" for s in sizes for kind in KINDS.values()]
+    return names + [f"{s} {kind} unseen" for s in sizes for kind in KINDS.values()] + ["crops things", "crops stuff"]
 
 
 def scores_of(folder: Path, sizes: Sequence[int], unseen: Sequence[str]) -> Scores | None:
@@ -31,11 +35,11 @@ def scores_of(folder: Path, sizes: Sequence[int], unseen: Sequence[str]) -> Scor
         classes = json.loads((folder / f"per_class_{record['kind']}_{record['step']}.json").read_text())
     except (OSError, ValueError, IndexError):
         return None
-    found: Scores = {}
+    found: Scores = {f"crops {n}": 100 * record.get(f"crops.{w}.macc1", math.nan) for w, n in WHAT.items()}
     for size in sizes:
         for key, kind in KINDS.items():
             name = f"{size}.{key}" if len(sizes) > 1 else key
-            for what, plural in (("thing", "things"), ("stuff", "stuff")):
+            for what, plural in WHAT.items():
                 found[f"{size} {kind} {plural}"] = 100 * record.get(f"{name}.{what}.macc1", math.nan)
             right = [c["top1"] for c in classes[name] if c["kind"] == "thing" and c["class"] in unseen]
             found[f"{size} {kind} unseen"] = 100 * float(np.mean(right)) if right else math.nan
