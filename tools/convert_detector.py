@@ -36,7 +36,7 @@ from ovdet.vocabulary import Vocabulary, make_vocabulary, vocabulary_embeddings
 from training.engine.checkpoint import read_file, save_atomically
 from training.engine.errors import UserError, as_user_error, reason_of, run_program
 from training.engine.files import replacing
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 
 
 def vit_state(vit: Clip) -> dict[str, Tensor]:
@@ -310,11 +310,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and convert. UserError for faulty input."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="the config that belongs to the detector")
-    parser.add_argument("source", type=Path, help="a published .pth, or a detector file")
-    parser.add_argument("target", type=Path, help="file to write: the other kind")
+    parser.add_argument("source", type=PATH, help="a published .pth, or a detector file")
+    parser.add_argument("target", type=PATH, help="file to write: the other kind")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
-    parser.add_argument("--write-vit", type=Path, metavar="FILE", help="write the published file's ViT as weights too")
-    parser.add_argument("--embeddings", type=Path, metavar="FILE.npy", help="write its class embeddings too")
+    parser.add_argument("--write-vit", type=PATH, metavar="FILE", help="write the published file's ViT as weights too")
+    parser.add_argument("--embeddings", type=PATH, metavar="FILE.npy", help="write its class embeddings too")
     parser.add_argument("--force", action="store_true", help="replace existing files")
     args = parser.parse_intermixed_args(argv)
     config = read_config(args.config, args.overrides)

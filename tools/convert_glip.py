@@ -12,19 +12,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from ovdet.glip import files, names
 from ovdet.glip.assemble import load_model, read_config
 from training.engine.checkpoint import save_atomically
 from training.engine.errors import UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="checkpoint in any layout (.pth, .pt, .safetensors)")
-    parser.add_argument("target", type=Path, help="file to write (.pth or .pt)")
+    parser.add_argument("source", type=PATH, help="checkpoint in any layout (.pth, .pt, .safetensors)")
+    parser.add_argument("target", type=PATH, help="file to write (.pth or .pt)")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--config", required=True, help="the variant: one of GLIP/configs/*.toml, or your own")
     parser.add_argument(

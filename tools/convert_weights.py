@@ -15,13 +15,13 @@ from open_clip.factory import add_model_config, build_model, get_model_config, l
 from open_clip.weight_files import save_weights
 from open_clip.weights import LAYOUTS, export_state_dict, load_weights
 from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="checkpoint in any layout (.pt, .bin, .safetensors)")
-    parser.add_argument("target", type=Path, help="file to write (.safetensors or .pt)")
+    parser.add_argument("source", type=PATH, help="checkpoint in any layout (.pt, .bin, .safetensors)")
+    parser.add_argument("target", type=PATH, help="file to write (.safetensors or .pt)")
     parser.add_argument("--model", required=True, help="name of the model, or the path of its config json")
     parser.add_argument(
         "--layout",

@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from open_clip.factory import build_model, get_model_config, list_models
 from open_clip.weight_files import save_weights
 from open_clip.weights import LAYOUTS, export_state_dict, load_weights
 from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.flags import SHARE, Parser
+from training.engine.flags import PATH, SHARE, Parser
 from training.ensemble import ensemble_state
 from training.models import model_name
 
@@ -26,9 +25,9 @@ from training.models import model_name
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The program's arguments."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("student", type=Path, help="checkpoint of the trained model, in any layout")
-    parser.add_argument("start", type=Path, help="checkpoint of the model that its training started from")
-    parser.add_argument("target", type=Path, help="file to write (.pt or .safetensors)")
+    parser.add_argument("student", type=PATH, help="checkpoint of the trained model, in any layout")
+    parser.add_argument("start", type=PATH, help="checkpoint of the model that its training started from")
+    parser.add_argument("target", type=PATH, help="file to write (.pt or .safetensors)")
     parser.add_argument("--model", required=True, help="name of the model, or the path of its config json")
     parser.add_argument("--alpha", type=SHARE, required=True, help="share of the student, from 0 to 1")
     parser.add_argument("--layout", choices=(*LAYOUTS, "reference"), default="reference", help="names of the tensors")

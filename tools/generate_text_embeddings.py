@@ -23,7 +23,7 @@ import open_clip
 from open_clip.prompts import class_embeddings
 from training.engine.distributed import init_distributed
 from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.flags import COUNT, Parser
+from training.engine.flags import COUNT, PATH, Parser
 
 
 def read_names(path: Path) -> list[str]:
@@ -80,10 +80,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--classes", nargs="+", default=[], help="names, divided by spaces or commas")
     # --names is what this flag was called first.
     parser.add_argument(
-        "--classes-from", "--names", type=Path, metavar="FILE", help="annotation json, json list, or text file of names"
+        "--classes-from", "--names", type=PATH, metavar="FILE", help="annotation json, json list, or text file of names"
     )
     parser.add_argument("--background", action="store_true", help='add a last class "background" (for the detector)')
-    parser.add_argument("--out", required=True, type=Path, help=".npy (array in the order of the names) or .pt (dict)")
+    parser.add_argument("--out", required=True, type=PATH, help=".npy (array in the order of the names) or .pt (dict)")
     parser.add_argument("--batch-size", type=COUNT, default=256, help="prompts embedded at a time (default 256)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="a GPU if there is one, by default")
     args = parser.parse_args(argv)

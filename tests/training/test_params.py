@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from training.engine.errors import UserError
-from training.engine.flags import add_flags, flag, flags_of, take
+from training.engine.flags import PATH, Parser, add_flags, flag, flags_of, take
 from training.methods import list_methods
 from training.options import ROOMS
 from training.params import make_parser, parse_args
@@ -120,6 +121,15 @@ def test_no_two_flags_of_one_name_differ():
     with pytest.raises(ValueError, match="--alpha"):
         add_flags(parser, Other, seen)
     assert take(Other, {"alpha": "y", "beta": 1}) == Other("y")
+
+
+def test_an_empty_word_is_no_path():
+    """It would be the working folder."""
+    parser = Parser()
+    parser.add_argument("--out", type=PATH)
+    assert parser.parse_args(["--out", "a/b"]).out == Path("a/b")
+    with pytest.raises(UserError, match="--out: an empty word is no path"):
+        parser.parse_args(["--out", ""])
 
 
 def test_help_is_short_and_has_examples(capsys):

@@ -19,7 +19,7 @@ from ovdet.listing import check_folder, list_images, place_pictures, read_names
 from ovdet.testing import count_skips
 from ovdet.visualize import draw_detections
 from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 from training.engine.skips import SkipPolicy
 
@@ -84,9 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", help="default: the config that the detector was trained with")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config values: section.key=value")
     parser.add_argument("--score", type=float, default=0.3, help="smallest score shown, 0 to 1")
-    parser.add_argument("--out", type=Path, default=Path("detections"), help="folder of the pictures")
+    parser.add_argument("--out", type=PATH, default=Path("detections"), help="folder of the pictures")
     parser.add_argument("--no-pictures", action="store_true", help="draw nothing")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all detections to a json file as well")
+    parser.add_argument("--json", type=PATH, metavar="FILE", help="write all detections to a json file as well")
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time")
     parser.add_argument("--workers", type=int, default=0, help="processes that read images")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")

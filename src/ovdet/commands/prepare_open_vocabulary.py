@@ -28,7 +28,7 @@ from xml.etree import ElementTree
 from ovdet.data.annotations import read_json
 from ovdet.evaluation.coco import write_json
 from training.engine.errors import UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 
 log = logging.getLogger(__name__)
 
@@ -232,19 +232,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="benchmark", required=True)
     coco = commands.add_parser("coco", help="OV-COCO, or COCO-style data with a split of your own")
-    coco.add_argument("--train", type=Path, help="official training file")
-    coco.add_argument("--val", type=Path, help="official validation file")
-    coco.add_argument("--split", type=Path, default=OV_COCO, help='json with class names, "base" and "novel"')
-    coco.add_argument("--out", type=Path, help="folder to write to")
+    coco.add_argument("--train", type=PATH, help="official training file")
+    coco.add_argument("--val", type=PATH, help="official validation file")
+    coco.add_argument("--split", type=PATH, default=OV_COCO, help='json with class names, "base" and "novel"')
+    coco.add_argument("--out", type=PATH, help="folder to write to")
     coco.add_argument("--all-images", action="store_true", help="the training file keeps images without base objects")
     lvis = commands.add_parser("lvis", help="OV-LVIS")
-    lvis.add_argument("--train", type=Path, required=True, help="official training file")
-    lvis.add_argument("--out", type=Path, help="folder to write to")
+    lvis.add_argument("--train", type=PATH, required=True, help="official training file")
+    lvis.add_argument("--out", type=PATH, help="folder to write to")
     lvis.add_argument("--all-images", action="store_true", help="keep images that have rare classes' objects alone")
     voc = commands.add_parser("voc", help="VOC's XML files to one json")
-    voc.add_argument("--root", type=Path, required=True, help="folder VOC2007")
+    voc.add_argument("--root", type=PATH, required=True, help="folder VOC2007")
     voc.add_argument("--subset", default="test", help="name of a file in ImageSets/Main")
-    voc.add_argument("--out", type=Path, required=True, help="file to write")
+    voc.add_argument("--out", type=PATH, required=True, help="file to write")
     voc.add_argument("--first", type=int, default=len(VOC_CLASSES), help="only the first so many classes, by name")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -9,7 +9,7 @@ from typing import Any
 
 from ovdet.evaluation.coco import KINDS
 from training.engine.errors import UserError
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 
 
 def parse_test(
@@ -31,7 +31,7 @@ def parse_test(
     parser.add_argument("checkpoint", help="a detector file: epoch_N.pt or latest.pt")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--eval", nargs="+", default=["bbox"], metavar="KIND", help="bbox, segm, or both")
-    parser.add_argument("--out", type=Path, help="folder of results.*.json and metrics.json; default: by CHECKPOINT")
+    parser.add_argument("--out", type=PATH, help="folder of results.*.json and metrics.json; default: by CHECKPOINT")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     if extend is not None:
         extend(parser)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from training.engine.distributed import init_distributed
-from training.engine.flags import NATURAL, Parser
+from training.engine.flags import NATURAL, PATH, Parser
 from training.engine.journal import setup_logging
 
 
@@ -29,7 +28,7 @@ def train_command(
     parser = Parser(description=description)
     parser.add_argument("config", help="one of configs/*.toml, or your own")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
-    parser.add_argument("--work-dir", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--work-dir", type=PATH, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the work dir")
     parser.add_argument("--max-steps", type=NATURAL, default=0, help="end after so many steps in all (0: train.epochs)")
     parser.add_argument("--save-every-steps", type=NATURAL, default=1000, help="save inside epochs as well (0: never)")

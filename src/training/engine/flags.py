@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import math
 from collections.abc import Callable, Container, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from training.engine.errors import UserError
@@ -41,7 +42,15 @@ def number(kind: type, low: float, high: float = math.inf, *, open_low: bool = F
     return parse
 
 
+def _path(text: str) -> Path:
+    """argparse type: a path. An empty word, which is what an unset shell variable leaves, is not the working folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty word is no path: is a shell variable unset?")
+    return Path(text)
+
+
 COUNT, NATURAL = number(int, 1), number(int, 0)
+PATH = _path
 POSITIVE, NOT_NEGATIVE, SHARE = number(float, 0, open_low=True), number(float, 0), number(float, 0, 1)
 
 

@@ -43,7 +43,7 @@ from training.engine.data.images import is_url, resolve
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.flags import COUNT, POSITIVE, SHARE, Parser, number, spelling
+from training.engine.flags import COUNT, PATH, POSITIVE, SHARE, Parser, number, spelling
 from training.engine.journal import setup_logging
 from training.engine.precision import Precision
 
@@ -201,13 +201,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="the detector's config")
     parser.add_argument("checkpoint", help="a detector file")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
-    parser.add_argument("--images", type=Path, required=True, help="a folder, or a COCO or LVIS json")
+    parser.add_argument("--images", type=PATH, required=True, help="a folder, or a COCO or LVIS json")
     parser.add_argument("--image-root", default="", help="folder of the json's images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--out", type=PATH, required=True, help="folder to write to")
     parser.add_argument("--name", default="coco", help="the files' names begin with it")
     parser.add_argument("--most", type=COUNT, default=100, help="proposals per image")
     parser.add_argument("--score", type=SHARE, default=0.0, help="smallest objectness of a proposal")
-    parser.add_argument("--nouns", type=Path, help="text with one noun a line: write region-text pairs as well")
+    parser.add_argument("--nouns", type=PATH, help="text with one noun a line: write region-text pairs as well")
     parser.add_argument("--pairs", type=COUNT, help="region-text pairs per image (20)")
     parser.add_argument("--cosine", type=number(float, -1, 1), help="smallest likeness of crop and noun (-1)")
     parser.add_argument("--crop-scale", type=POSITIVE, help="crops are boxes enlarged so many times (1.5)")

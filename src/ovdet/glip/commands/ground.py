@@ -26,7 +26,7 @@ from ovdet.listing import read_names as listed_names
 from training.engine.data.images import ImageError
 from training.engine.distributed import init_distributed
 from training.engine.errors import UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 
 
@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--score", type=float, default=0.5, help="smallest score shown, 0 to 1")
     parser.add_argument("--aggregation", choices=AGGREGATIONS, help="scores of phrases from those of their tokens")
     parser.add_argument("--ema", action="store_true", help="the averaged weights in the checkpoint")
-    parser.add_argument("--out", type=Path, default=Path("grounded"), help="folder of the pictures and results.json")
+    parser.add_argument("--out", type=PATH, default=Path("grounded"), help="folder of the pictures and results.json")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     args = parser.parse_args(argv)
     for flag, owner in (("phrases", "caption"), ("spans", "caption"), ("prompts", "classes")):

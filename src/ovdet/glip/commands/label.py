@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,7 +16,7 @@ from ovdet.precision import choose_precision
 from training.engine.checkpoint import weights_hash
 from training.engine.distributed import barrier, init_distributed, together
 from training.engine.errors import UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 
 
@@ -31,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--images", required=True, help="folder that the file names are relative to")
     parser.add_argument("--checkpoint", required=True, help="the teacher")
     parser.add_argument("--config", help="its variant; default: the config in the checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards; it is continued where it ended")
+    parser.add_argument("--out", type=PATH, required=True, help="folder of the shards; it is continued where it ended")
     parser.add_argument("--score", type=float, default=0.5, help="boxes must exceed it")
     parser.add_argument("--shard", type=int, default=1000, help="captions of a shard")
     parser.add_argument("--limit", type=int, default=0, help="label so many captions, drawn by --seed (0: all)")

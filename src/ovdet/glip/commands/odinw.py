@@ -21,7 +21,7 @@ from ovdet.glip.testing import open_test
 from ovdet.precision import choose_precision
 from training.engine.distributed import Dist, barrier, init_distributed, together
 from training.engine.errors import UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ PATIENCE, PATIENCE_ALL = (3, 8), (2, 4)
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(prog="odinw.py", description="Detection in the wild: many data sets, averaged.")
-    parser.add_argument("root", type=Path, help="folder of data sets, each with train, valid and test in COCO's form")
+    parser.add_argument("root", type=PATH, help="folder of data sets, each with train, valid and test in COCO's form")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--checkpoint", required=True, help="the model that is tested or tuned")
     parser.add_argument("--config", help="its variant; default: the config in the checkpoint")
@@ -43,7 +43,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=TUNING, help="tune in this mode; default: test as it is")
     parser.add_argument("--shots", type=int, nargs="+", default=[0], help="images of each class, 0: all data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3], help="of the choice of images (3 30 300)")
-    parser.add_argument("--out", type=Path, required=True, help="folder of runs, metrics and leader-board files")
+    parser.add_argument("--out", type=PATH, required=True, help="folder of runs, metrics and leader-board files")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     args = parser.parse_intermixed_args(argv)
     if args.mode is None and args.shots != [0]:

@@ -12,7 +12,7 @@ from ovdet.glip.testing import format_metrics, open_test
 from ovdet.precision import choose_precision
 from training.engine.distributed import init_distributed, together
 from training.engine.errors import run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 
 
@@ -23,7 +23,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--config", help="the variant and the data; default: the config in the checkpoint")
     parser.add_argument("--ema", action="store_true", help="the averaged weights in the checkpoint")
-    parser.add_argument("--out", type=Path, help="folder of results and metrics; default: beside CHECKPOINT")
+    parser.add_argument("--out", type=PATH, help="folder of results and metrics; default: beside CHECKPOINT")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     return parser.parse_intermixed_args(argv)
 

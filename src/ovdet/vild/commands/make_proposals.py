@@ -24,7 +24,7 @@ from training.engine.checkpoint import weights_hash
 from training.engine.data.records import Annotations
 from training.engine.distributed import init_distributed, together
 from training.engine.errors import UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 
 MOST = {"train": 300, "val": 1000}  # proposals an image
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("checkpoint", help="a detector file")
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--split", choices=tuple(MOST), default="train", help="images of data.train_* or data.val_*")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the list")
+    parser.add_argument("--out", type=PATH, required=True, help="folder of the list")
     parser.add_argument("--most", type=int, help="proposals an image (default: 300 of train, 1000 of val)")
     parser.add_argument("--min-side", type=float, default=MIN_SIDE, help="thinner boxes are left out, in pixels")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
