@@ -123,7 +123,7 @@ class Ranking:
                 theirs, here = record.get("key", {}).get(differing[0]), self.key[differing[0]]
                 raise SystemExit(
                     f"error: --known {self.known_file}: its {differing[0]} is {theirs}, here it is {here}: figures of "
-                    "different rankings cannot stand in one table"
+                    "different rankings cannot stand in one table; without --known this one goes on from here"
                 )
             self.known = record["scores"]
 
