@@ -25,9 +25,9 @@ from torch import Tensor
 from open_clip.weights import export_state_dict, load_state
 from ovdet import files
 from ovdet.clip import Clip
-from ovdet.config import config_to_dict
+from ovdet.config import config_to_dict, differing_settings
 from ovdet.data.annotations import load
-from ovdet.fvit.assemble import config_of_checkpoint, differing_settings, load_vit, read_config
+from ovdet.fvit.assemble import GOES_WITH, WHEREABOUTS, config_of_checkpoint, load_vit, read_config
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import build_detector
 from ovdet.fvit.published import EMBEDDINGS, UNUSED, VIT, from_published, to_published
@@ -246,7 +246,7 @@ def compare_settings(config: FViTConfig, content: dict[str, Any], source: Path) 
         UserError: settings that differ.
     """
     trained = config_of_checkpoint(content, str(source))
-    theirs, own = differing_settings(trained, config), differing_settings(config, trained)
+    theirs, own = (differing_settings(a, b, GOES_WITH, WHEREABOUTS) for a, b in ((trained, config), (config, trained)))
     if theirs:
         raise UserError(
             f"{source} was trained with {', '.join(theirs)}, but {config.path} has {', '.join(own)}: give the config "
