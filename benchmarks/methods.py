@@ -16,12 +16,14 @@ days: ``--known`` takes another's ``results.json``, if it was made from the very
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +95,7 @@ class Ranking:
         self.data, self.sizes = out / "data", (SIZE, LARGER)
         self.times: list[float] = []
         self.asked: set[str] = set()  # kept answers that have been asked for
+        self.filling = threading.Lock()
 
     # -- data and start model -----------------------------------------------------------------------------------------
 
@@ -235,9 +238,8 @@ class Ranking:
         ) for row, rate in tuning], after=len(self.rows) * plan.seeds)  # fmt: skip
         self.rates = {row: self.best_rate(row) for row in self.rows}
         rows = [(row, seed) for seed in range(plan.seeds) for row in self.rows]
-        self.fill_answers(0)  # with it there is all that seeds share
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.fill_answers, range(1, plan.seeds)))
+            list(pool.map(self.fill_answers, range(plan.seeds)))
         self.many([lambda row=row, seed=seed: self.train(
             f"{row_name(row)}-{seed}", self.rows[row], steps=plan.steps, seed=seed, evaluation="rows",
             lr=self.rates[row],
@@ -258,9 +260,12 @@ class Ranking:
         for row, flags in self.rows.items():
             ends = [f"lr{r:g}" for r in self.plan.rates] if seed == TUNING else [str(seed)]
             stores = set(shared_answers(flags, seed).values()) if "{answers}" in flags else set()
-            if stores - self.asked and any(self.found(f"{row_name(row)}-{end}") is None for end in ends):
-                self.train(f"answers-{row_name(row)}-{seed}", flags, steps=1, seed=seed, evaluation=None)
-                self.asked |= stores
+            common = {store for store in stores if not store.endswith(f"-{seed}")}
+            # What seeds have in common is filled by one of them; the others wait, and then find it asked for.
+            with contextlib.nullcontext() if common <= self.asked else self.filling:
+                if stores - self.asked and any(self.found(f"{row_name(row)}-{end}") is None for end in ends):
+                    self.train(f"answers-{row_name(row)}-{seed}", flags, steps=1, seed=seed, evaluation=None)
+                    self.asked |= stores
 
     def best_rate(self, row: str) -> float:
         """The rate with the best mean of boxes and masks, things and stuff, at the training size."""

@@ -19,7 +19,7 @@ def metrics(sizes: Sequence[int]) -> list[str]:
 
     The last two, of crops embedded as images, are what the model that all begin from can teach.
     """
-    names = [f"{s} {kind} {what}" for s in sizes for kind in KINDS.values() for what in ("things", "stuff")]
+    names = [f"{s} {kind} {what}" for s in sizes for kind in KINDS.values() for what in WHAT.values()]
     return names + [f"{s} {kind} unseen" for s in sizes for kind in KINDS.values()] + ["crops things", "crops stuff"]
 
 

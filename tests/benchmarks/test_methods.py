@@ -6,6 +6,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,27 @@ def test_rows_share_answers_where_they_ask_the_same(tmp_path):
     assert folders[0] == folders[1] != folders[2]
     (folders[0] / "crops/shard").touch()
     assert (folders[2] / "crops/shard").exists() and not (folders[2] / "vfm").exists()
+
+
+def test_no_two_seeds_fill_the_same_answers_at_a_time(tmp_path, monkeypatch):
+    """Also where one seed is known already, so that others ask for what all seeds share."""
+    ranking_of = methods.Ranking(tmp_path, methods.SMOKE, list(methods.METHODS), tmp_path / "trunk", jobs=4)
+    under_way, asked = set(), []
+
+    def train(name, flags, *, seed, **_):
+        stores = set(methods.shared_answers(flags, seed).values()) - ranking_of.asked
+        assert not stores & under_way
+        under_way.update(stores)
+        time.sleep(0.02)
+        under_way.difference_update(stores)
+        asked.extend(stores)
+
+    monkeypatch.setattr(ranking_of, "train", train)
+    monkeypatch.setattr(ranking_of, "found", lambda name: {} if name.endswith("-0") else None)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(ranking_of.fill_answers, range(4)))
+    assert len(asked) == len(set(asked)) and {"vfm", "dense", "crops-grid-1", "crops-mixed-3"} <= set(asked)
+    assert not any(store.endswith("-0") for store in asked)
 
 
 def test_cost_of_a_step(tmp_path):
