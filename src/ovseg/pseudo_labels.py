@@ -45,7 +45,7 @@ from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_objects, init_distributed, together
 from training.engine.errors import Flags, UserError, reason_of, run_program
 from training.engine.files import write_atomically
-from training.engine.flags import COUNT, NATURAL, Parser
+from training.engine.flags import COUNT, NATURAL, PATH, Parser
 from training.engine.journal import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -158,7 +158,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--keep-seen", action="store_true", help="zero-shot setting: keep annotations, fill in the unseen classes only"
     )
-    parser.add_argument("--out", "--output", dest="output", metavar="DIR", required=True, help="folder of the PNGs")
+    parser.add_argument(
+        "--out", "--output", type=PATH, dest="output", metavar="DIR", required=True, help="folder of the PNGs"
+    )
     parser.add_argument("--batch-size", type=COUNT, default=4, help="images at a time")
     parser.add_argument("--workers", type=NATURAL, default=2, help="processes that read images, per process")
     return parser.parse_args(argv)
@@ -199,7 +201,7 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
     protocol = protocol_from(args, args.dataset or "images")
     if args.readout:
         protocol = replace(protocol, readout=args.readout)
-    output = Path(args.output)
+    output = args.output
     with together():
         if output.exists() and not output.is_dir():
             raise UserError(f"--out {output}: is a file; give a folder")

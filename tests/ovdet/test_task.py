@@ -20,6 +20,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+import ovdet
 from ovdet.data.annotations import load
 from ovdet.files import former_vit_hash, save
 from ovdet.files import load as load_file
@@ -304,7 +305,9 @@ def test_detector_file_and_vit_belong_together(
     assert "was trained with" not in caplog.text
     config.model.rpn_nms, config.model.anchor_ratios, config.data.padding = 0.3, [0.2, 1.0], "black"
     load_into(path, detector, config, vit)
-    assert "model.anchor_ratios=[0.5, 1.0, 2.0] model.rpn_nms=0.7 data.padding=\"zero\"; the config" in caplog.text
+    assert 'model.anchor_ratios=[0.5, 1.0, 2.0] model.rpn_nms=0.7 data.padding="zero"; the config' in caplog.text
+    ovdet.load_detector(path, config=str(scenes / "tiny.toml"), overrides=["model.rpn_padding=false"])
+    assert "was trained with model.rpn_padding=true; the config at hand" in caplog.text
     with pytest.raises(UserError, match="needs a detector with masks"):
         run_test(config, detector, annotations, make_vocabulary(config, annotations), dist=ALONE, kinds=["segm"])
     vit.identity["hash"] = "0" * 64

@@ -9,6 +9,7 @@ import pytest
 
 from training.engine.errors import UserError
 from training.engine.flags import PATH, Parser, add_flags, flag, flags_of, take
+from training.engine.folder import named_folder
 from training.methods import list_methods
 from training.options import ROOMS
 from training.params import make_parser, parse_args
@@ -130,6 +131,8 @@ def test_an_empty_word_is_no_path():
     assert parser.parse_args(["--out", "a/b"]).out == Path("a/b")
     with pytest.raises(UserError, match="--out: an empty word is no path"):
         parser.parse_args(["--out", ""])
+    with pytest.raises(UserError, match="--logs is an empty word"):
+        named_folder("", "run")
 
 
 def test_help_is_short_and_has_examples(capsys):

@@ -58,6 +58,10 @@ def config_of_checkpoint(content: dict[str, Any], path: str, overrides: Sequence
         return config_from_dict(FViTConfig, values, source=f"checkpoint {path}", near=path, overrides=overrides)
 
 
+def _differing(content: dict[str, Any], path: str, config: FViTConfig) -> list[str]:
+    return differing_settings(config_of_checkpoint(content, path), config, GOES_WITH, WHEREABOUTS)
+
+
 def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> dict[str, Any]:
     """Load a detector file into a detector that a config describes; returns the file's content.
 
@@ -66,7 +70,7 @@ def load_into(path: str, detector: Detector, config: FViTConfig, vit: Clip) -> d
     """
     content = checkpoint.load(path)
     checkpoint.check_vit(content, vit.identity, vit.model, path)
-    differing = differing_settings(config_of_checkpoint(content, path), config, GOES_WITH, WHEREABOUTS)
+    differing = _differing(content, path, config)
     try:
         detector.load_trainable_state_dict(checkpoint.detector_state(content))
     except ValueError as error:
@@ -88,6 +92,7 @@ def open_detector(
     config = read_config(config_file, overrides) if config_file else config_of_checkpoint(content, path, overrides)
     vit = load_vit(config)
     checkpoint.check_vit(content, vit.identity, vit.model, path)
+    warn_of(_differing(content, path, config), path)
     with as_user_error():
         # Until classes are chosen there are none.
         nothing = torch.ones(2, vit.model.visual.embed_dim)

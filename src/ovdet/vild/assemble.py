@@ -193,18 +193,19 @@ def load_into(path: str, detector: Detector, config: VildConfig, teacher: Clip |
     """
     content = files.load(path, (FORMAT,))
     check_teacher(content, teacher, path)
-    differing = differing_settings(config_of_checkpoint(content, path), config, GOES_WITH, WHEREABOUTS)
-    _put(content, detector, path, differing)
-    warn_of(differing, path)
+    _put(content, detector, config, path)
     return content
 
 
-def _put(content: dict[str, Any], detector: Detector, path: str, differing: Sequence[str] = ()) -> None:
+def _put(content: dict[str, Any], detector: Detector, config: VildConfig, path: str) -> None:
+    """Put a file's weights into a detector, and say in which settings the two differ."""
+    differing = differing_settings(config_of_checkpoint(content, path), config, GOES_WITH, WHEREABOUTS)
     try:
         detector.load_trainable_state_dict(content["detector"])
     except ValueError as error:
         settings = f", that is with {' '.join(differing)}" if differing else ""
         raise UserError(f"checkpoint {path}: {error}{settings}") from error
+    warn_of(differing, path)
 
 
 def open_detector(
@@ -221,7 +222,7 @@ def open_detector(
     check_teacher(content, teacher, path)
     own = files.class_order(content)
     detector = build_detector(config, len(own) if teacher is None else teacher.model.embed_dim, trained=True)
-    _put(content, detector, path)
+    _put(content, detector, config, path)
     detector = detector.to(device).eval()
     if config.data.prompts == "synonyms":
         config.data.prompts = "ensemble"  # names of one's own have none

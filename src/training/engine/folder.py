@@ -24,8 +24,10 @@ def named_folder(parent: str | Path, name: str, *, flag: str = "--name") -> Path
     """The folder of a run among others.
 
     Raises:
-        UserError: the name leads out of the parent folder, or is empty.
+        UserError: the name leads out of the parent folder, or one of the two is empty.
     """
+    if not str(parent):
+        raise UserError("--logs is an empty word, which is no folder: is a shell variable unset?")
     folder = Path(parent) / name
     inside = os.path.relpath(os.path.abspath(folder), os.path.abspath(parent))
     if not name.strip() or os.path.isabs(name) or inside.split(os.sep)[0] in (os.pardir, os.curdir):

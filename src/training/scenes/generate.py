@@ -29,7 +29,7 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from training.engine.errors import UserError, as_user_error, run_program
-from training.engine.flags import Parser
+from training.engine.flags import PATH, Parser
 from training.scenes.compose import Category, SceneOptions, categories, describe, draw_pairs, draw_scene
 
 DESCRIPTION = "generated scenes"
@@ -208,7 +208,7 @@ def _main(argv: Sequence[str] | None) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     d = SceneOptions()
-    parser.add_argument("--out", required=True, help="folder to write")
+    parser.add_argument("--out", type=PATH, required=True, help="folder to write")
     parser.add_argument("--train", type=int, default=2000, help="scenes in train2017")
     parser.add_argument("--val", type=int, default=200, help="scenes in val2017")
     parser.add_argument("--pairs", type=int, default=0, help="scenes that pairs/ is cut from, about 6 pictures each")

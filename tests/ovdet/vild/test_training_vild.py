@@ -266,6 +266,8 @@ def test_settings_that_differ_from_the_training_are_named(scenes, trained: Path,
     config.model.rpn_nms, config.data.pixels, config.model.start = 0.3, "model", "elsewhere.pt"
     load_into(str(trained), detector, config, teacher)
     assert 'was trained with model.rpn_nms=0.7 data.pixels="imagenet"; the config at hand' in caplog.text
+    ovdet.load_detector(trained, overrides=["model.rpn_padding=false"])
+    assert "was trained with model.rpn_padding=true; the config at hand" in caplog.text
 
 
 def test_every_config_can_be_read():
