@@ -102,6 +102,7 @@ class Ranking:
     def prepare(self) -> None:
         """Scenes, files of them without the unseen classes, and the start model."""
         plan, scenes = self.plan, self.data / "scenes"
+        self.check_known()
         if not (self.data / "complete").is_file():
             shutil.rmtree(self.data, ignore_errors=True)
             self.data.mkdir(parents=True)
@@ -117,18 +118,27 @@ class Ranking:
                  scenes / "pairs", "--batch-size", plan.start_batch, "--lr", 1e-3]  # fmt: skip
         self.train("start", start, steps=plan.start_steps, seed=0, evaluation=None)
         self.start = self.out / "logs/start/checkpoints/clipself.pt"
-        # Everything that figures must have in common to stand in one table.
-        self.key = {**{k: v for k, v in asdict(plan).items() if k != "seeds"}, "start": weights_of(self.start)}
-        if self.known_file is not None:
-            record = json.loads(self.known_file.read_text())
-            differing = [k for k, v in json.loads(json.dumps(self.key)).items() if record.get("key", {}).get(k) != v]
-            if differing:
-                theirs, here = record.get("key", {}).get(differing[0]), self.key[differing[0]]
-                raise SystemExit(
-                    f"error: --known {self.known_file}: its {differing[0]} is {theirs}, here it is {here}: figures of "
-                    "different rankings cannot stand in one table; without --known this one goes on from here"
-                )
-            self.known = record["scores"]
+        self.check_known(weights_of(self.start))
+
+    def check_known(self, start: str | None = None) -> None:
+        """Take over the figures of ``--known``, if they and those of here can stand in one table.
+
+        Args:
+            start: fingerprint of the start model; None where it has not been made yet, and only the rest is compared.
+        """
+        # Everything that such figures must have in common.
+        self.key = {k: v for k, v in asdict(self.plan).items() if k != "seeds"} | ({"start": start} if start else {})
+        if self.known_file is None:
+            return
+        record = json.loads(self.known_file.read_text())
+        differing = [k for k, v in json.loads(json.dumps(self.key)).items() if record.get("key", {}).get(k) != v]
+        if differing:
+            theirs, here = record.get("key", {}).get(differing[0]), self.key[differing[0]]
+            raise SystemExit(
+                f"error: --known {self.known_file}: its {differing[0]} is {theirs}, here it is {here}: figures of "
+                "different rankings cannot stand in one table; without --known this one goes on from here"
+            )
+        self.known = record["scores"]
 
     def found(self, name: str) -> Scores | None:
         """Scores of a run, from its folder or from what is known; None while there are none."""
