@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --smoke --device cpu    the same stages with tiny sizes, to see that they run
 
 Stages run in order of importance, each in a process of its own with a time limit: environment, tests, agreement with
-the CPU, the program (device crops, saving, resuming, scaler), its profile, compiling, the step, the conventional step,
-L/14, attention kernels, the loader, one process of data parallelism, evaluation, detector. Results are written after
-every stage, so that a run that ends early keeps what it has. A stage that fails is named and the next one goes on.
+the CPU, the program (device crops, saving, resuming, scaler), one process of data parallelism, its profile, the step
+beside the conventional one, compiling, what methods cost, attention kernels, L/14, detector, loader, evaluation.
+Results are written after every stage, so that a run that ends early keeps what it has. A stage that fails is named and
+the next one goes on.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Run:
             text = (error.output or b"").decode(errors="replace")[-500:]
             raise RuntimeError(f"stopped after {limit:.0f} s; last lines: {text}") from error
         if done.returncode:
-            raise RuntimeError(f"exit {done.returncode}: {' '.join(done.stdout.split())[-700:]}")
+            raise RuntimeError(f"exit {done.returncode}: {' '.join(done.stdout.split())[-3000:]}")
         return done.stdout
 
     def benchmark(self, script: str, *arguments: object, limit: float) -> dict:
@@ -202,7 +203,8 @@ def profile(run: Run) -> dict:
     log = run.train("profile", *run.large(), "--max-steps", steps, "--profile", 2 if run.smoke else 5, limit=180)
     text = "".join(f.read_text(errors="replace") for f in (run.folder / "runs/profile/profile").glob("*.txt"))
     kernels = [k for k in ("flash", "cudnn", "fmha_cutlass", "softmax") if k in text]
-    return {**rates(log), "attention_kernels": kernels}
+    slowest = [" ".join(line.split()) for line in text.splitlines()[:40]]
+    return {**rates(log), "attention_kernels": kernels, "operators": slowest}
 
 
 def compiled(run: Run) -> dict:
@@ -231,15 +233,17 @@ def _step(run: Run, *arguments: object, limit: float) -> dict:
 
 
 def step(run: Run) -> dict:
-    """A step at several batches, eager and compiled, and its waiting for data."""
+    """A step beside the conventional one, eager and compiled: ratio, memory, agreement of losses, waiting for data."""
     more = [] if run.smoke else ["--compile", "--batches", 2, 8, "--steps", 10, "--workers", 8, "--loader-steps", 30]
-    return _step(run, "--no-baseline", *more, "--curve-regions", "--curve-sizes", limit=300)
+    return _step(run, *more, "--curve-regions", "--curve-sizes", limit=300)
 
 
-def conventional(run: Run) -> dict:
-    """The step beside the conventional one: ratio, memory, agreement of first losses."""
-    more = [] if run.smoke else ["--batches", 2, "--steps", 5]
-    return _step(run, *more, "--loader-steps", 0, "--curve-regions", "--curve-sizes", limit=240)
+def methods(run: Run) -> dict:
+    """What a step of other methods costs beside CLIPSelf's: seconds and memory."""
+    small = ["--model", run.model, "--size", 64, "--batch", 2, "--crops", 2, "--methods", "sc", "--rounds", 1]
+    chosen = ["--methods", "sc", "declip", "denserc", "mixrc", "fineclip", "--rounds", 1]
+    large = ["--size", 1024, "--batch", 2, "--crops", 20, "--steps", 5, *chosen]
+    return run.benchmark("method_cost.py", "--device", run.device, *(small if run.smoke else large), limit=300)
 
 
 def large_model(run: Run) -> dict:
@@ -280,8 +284,8 @@ def detector(run: Run) -> dict:
 
 
 STAGES: tuple[Callable[[Run], dict], ...] = (
-    environment, tests, agreement, program, profile, compiled, step, conventional, large_model, attention, loader,
-    parallel, evaluation, detector,
+    environment, tests, agreement, program, parallel, profile, step, compiled, methods, attention, large_model,
+    detector, loader, evaluation,
 )  # fmt: skip
 
 
