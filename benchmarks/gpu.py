@@ -216,7 +216,7 @@ def compiled(run: Run) -> dict:
 def attention(run: Run) -> dict:
     """The program with each kind of attention kernel: images/s, or why the card has none."""
     found: dict = {}
-    for name in ("flash", "math") if run.smoke else ("flash", "cudnn", "efficient"):
+    for name in ("flash", "math") if run.smoke else ("auto", "flash", "cudnn", "efficient"):
         flags = [*run.large(), "--attention", name, "--max-steps", 6 if run.smoke else 28]
         try:
             found[name] = rates(run.train(f"attention_{name}", *flags, limit=90))["images_per_s"]

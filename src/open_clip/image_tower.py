@@ -36,11 +36,21 @@ def resize_positions(positions: Tensor, old_grid: tuple[int, int], new_grid: tup
     """
     if old_grid == new_grid:
         return positions
-    channels = positions.shape[-1]
-    grid = positions.reshape(1, *old_grid, channels).permute(0, 3, 1, 2)  # [1, C, h, w]
-    # float32: the bicubic kernel is inaccurate in half precision, and not implemented for it everywhere.
-    grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=False)
-    return grid.to(positions.dtype).permute(0, 2, 3, 1).reshape(1, -1, channels)
+    # float32: the bicubic kernel is inaccurate in half precision, and not implemented for it everywhere. One axis after
+    # the other, with all channels along the other one: PyTorch's GPU kernel takes a thread for each output cell, which
+    # loops over channels, so that a map of 64 x 64 cells would take 2.4 ms of an H200 instead of a few microseconds.
+    grid = positions.reshape(*old_grid, -1).float()
+    for axis in (1, 0):
+        grid = _resize_axis(grid, axis, new_grid[axis])
+    return grid.to(positions.dtype).reshape(1, -1, positions.shape[-1])
+
+
+def _resize_axis(grid: Tensor, axis: int, cells: int) -> Tensor:
+    """``[h, w, C]`` with another number of cells along one axis."""
+    lines = grid.movedim(axis, 0)  # [old, other, C]
+    flat = lines.reshape(1, 1, len(lines), -1)
+    flat = F.interpolate(flat, size=(cells, flat.shape[-1]), mode="bicubic", align_corners=False, antialias=False)
+    return flat.reshape(cells, *lines.shape[1:]).movedim(0, axis)
 
 
 class ImageTower(DensePasses, ImageTowerAPI, nn.Module):

@@ -1,25 +1,19 @@
-"""The GPU kernels that a model's attention and MLPs run on: chosen (``--attention``), and said at the start."""
+"""The GPU kernels that a model's attention and MLPs run on: checked (``--attention``), and said at the start."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from open_clip import ImageTower
+from training.engine.attention import prefer_attention
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
-
-_BACKENDS = {
-    "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION, "math": SDPBackend.MATH,
-}  # fmt: skip
-ATTENTIONS = ("auto", *_BACKENDS)
 
 
 class Reader(NamedTuple):
@@ -28,26 +22,13 @@ class Reader(NamedTuple):
     Attributes:
         side: of its input, pixels.
         dtype: in which it computes.
+        attention: kind of kernel that it takes for itself, as in :func:`prefer_attention`.
     """
 
     tower: ImageTower
     side: int
     dtype: torch.dtype
-
-
-@contextmanager
-def prefer_attention(name: str) -> Iterator[None]:
-    """Attention takes one kind of kernel within, in all threads; ``"auto"`` leaves PyTorch its own order.
-
-    What that kernel cannot do (flash attention: the masks of some dense readings) goes to the others. ``"math"`` is
-    the exception: it can do everything, and nothing else is used.
-    """
-    if name == "auto":
-        yield
-        return
-    others = [] if name == "math" else [b for n, b in _BACKENDS.items() if n != name]
-    with sdpa_kernel([_BACKENDS[name], *others], set_priority=True):
-        yield
+    attention: str = "auto"
 
 
 def attention_kernel(reader: Reader, device: torch.device | str) -> str:
@@ -85,7 +66,10 @@ def report_kernels(readers: Mapping[str, Reader], device: torch.device) -> None:
 
     A slow attention on a GPU deserves a warning.
     """
-    kernels = {owner: attention_kernel(reader, device) for owner, reader in readers.items()}
+    kernels = {}
+    for owner, reader in readers.items():
+        with prefer_attention(reader.attention):
+            kernels[owner] = attention_kernel(reader, device)
     log.info("attention kernels: %s", ", ".join(f"{owner} {kernel}" for owner, kernel in kernels.items()))
     if device.type != "cuda":
         return

@@ -14,6 +14,7 @@ import torch
 import open_clip
 from open_clip import CLIP
 from training.class_embeddings import load_or_compute
+from training.engine.attention import prefer_attention
 from training.engine.checkpoint import seed_generators
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.dry_run import forecast
@@ -26,7 +27,7 @@ from training.evaluation.evaluate import evaluate, format_table
 from training.evaluation.metrics import SegmentRows
 from training.evaluation.panoptic import build_eval_data
 from training.evaluation.pictures import evaluation_pictures
-from training.kernels import Reader, check_attention, prefer_attention, report_kernels
+from training.kernels import Reader, check_attention, report_kernels
 from training.models import ensemble_loaded, load_model, model_name
 from training.options import Options
 from training.params import parse_args

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch._dynamo
+import torch._inductor.config as inductor
 from torch import Tensor, nn
 
 import open_clip
@@ -18,6 +19,7 @@ from open_clip.packed_blocks import PIECES
 from open_clip.readouts import build_readout
 from open_clip.timm_blocks import prefix_block, value_block
 from open_clip.weights import export_state_dict, reference_layout
+from training.engine.attention import attention_for_crops
 from training.engine.checkpoint import mapped_checkpoint, weights_hash
 from training.engine.distributed import Dist
 from training.engine.errors import UserError, as_user_error
@@ -129,6 +131,8 @@ def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Preci
         teachers[spec.name] = build_teacher(
             spec, model, image_size=options.data.det_image_size, device=dist.device, dtype=precision.input_dtype
         )
+        if spec.emits == "embedding":
+            teachers[spec.name].attention = attention_for_crops(options.machine.attention)
         if options.machine.compile:
             compile_blocks(teachers[spec.name].model)
     return teachers
@@ -163,6 +167,10 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     Args:
         options: of ``torch.compile``.
     """
+    if torch.__version__ < (2, 12) and hasattr(inductor.triton, "coalesce_tiling_analysis"):
+        # It asserts that sizes are equal which are so only for numbers, not as symbols (mended in 2.12), and fails for
+        # a changing number of crops. Kernels for changing shapes gain nothing from it.
+        inductor.triton.coalesce_tiling_analysis = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
     tower = model.visual if isinstance(model, CLIP) else model
     for block in getattr(tower, "trunk", tower).blocks:

@@ -8,11 +8,11 @@ from typing import Any
 from training.data.loader import REGION_SOURCES
 from training.data.options import DataOptions, RegionOptions
 from training.data.regions import GridCells
+from training.engine.attention import ATTENTIONS
 from training.engine.flags import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, flag
 from training.engine.journal import REPORTS
 from training.engine.precision import PRECISIONS
 from training.evaluation.options import EvalOptions
-from training.kernels import ATTENTIONS
 from training.methods import Entry
 
 
@@ -92,7 +92,7 @@ class MachineOptions:
     precision: str | None = flag(None, "amp_bf16 on GPUs that have it, else fp32, if absent", choices=PRECISIONS)
     device: str | None = flag(None, "a GPU when there is one, if absent", choices=("cuda", "cpu"))
     compile: bool = flag(False, "compile the transformer blocks")
-    attention: str = flag("auto", "kernel of the attention; auto is PyTorch's choice", choices=ATTENTIONS)
+    attention: str = flag("auto", "kernel of attention; auto: PyTorch's choice, flash for crops", choices=ATTENTIONS)
     fsdp: bool = flag(False, "divide the model over the processes (FSDP2), for trunks that do not fit on one GPU")
     dist_backend: str | None = flag(None, "nccl on GPUs, gloo on CPUs, if absent", choices=("nccl", "gloo"))
     dist_timeout: float = flag(1800.0, "seconds until a lost process ends the run", type=POSITIVE)

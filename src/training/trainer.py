@@ -294,7 +294,7 @@ class Distillation(Task):
         for name, teacher in self.teachers.items():
             tower = getattr(teacher.model, "visual", teacher.model)
             if isinstance(tower, ImageTower):
-                readers[f"teacher {name}"] = Reader(tower, teacher.view.size, teacher.view.dtype)
+                readers[f"teacher {name}"] = Reader(tower, teacher.view.size, teacher.view.dtype, teacher.attention)
         return readers
 
     def releases(self, progress: Progress) -> dict[str, dict[str, Any]]:

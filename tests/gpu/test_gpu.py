@@ -18,8 +18,9 @@ if not torch.cuda.is_available():
 import open_clip
 from open_clip.mlp_widths import pad_mlps
 from open_clip.regions import roi_features
+from training.engine.attention import ATTENTIONS, prefer_attention
 from training.engine.precision import PRECISIONS, make_precision
-from training.kernels import ATTENTIONS, Reader, attention_kernel, check_attention, prefer_attention
+from training.kernels import Reader, attention_kernel, check_attention
 from training.main import main
 from training.teachers.build import build_teacher
 from training.teachers.describe import TeacherSpec

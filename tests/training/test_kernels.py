@@ -10,8 +10,11 @@ from torch.profiler import profile
 
 from open_clip.factory import build_model
 from training import kernels
+from training.engine.attention import ATTENTIONS, attention_for_crops, prefer_attention
 from training.engine.errors import UserError
-from training.kernels import ATTENTIONS, Reader, attention_kernel, check_attention, prefer_attention, report_kernels
+from training.kernels import Reader, attention_kernel, check_attention, report_kernels
+from training.teachers.build import build_teacher
+from training.teachers.describe import TeacherSpec
 
 CPU = torch.device("cpu")
 
@@ -86,6 +89,23 @@ def test_the_choice_holds_inside_and_ends(reader):
         with prefer_attention(name):
             pass
     assert torch._C._get_sdp_priority_order() == before
+
+
+def test_a_teacher_has_a_kernel_of_its_own(reader, caplog):
+    """Crops, whose number changes, are left to flash attention unless another kernel is asked for."""
+    assert (attention_for_crops("auto"), attention_for_crops("cudnn")) == ("flash", "auto")
+    vision = {"image_size": 32, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
+    text = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
+    start = build_model({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
+    teacher = build_teacher(TeacherSpec("crops"), start, image_size=32)
+    teacher.attention = "math"
+    with profile() as seen:
+        teacher(torch.zeros(2, 3, 32, 32))
+    keys = {e.key for e in seen.key_averages() if e.key.startswith("aten::_scaled_dot_product")}
+    assert keys == {"aten::_scaled_dot_product_attention_math"}
+    caplog.set_level("INFO")
+    report_kernels({"student": reader, "teacher crops": reader._replace(attention="math")}, CPU)
+    assert "attention kernels: student flash, teacher crops math" in caplog.text
 
 
 def test_padded_mlps_and_slow_attention_are_said_on_a_gpu(reader, caplog, monkeypatch):

@@ -17,6 +17,7 @@ from open_clip.identity import identity
 from open_clip.readouts import build_readout
 from open_clip.weight_files import load_state_dict_file
 from training.data.prepare import View
+from training.engine.attention import prefer_attention
 from training.engine.checkpoint import weights_hash
 from training.engine.errors import UserError
 from training.teachers.describe import TeacherSpec
@@ -35,13 +36,14 @@ class Teacher(nn.Module):
     Attributes:
         width: D of its answers.
         texts: its text tower, until :meth:`forget_texts`.
+        attention: kind of attention kernel that it takes, as in :func:`~training.kernels.prefer_attention`.
     """
 
     def __init__(self, spec: TeacherSpec, model: nn.Module, view: View) -> None:
         super().__init__()
         self.spec, self.view = spec, view
         self.model = model.eval().requires_grad_(False)
-        self.chunk = CHUNK
+        self.chunk, self.attention = CHUNK, "auto"
 
     def train(self, mode: bool = True) -> Teacher:
         """Stays in eval mode."""
@@ -73,7 +75,7 @@ class Teacher(nn.Module):
         """
         if not len(pixels):
             return pixels.new_zeros(0, self.width, *(() if self.spec.emits == "embedding" else self.cells()))
-        with torch.inference_mode(), self._as_stored(pixels):
+        with torch.inference_mode(), self._as_stored(pixels), prefer_attention(self.attention):
             if self.spec.emits == "embedding":
                 parts = [self.model.encode_image(c, normalize=True) for c in pixels.split(self.chunk)]
             else:
