@@ -33,7 +33,7 @@ from common import print_table  # noqa: E402
 LOSS = re.compile(r"step (\d+)/\d+  loss ([0-9.]+|nan|inf)")
 RATE = re.compile(r"([0-9.]+) images/s  data ([0-9.]+) s  step ([0-9.]+) s")
 REQUIRED = ("torch", "torchvision", "timm", "numpy", "pycocotools", "ftfy", "regex")
-LOSSES_AGREE = 1e-4  # of float32 training on CPU and GPU, relative, over eight steps
+LOSSES_AGREE = 2e-4  # of float32 training on CPU and GPU, over eight steps; the log rounds to 1e-4
 
 
 @dataclass
@@ -179,7 +179,7 @@ def agreement(run: Run) -> dict:
         )  # fmt: skip
         losses[device] = [float(loss) for _, loss in LOSS.findall(log)]
     ours, theirs = losses[run.device], losses["cpu"]
-    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
+    worst = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     if not worst <= LOSSES_AGREE:
         raise RuntimeError(f"losses of CPU and {run.device} differ by {worst:.2g}: {theirs} and {ours}")
     return {"losses_differ_by": worst}

@@ -127,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if done.returncode:
                     raise SystemExit(f"error: {name}\n{done.stderr[-2000:]}")
                 seen[name].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"{name}: {json.dumps(seen[name][-1])}", file=sys.stderr, flush=True)
     rows = {n: {k: sorted(r[k] for r in found)[len(found) // 2] for k in found[0]} for n, found in seen.items()}
     base = rows["clipself"]
     print(f"A step of {args.model} at {args.size}, batch {args.batch}, {args.crops} regions an image, on {args.device}")

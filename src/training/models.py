@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Preci
         if spec.emits == "embedding":
             teachers[spec.name].attention = attention_for_crops(options.machine.attention)
         if options.machine.compile:
-            compile_blocks(teachers[spec.name].model)
+            compile_blocks(teachers[spec.name].model, sides_change=_multiscale(options))
     return teachers
 
 
@@ -151,20 +151,27 @@ def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precis
         student.set_grad_checkpointing(True)
     if options.machine.compile:
         report_compiling()
-        compile_blocks(student)
+        compile_blocks(student, sides_change=_multiscale(options))
     if options.model.lock_image:
         student.lock_image_tower(options.model.lock_image_unlocked_groups)
     return student
 
 
-def compile_blocks(model: nn.Module, **options: Any) -> None:
+def _multiscale(options: Options) -> bool:
+    return bool(getattr(options.own, "multiscale", False))
+
+
+def compile_blocks(model: nn.Module, *, sides_change: bool = False, **options: Any) -> None:
     """Compile the transformer blocks of an image tower, or of a bare trunk, and what a tower runs of their insides.
 
-    All blocks of all models share a few graphs: one for each kind of input (training or evaluation, one side fixed or
-    changing). PyTorch's limit of 8 a function is reached by a run with two input sizes, and beyond it code runs
-    uncompiled; the limit is raised here, and reaching it all the same is said (:func:`report_compiling`).
+    All blocks of all models share a few graphs: one for each kind of input (training or evaluation, and a number of
+    tokens), whose number of images or crops may change. PyTorch's limit of 8 a function is reached by a run with two
+    input sizes, and beyond it code runs uncompiled; the limit is raised here, and reaching it all the same is said
+    (:func:`report_compiling`).
 
     Args:
+        sides_change: whether the side of the input changes from step to step: then one graph serves all numbers of
+            tokens.
         options: of ``torch.compile``.
     """
     if torch.__version__ < (2, 12) and hasattr(inductor.triton, "coalesce_tiling_analysis"):
@@ -175,8 +182,27 @@ def compile_blocks(model: nn.Module, **options: Any) -> None:
     tower = model.visual if isinstance(model, CLIP) else model
     for block in getattr(tower, "trunk", tower).blocks:
         block.compile(**options)
+        if not sides_change:
+            block._compiled_call_impl = _fixed_tokens(block._compiled_call_impl)
     if isinstance(tower, ImageTower):
         tower.compiled = {f: torch.compile(f, **options) for f in (value_block, prefix_block, *PIECES)}
+
+
+def _fixed_tokens(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A block's compiled call with a graph for each number of tokens.
+
+    Blocks of student and teacher are one function to the compiler, and from their different numbers of tokens it would
+    conclude that tokens change: slower kernels, and none at all of EVA's in bfloat16 on a GPU with PyTorch 2.11.
+    """
+
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        torch._dynamo.mark_static(x, tuple(range(1, x.ndim)))
+        for given in (*args, *kwargs.values()):  # a rotary table, a mask
+            if isinstance(given, Tensor):
+                torch._dynamo.mark_static(given)
+        return call(x, *args, **kwargs)
+
+    return run
 
 
 class _Limits(logging.Handler):

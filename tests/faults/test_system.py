@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.exc import Unsupported
 
 from training.engine.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
 from training.engine.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, explain
@@ -120,6 +121,7 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
 def test_failures_are_told_from_programming_errors():
     assert "disk is full" in explain(OSError(28, "No space left on device", "results.json"))
     assert "loader worker" in explain(RuntimeError("DataLoader worker (pid 5) is killed by signal: Killed."))
+    assert "leave --compile out" in explain(Unsupported("no source of s15"))
     assert "another process" in explain(RuntimeError("[..gloo/transport/tcp/pair.cc:553] Connection closed by peer"))
     assert "another process" in explain(torch.distributed.DistBackendError("NCCL error: remote process exited"))
     with pytest.raises(RuntimeError) as error:

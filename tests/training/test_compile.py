@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from training.models import report_compiling
+from open_clip.factory import build_model
+from training.models import compile_blocks, report_compiling
 
 
 def losses(program, name: str) -> list[float]:
@@ -49,6 +52,29 @@ def test_two_sizes_multiscale_and_odd_batches_need_few_graphs(program, counter, 
     assert program("--multiscale", "--compile", "--eval-image-sizes", "64", "32", *extra, name="many", **flags) == 0
     assert 0 < counter.frame_count <= 12
     assert "limit of compilations" not in caplog.text
+
+
+@pytest.mark.parametrize("changing", [False, True])
+def test_the_number_of_crops_may_change_and_that_of_tokens_only_where_asked(tiny_config, changing):
+    """Student and teacher share their blocks' code, and not its shapes: a graph of changing tokens is a slower one."""
+    torch._dynamo.reset()
+    shapes: list[torch.Size] = []
+
+    def backend(graph, inputs):
+        given = [n.meta["example_value"] for n in graph.graph.nodes if n.op == "placeholder"]
+        shapes.extend(x.shape for x in given if isinstance(x, torch.Tensor) and x.ndim == 3)
+        return graph.forward
+
+    model = build_model(json.loads(tiny_config.read_text())).eval()
+    compile_blocks(model, sides_change=changing, backend=backend)
+    size = model.visual.image_size
+    for crops, side in ((3, size), (5, size), (2, 2 * size), (4, 2 * size)):
+        model.encode_dense(torch.zeros(crops, 3, side, side)) if side > size else model.encode_image(
+            torch.zeros(crops, 3, side, side)
+        )
+    assert any(isinstance(s[0], torch.SymInt) for s in shapes), "images and crops come in changing numbers"
+    assert any(isinstance(n, torch.SymInt) for s in shapes for n in s[1:]) == changing
+    torch._dynamo.reset()
 
 
 def test_a_limit_that_is_reached_is_said(caplog, monkeypatch):

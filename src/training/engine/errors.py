@@ -113,6 +113,9 @@ def explain(error: BaseException, flags: Flags | None = None) -> str | None:
         return f"{_DISK[error.errno]}{file}: free some space or choose another {flags.folder}, {again}"
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or isinstance(error, RuntimeError) and _MEMORY in text:
         return f"out of memory ({text}): lower {flags.batch_size}, or use {flags.checkpointing}"
+    if any(c.__name__ == "TorchDynamoException" for c in type(error).__mro__):  # by name: its module loads slowly
+        version = torch.__version__
+        return f"the compiler of PyTorch {version} failed ({text}): leave --compile out, or use another PyTorch"
     if isinstance(error, RuntimeError) and _WORKER.search(text):
         return (
             f"a loader worker has died ({text}): most often memory ran out; lower {flags.workers} or "
