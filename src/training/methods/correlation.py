@@ -1,7 +1,8 @@
 """Losses on the correlations of an image's cells: which cells belong together, by one model and by another.
 
 Correlations of N cells are an ``[N, N]`` matrix of cosines, 64 MB for 4096 cells. It is never held: rows are made in
-chunks, compared, and made again in the backward pass.
+chunks, compared, and made again in the backward pass. Small matrices, of regions, go through a chunk together: one by
+one, a GPU would spend its time on starting kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ROWS = 512  # rows of a correlation matrix held at a time
+HELD = 512 * 4096  # entries of correlation matrices held at a time
 
 
 def cells_of(dense: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -51,8 +52,8 @@ def _rows(
     start: int, stop: int, compare: Callable[[Tensor, Tensor], Tensor], one_sided: bool, target: Tensor, *own: Tensor
 ) -> Tensor:
     others = [t.detach() if one_sided else t for t in own]
-    rows = sum(t[start:stop] @ o.T for t, o in zip(own, others, strict=True))
-    return compare(rows / len(own) if len(own) > 1 else rows, target[start:stop] @ target.T)
+    rows = sum(t[:, start:stop] @ o.mT for t, o in zip(own, others, strict=True))
+    return compare(rows / len(own) if len(own) > 1 else rows, target[:, start:stop] @ target.mT)
 
 
 def correlation_loss(
@@ -62,7 +63,7 @@ def correlation_loss(
     *,
     temperature: float = 0.2,
     one_sided: bool = False,
-    rows: int = ROWS,
+    held: int = HELD,
 ) -> Tensor:
     """Distance of correlations, a mean over the N cells, summed over images.
 
@@ -72,7 +73,7 @@ def correlation_loss(
         kind: ``"l2"`` (length of the difference of each row), ``"mse"`` (its mean square), ``"ce"`` (cross-entropy).
         temperature: of ``"ce"``.
         one_sided: the gradient flows through one factor of a correlation only.
-        rows: held at a time.
+        held: entries of correlation matrices held at a time, of all images; at least a row.
 
     Returns:
         A float32 scalar (float64 for float64 tokens).
@@ -83,15 +84,17 @@ def correlation_loss(
         wide = total.dtype
         units = [F.normalize(t.to(wide), dim=-1) for t in own]
         target = F.normalize(target.to(wide), dim=-1).detach()
-        for image, teacher in enumerate(target):
-            parts = [u[image] for u in units]
-            for start in range(0, len(teacher), rows):
-                arguments = (start, start + rows, compare, one_sided, teacher, *parts)
+        cells = target.shape[1]
+        images, rows = max(held // cells**2, 1), max(held // cells, 1)
+        for first in range(0, len(target), images):
+            some = [t[first : first + images] for t in (target, *units)]
+            for start in range(0, cells, rows):
+                arguments = (start, start + rows, compare, one_sided, *some)
                 if torch.is_grad_enabled():
                     part = checkpoint(_rows, *arguments, use_reentrant=False, preserve_rng_state=False)
                 else:
                     part = _rows(*arguments)
-                total = total + part / len(teacher)
+                total = total + part / cells
     return total
 
 

@@ -153,9 +153,10 @@ def test_csa_averages_two_correlations(golden, numbers):
 def test_correlation_cross_entropy(numbers):
     data, expected = numbers("unirefiner.npz"), numbers("unirefiner.json")["scd"]
     own = data["scd_student"].requires_grad_()
+    cells = own.shape[1]
     for one_sided, name in ((True, "scd_grad"), (False, "scd_grad_both_sides")):
         loss = correlation_loss(
-            [own], data["scd_target"], "ce", temperature=expected["temperature"], one_sided=one_sided, rows=7
+            [own], data["scd_target"], "ce", temperature=expected["temperature"], one_sided=one_sided, held=7 * cells
         )
         (gradient,) = torch.autograd.grad(loss / len(own), own)
         assert loss.item() / len(own) == pytest.approx(expected["loss"], abs=1e-6)
@@ -165,11 +166,11 @@ def test_correlation_cross_entropy(numbers):
 
 
 @pytest.mark.parametrize("kind", ["l2", "mse", "ce"])
-@pytest.mark.parametrize("rows", [5, 64])
-def test_correlations_in_chunks_against_whole_matrices_in_float64(kind, rows):
+@pytest.mark.parametrize("held", [1, 5 * 13, 13 * 13, 2 * 13 * 13, 10**6])
+def test_correlations_in_chunks_against_whole_matrices_in_float64(kind, held):
     generator = torch.Generator().manual_seed(0)
-    own = [torch.randn(2, 13, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    target = torch.randn(2, 13, 9, generator=generator, dtype=torch.float64)
+    own = [torch.randn(3, 13, 6, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    target = torch.randn(3, 13, 9, generator=generator, dtype=torch.float64)
     unit = [F.normalize(t, dim=-1) for t in own]
     mine, theirs = sum(u @ u.mT for u in unit) / 2, F.normalize(target, dim=-1) @ F.normalize(target, dim=-1).mT
     if kind == "l2":
@@ -181,7 +182,7 @@ def test_correlations_in_chunks_against_whole_matrices_in_float64(kind, rows):
         spread = [(m - a) / (b - a) for m, a, b in zip((mine, theirs), low, high, strict=True)]
         logs = (spread[0] / 0.2).log_softmax(-1)
         expected = -((spread[1] / 0.2).softmax(-1) * logs).sum(-1).mean(-1).sum()
-    actual = correlation_loss(own, target, kind, rows=rows)
+    actual = correlation_loss(own, target, kind, held=held)
     assert actual.item() == pytest.approx(expected.item(), rel=1e-8)
     for a, b in zip(torch.autograd.grad(actual, own), torch.autograd.grad(expected, own), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
