@@ -8,9 +8,10 @@
 On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): a tiny CLIP is trained on pairs
 of pictures and captions, then every method starts from it. The seed fixes the order of images and the grids for all
 methods, so differences are paired. Each method's learning rate is chosen from three on a seed and on validation scenes
-of their own. Classes listed as unseen are in no image that a method trains on. What comes out: ``table.md``,
-``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be spread over machines and
-days: ``--known`` takes another's ``results.json``, if it was made from the very same start model by the same plan.
+of their own; variants of a method take its rate. Classes listed as unseen are in no image that a method trains on. What
+comes out: ``table.md``, ``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be
+spread over machines and days: ``--known`` takes another's ``results.json``, if it was made from the very same start
+model by the same plan.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch  # noqa: E402
 from foundation import find_package, weights_file  # noqa: E402
 from ranking import Scores, metrics, picture, scores_of, summary, table  # noqa: E402
-from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, row_name, shared_answers  # noqa: E402
+from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, row_name, shared_answers, tuned  # noqa: E402
 from segments import by_colour, by_trunk, same_segment  # noqa: E402
 
 from training.engine.checkpoint import weights_hash  # noqa: E402
@@ -242,11 +243,11 @@ class Ranking:
         if any("{teacher}" in f for row in self.rows.values() for f in row):
             self.train("teacher", [], steps=plan.steps, seed=TEACHING, evaluation="tuning")
         self.fill_answers(TUNING)
-        tuning = [(row, rate) for row in self.rows for rate in plan.rates]
+        tuning = [(row, rate) for row in self.rows if tuned(row, self.rows) == row for rate in plan.rates]
         self.many([lambda row=row, rate=rate: self.train(
             f"{row_name(row)}-lr{rate:g}", self.rows[row], steps=plan.steps, seed=TUNING, evaluation="tuning", lr=rate,
         ) for row, rate in tuning], after=len(self.rows) * plan.seeds)  # fmt: skip
-        self.rates = {row: self.best_rate(row) for row in self.rows}
+        self.rates = {row: self.best_rate(tuned(row, self.rows)) for row in self.rows}
         rows = [(row, seed) for seed in range(plan.seeds) for row in self.rows]
         with ThreadPoolExecutor(self.jobs) as pool:
             list(pool.map(self.fill_answers, range(plan.seeds)))
@@ -268,6 +269,8 @@ class Ranking:
     def fill_answers(self, seed: int) -> None:
         """The teachers' answers that runs share, before several of them would ask the same at the same time."""
         for row, flags in self.rows.items():
+            if seed == TUNING and tuned(row, self.rows) != row:
+                continue
             ends = [f"lr{r:g}" for r in self.plan.rates] if seed == TUNING else [str(seed)]
             stores = set(shared_answers(flags, seed).values()) if "{answers}" in flags else set()
             common = {store for store in stores if not store.endswith(f"-{seed}")}
