@@ -10,8 +10,9 @@ of pictures and captions, then every method starts from it. The seed fixes the o
 methods, so differences are paired. Each method's learning rate is chosen from three on a seed and on validation scenes
 of their own; variants of a method take its rate. Classes listed as unseen are in no image that a method trains on. What
 comes out: ``table.md``, ``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be
-spread over machines and days: ``--known`` takes another's ``results.json``, if it was made from the very same start
-model by the same plan.
+spread over machines and days: ``--known`` takes another's ``results.json``, if it was made by the same plan. Another
+machine's start model is rarely the same to the last bit: then its choice of rates and its whole seeds are taken, since
+differences are paired within a seed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 import torch  # noqa: E402
 from foundation import find_package, weights_file  # noqa: E402
-from ranking import Scores, metrics, picture, scores_of, summary, table  # noqa: E402
+from ranking import Scores, metrics, picture, scores_of, summary, table, usable  # noqa: E402
 from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, row_name, shared_answers, tuned  # noqa: E402
 from segments import by_colour, by_trunk, same_segment  # noqa: E402
 
@@ -89,6 +90,7 @@ class Ranking:
     ) -> None:
         self.out, self.plan, self.trunk, self.jobs, self.known_file = out, plan, trunk, jobs, known
         self.known: dict[str, Scores] = {}
+        self.starts: dict[int, str] = {}  # of seeds that are known: the start models that they began from
         self.rates: dict[str, float] = {}
         self.rows = {m: METHODS[m] for m in methods if trunk is not None or "{trunk}" not in METHODS[m]}
         for left_out in sorted(set(methods) - set(self.rows)):
@@ -127,19 +129,24 @@ class Ranking:
         Args:
             start: fingerprint of the start model; None where it has not been made yet, and only the rest is compared.
         """
-        # Everything that such figures must have in common.
-        self.key = {k: v for k, v in asdict(self.plan).items() if k != "seeds"} | ({"start": start} if start else {})
+        plan = {k: v for k, v in asdict(self.plan).items() if k != "seeds"}  # what such figures must have in common
+        self.key = plan | ({"start": start} if start else {})
         if self.known_file is None:
             return
         record = json.loads(self.known_file.read_text())
-        differing = [k for k, v in json.loads(json.dumps(self.key)).items() if record.get("key", {}).get(k) != v]
+        differing = [k for k, v in json.loads(json.dumps(plan)).items() if record.get("key", {}).get(k) != v]
         if differing:
             theirs, here = record.get("key", {}).get(differing[0]), self.key[differing[0]]
             raise SystemExit(
                 f"error: --known {self.known_file}: its {differing[0]} is {theirs}, here it is {here}: figures of "
                 "different rankings cannot stand in one table; without --known this one goes on from here"
             )
-        self.known = record["scores"]
+        if start:
+            self.known, self.starts = usable(record, start, self.rows)
+            if record["key"].get("start") != start:
+                whole = ", ".join(map(str, sorted(self.starts))) or "none"
+                print(f"--known {self.known_file}: from another start model: its choice of rates and its whole seeds "
+                      f"({whole}) are taken")  # fmt: skip
 
     def found(self, name: str) -> Scores | None:
         """Scores of a run, from its folder or from what is known; None while there are none."""
@@ -313,6 +320,7 @@ class Ranking:
         names = metrics(self.sizes)
         (self.out / "table.md").write_text(table(runs, self.untrained, names, BASE, self.rates))
         record = {"key": self.key, "rates": self.rates, "runs": runs, "untrained": self.untrained, "scores": scores,
+                  "starts": {s: self.starts.get(s, self.key["start"]) for r in runs.values() for s in r},
                   "seconds_a_run": self.times}  # fmt: skip
         (self.out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
         picture(runs, names, BASE, self.out / "picture.png")

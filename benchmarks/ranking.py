@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parent)]
+from ranking_rows import row_name  # noqa: E402
 
 KINDS = {"rois": "boxes", "maskpool": "masks"}
 WHAT = {"thing": "things", "stuff": "stuff"}
@@ -51,6 +56,37 @@ def summary(values: Sequence[float]) -> tuple[float, float]:
     values = np.asarray(values, np.float64)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
+
+
+def usable(record: Mapping[str, Any], start: str, rows: Iterable[str]) -> tuple[dict[str, Scores], dict[int, str]]:
+    """What of another ranking by the same plan can stand beside runs from a start model.
+
+    Differences are paired within a seed, so a seed's runs must have one start model; the choice of rates may have
+    another.
+
+    Args:
+        record: of its results.json.
+        start: fingerprint of the start model.
+        rows: the rows that are ranked.
+
+    Returns:
+        (scores by name of run, the other start model of each whole seed from there).
+    """
+    scores, theirs = record["scores"], record["key"].get("start")
+    starts = {int(s): found for s, found in record.get("starts", {}).items()}
+    seeds = {int(e) for n in scores if not n.startswith("untrained") and (e := n.rpartition("-")[2]).isdigit()}
+    foreign = {s: starts.get(s, theirs) for s in seeds if starts.get(s, theirs) != start}
+    whole = {s: f for s, f in foreign.items() if all(f"{row_name(row)}-{s}" in scores for row in rows)}
+
+    def fits(name: str) -> bool:
+        end = name.rpartition("-")[2]
+        if end.startswith("lr"):
+            return True
+        if name.startswith("untrained") or not end.isdigit():
+            return theirs == start
+        return int(end) in whole or int(end) not in foreign
+
+    return {name: found for name, found in scores.items() if fits(name)}, whole
 
 
 def compare(runs: Mapping[int, Scores], base: Mapping[int, Scores], metric: str) -> tuple[float, float, int, int]:
