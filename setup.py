@@ -21,7 +21,7 @@ extras = {
     "notebook": ["jupyter"],  # docs/first_steps.ipynb
     "remote": ["requests", "aiohttp", "s3fs"],  # images behind http(s):// and s3://
     "wandb": ["wandb"],
-    "test": ["pytest", "hypothesis", "scipy", "packaging", "tokenizers", "transformers", *DETECTION],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "scipy", "packaging", "tokenizers", "transformers", *DETECTION],
 }
 
 setup(
