@@ -30,6 +30,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
@@ -98,7 +99,7 @@ class Ranking:
         self.data, self.sizes = out / "data", (SIZE, LARGER)
         self.times: list[float] = []
         self.asked: set[str] = set()  # kept answers that have been asked for
-        self.filling = threading.Lock()
+        self.filling, self.locks = threading.Lock(), {}  # of kept answers, by their names
 
     # -- data and start model -----------------------------------------------------------------------------------------
 
@@ -210,7 +211,7 @@ class Ranking:
             "--epochs", 1000, "--max-steps", steps, "--warmup", plan.warmup, "--workers", 0, "--device", "cpu",
             "--precision", "fp32", "--log-every-n-steps", 20, "--save-frequency", 0, "--save-every-n-steps", 100,
             *without(common, own), *filled, *resumed,
-        ])  # fmt: skip
+        ], threads=self.jobs if name in ("start", "teacher") else 1)  # fmt: skip
         self.times.append(time.perf_counter() - begin)
 
     def complete(self, name: str, evaluation: str | None) -> bool:
@@ -249,19 +250,16 @@ class Ranking:
         self.tell_of_start()
         if any("{teacher}" in f for row in self.rows.values() for f in row):
             self.train("teacher", [], steps=plan.steps, seed=TEACHING, evaluation="tuning")
-        self.fill_answers(TUNING)
-        tuning = [(row, rate) for row in self.rows if tuned(row, self.rows) == row for rate in plan.rates]
-        self.many([lambda row=row, rate=rate: self.train(
-            f"{row_name(row)}-lr{rate:g}", self.rows[row], steps=plan.steps, seed=TUNING, evaluation="tuning", lr=rate,
-        ) for row, rate in tuning], after=len(self.rows) * plan.seeds)  # fmt: skip
+        # By rates and by seeds, not by rows: neighbours then ask different teachers, and whole seeds come early.
+        own = [row for row in self.rows if tuned(row, self.rows) == row]
+        self.many([
+            partial(self.run_row, row, f"lr{rate:g}", TUNING, "tuning", rate) for rate in plan.rates for row in own
+        ], after=len(self.rows) * plan.seeds)  # fmt: skip
         self.rates = {row: self.best_rate(tuned(row, self.rows)) for row in self.rows}
-        rows = [(row, seed) for seed in range(plan.seeds) for row in self.rows]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.fill_answers, range(plan.seeds)))
-        self.many([lambda row=row, seed=seed: self.train(
-            f"{row_name(row)}-{seed}", self.rows[row], steps=plan.steps, seed=seed, evaluation="rows",
-            lr=self.rates[row],
-        ) for row, seed in rows])  # fmt: skip
+        self.many([
+            partial(self.run_row, row, str(seed), seed, "rows", self.rates[row])
+            for seed in range(plan.seeds) for row in self.rows
+        ])  # fmt: skip
         self.report()
         print((self.out / "table.md").read_text())
 
@@ -273,19 +271,26 @@ class Ranking:
         if not min(scores["crops things"], scores["crops stuff"]) > 3 * chance:
             print("warning: it teaches little, so a ranking of its pupils says little: train it longer", flush=True)
 
-    def fill_answers(self, seed: int) -> None:
-        """The teachers' answers that runs share, before several of them would ask the same at the same time."""
-        for row, flags in self.rows.items():
-            if seed == TUNING and tuned(row, self.rows) != row:
-                continue
-            ends = [f"lr{r:g}" for r in self.plan.rates] if seed == TUNING else [str(seed)]
-            stores = set(shared_answers(flags, seed).values()) if "{answers}" in flags else set()
-            common = {store for store in stores if not store.endswith(f"-{seed}")}
-            # What seeds have in common is filled by one of them; the others wait, and then find it asked for.
-            with contextlib.nullcontext() if common <= self.asked else self.filling:
-                if stores - self.asked and any(self.found(f"{row_name(row)}-{end}") is None for end in ends):
-                    self.train(f"answers-{row_name(row)}-{seed}", flags, steps=1, seed=seed, evaluation=None)
-                    self.asked |= stores
+    def run_row(self, row: str, end: str, seed: int, evaluation: str, lr: float) -> None:
+        """A row's training and evaluation, after the teachers' answers that it shares with others are there."""
+        name, flags = f"{row_name(row)}-{end}", self.rows[row]
+        if self.complete(name, evaluation):
+            return
+        if "{answers}" in flags:
+            self.fill_answers(row, seed)
+        self.train(name, flags, steps=self.plan.steps, seed=seed, evaluation=evaluation, lr=lr)
+
+    def fill_answers(self, row: str, seed: int) -> None:
+        """Ask teachers once what several runs want to know: nobody else asks for the same meanwhile."""
+        stores = sorted(set(shared_answers(self.rows[row], seed).values()))
+        with contextlib.ExitStack() as held:
+            for store in stores:  # in one order everywhere, so that no two wait for each other
+                with self.filling:
+                    lock = self.locks.setdefault(store, threading.Lock())
+                held.enter_context(lock)
+            if not self.asked.issuperset(stores):
+                self.train(f"answers-{row_name(row)}-{seed}", self.rows[row], steps=1, seed=seed, evaluation=None)
+                self.asked |= set(stores)
 
     def best_rate(self, row: str) -> float:
         """The rate with the best mean of boxes and masks, things and stuff, at the training size."""
