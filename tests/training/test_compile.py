@@ -77,12 +77,12 @@ def test_the_number_of_crops_may_change_and_that_of_tokens_only_where_asked(tiny
     torch._dynamo.reset()
 
 
-def test_a_limit_that_is_reached_is_said(caplog, monkeypatch):
+def test_a_limit_that_is_reached_is_said(caplog):
     torch._dynamo.reset()
     report_compiling()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     double = torch.compile(lambda x: x * 2, backend="eager", dynamic=False)
-    for size in (3, 4, 5):
-        double(torch.ones(size))
+    with torch._dynamo.config.patch(recompile_limit=1):  # monkeypatch would delete it in the end
+        for size in (3, 4, 5):
+            double(torch.ones(size))
     assert "runs a part of the blocks uncompiled" in caplog.text
     torch._dynamo.reset()
