@@ -105,13 +105,14 @@ class Run:
                 "--workers", 1 if self.smoke else 8, "--log-every-n-steps", 3 if self.smoke else 7]  # fmt: skip
 
 
-def rates(log: str) -> dict[str, float]:
-    """Images per second and the share of waiting of a log's last line."""
+def rates(log: str) -> dict:
+    """Images per second and the share of waiting of a log's last line, and how the speed came about, line by line."""
     found = RATE.findall(log)
     if not found:
         raise RuntimeError("the log has no line with images/s")
     speed, waited, step = map(float, found[-1])
-    return {"images_per_s": speed, "data_wait_share": waited / max(step, 1e-9)}
+    by_line = [float(line[0]) for line in found]
+    return {"images_per_s": speed, "data_wait_share": waited / max(step, 1e-9), "images_per_s_by_line": by_line}
 
 
 # -- stages, in order of importance ----------------------------------------------------------------------------------
@@ -199,7 +200,7 @@ def program(run: Run) -> dict:
 
 def profile(run: Run) -> dict:
     """The program's own speed, and which attention kernel runs."""
-    steps = 6 if run.smoke else 28
+    steps = 6 if run.smoke else 84  # numbers of crops, whose memory must be found first, keep changing
     log = run.train("profile", *run.large(), "--max-steps", steps, "--profile", 2 if run.smoke else 5, limit=180)
     text = "".join(f.read_text(errors="replace") for f in (run.folder / "runs/profile/profile").glob("*.txt"))
     kernels = [k for k in ("flash", "cudnn", "fmha_cutlass", "softmax") if k in text]
