@@ -82,7 +82,7 @@ class Ranking:
         plan: sizes.
         methods: rows to run, of :data:`METHODS`.
         trunk: weights of the foundation model, or None: rows that need one are left out.
-        jobs: runs at a time, one thread each.
+        jobs: runs at a time, one thread each; threads of the start model and of DenseVLM's teacher.
         known: results of another part of this ranking, whose runs are not repeated.
         device: of all training; one GPU serves several jobs.
     """

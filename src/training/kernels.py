@@ -22,7 +22,7 @@ class Reader(NamedTuple):
     Attributes:
         side: of its input, pixels.
         dtype: in which it computes.
-        attention: kind of kernel that it takes for itself, as in :func:`prefer_attention`.
+        attention: kind of kernel that it takes for itself, as in :func:`~training.engine.attention.prefer_attention`.
     """
 
     tower: ImageTower
@@ -44,7 +44,7 @@ def attention_kernel(reader: Reader, device: torch.device | str) -> str:
 
 def check_attention(name: str, readers: Mapping[str, Reader], device: torch.device) -> None:
     """See that every tower's attention is of the kind that was asked for; to be called inside
-    :func:`prefer_attention`.
+    :func:`~training.engine.attention.prefer_attention`.
 
     Raises:
         UserError: a tower, its type or the device cannot have it.

@@ -131,7 +131,7 @@ def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Preci
         teachers[spec.name] = build_teacher(
             spec, model, image_size=options.data.det_image_size, device=dist.device, dtype=precision.input_dtype
         )
-        if spec.emits == "embedding":
+        if spec.source == "crops":
             teachers[spec.name].attention = attention_for_crops(options.machine.attention)
         if options.machine.compile:
             compile_blocks(teachers[spec.name].model, sides_change=_multiscale(options))
@@ -176,7 +176,7 @@ def compile_blocks(model: nn.Module, *, sides_change: bool = False, **options: A
     """
     if torch.__version__ < (2, 12) and hasattr(inductor.triton, "coalesce_tiling_analysis"):
         # It asserts that sizes are equal which are so only for numbers, not as symbols (mended in 2.12), and fails for
-        # a changing number of crops. Kernels for changing shapes gain nothing from it.
+        # changing shapes, which it does not yet serve by its own words.
         inductor.triton.coalesce_tiling_analysis = False
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
     tower = model.visual if isinstance(model, CLIP) else model
@@ -192,7 +192,7 @@ def _fixed_tokens(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A block's compiled call with a graph for each number of tokens.
 
     Blocks of student and teacher are one function to the compiler, and from their different numbers of tokens it would
-    conclude that tokens change: slower kernels, and none at all of EVA's in bfloat16 on a GPU with PyTorch 2.11.
+    conclude that tokens change. PyTorch 2.11 failed to compile EVA's blocks so, in bfloat16 on a GPU.
     """
 
     def run(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

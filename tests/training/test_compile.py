@@ -56,7 +56,7 @@ def test_two_sizes_multiscale_and_odd_batches_need_few_graphs(program, counter, 
 
 @pytest.mark.parametrize("changing", [False, True])
 def test_the_number_of_crops_may_change_and_that_of_tokens_only_where_asked(tiny_config, changing):
-    """Student and teacher share their blocks' code, and not its shapes: a graph of changing tokens is a slower one."""
+    """Student and teacher share their blocks' code, and not its shapes."""
     torch._dynamo.reset()
     shapes: list[torch.Size] = []
 

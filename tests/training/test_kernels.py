@@ -11,8 +11,12 @@ from torch.profiler import profile
 from open_clip.factory import build_model
 from training import kernels
 from training.engine.attention import ATTENTIONS, attention_for_crops, prefer_attention
+from training.engine.distributed import Dist
 from training.engine.errors import UserError
+from training.engine.precision import make_precision
 from training.kernels import Reader, attention_kernel, check_attention, report_kernels
+from training.models import load_model, prepare_teachers
+from training.params import parse_args
 from training.teachers.build import build_teacher
 from training.teachers.describe import TeacherSpec
 
@@ -97,6 +101,11 @@ def test_a_teacher_has_a_kernel_of_its_own(reader, caplog):
     vision = {"image_size": 32, "layers": 2, "width": 48, "head_width": 12, "patch_size": 8}
     text = {"context_length": 16, "vocab_size": 64, "width": 32, "heads": 2, "layers": 1}
     start = build_model({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text})
+    for asked, expected in (("auto", "flash"), ("math", "auto")):  # SC's cells are of crops, too
+        flags = ["--model", "ViT-Ti-8-64", "--method", "sc", "--det-image-size", "64", "--attention", asked]
+        options, dist = parse_args(flags, check=False), Dist(0, 1, 0, CPU, False)
+        teachers = prepare_teachers(options, load_model(options), dist, make_precision("fp32", CPU))
+        assert {name: t.attention for name, t in teachers.items()} == {"crops": expected, "cells": expected}
     teacher = build_teacher(TeacherSpec("crops"), start, image_size=32)
     teacher.attention = "math"
     with profile() as seen:

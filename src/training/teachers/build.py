@@ -36,7 +36,7 @@ class Teacher(nn.Module):
     Attributes:
         width: D of its answers.
         texts: its text tower, until :meth:`forget_texts`.
-        attention: kind of attention kernel that it takes, as in :func:`~training.kernels.prefer_attention`.
+        attention: kind of attention kernel that it takes, as in :func:`~training.engine.attention.prefer_attention`.
     """
 
     def __init__(self, spec: TeacherSpec, model: nn.Module, view: View) -> None:
