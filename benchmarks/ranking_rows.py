@@ -25,6 +25,7 @@ METHODS: dict[str, list[str]] = {
     "clipself, v": ["--readout", "value_bare", *CROPS],
     "clipself, 3 v": ["--readout", "multi-v:3", *CROPS],
     "clipself, windows": ["--readout", "window:4", *CROPS],
+    "clipself, mixed": ["--dataset-type", "mixed_distill", *CROPS],
     "sc": ["--method", "sc", *CROPS],
     "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
     "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
@@ -42,7 +43,7 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 
 # Rows that add one thing to another, whose learning rate they take: they differ in nothing else.
-VARIANTS = {"mixrc, teacher": "mixrc", "mixrc, names": "mixrc"}
+VARIANTS = {"clipself, mixed": BASE, "mixrc, teacher": "mixrc", "mixrc, names": "mixrc"}
 
 
 def tuned(row: str, rows: Collection[str]) -> str:
@@ -58,7 +59,7 @@ def shared_answers(flags: Sequence[str], seed: int) -> dict[str, str]:
     """
     method = flags[flags.index("--method") + 1] if "--method" in flags else BASE
     regions = "boxes" if "proposals_distill" in flags else "grid"
-    if method == "mixrc" and "grid_distill" not in flags:
+    if "mixed_distill" in flags or (method == "mixrc" and "grid_distill" not in flags):
         regions = "mixed"
     shared = {"crops": f"crops-{regions}-{seed}"} if method != "densevlm" else {}
     shared |= {"vfm": "vfm"} if "--vfm" in flags else {}

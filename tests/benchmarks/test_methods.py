@@ -12,11 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
+
+import open_clip
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import methods  # noqa: E402
 import ranking  # noqa: E402
+import ranking_rows  # noqa: E402
+import ranking_start  # noqa: E402
 import segments  # noqa: E402
 
 
@@ -52,7 +58,7 @@ def test_scores_and_paired_differences(tmp_path):
     assert all(math.isnan(v) for v in ranking.compare({}, runs["clipself"], "128 boxes things")[:2])
     names = ranking.metrics([128])
     text = ranking.table(runs, {"value": runs["clipself"][0]}, names, "clipself", {"declip": 1e-3})
-    assert "| untrained, value |" in text and "+2.7 ± 2.8 (2/3)" in text and text.count("\n") == 6
+    assert "| untrained, `value` |" in text and "32.7 (+2.7 ± 2.8, 2/3)" in text and text.count("\n") == 5
     ranking.picture(runs, names, "clipself", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
@@ -67,6 +73,25 @@ def test_what_of_another_ranking_can_be_used():
     assert set(scores) == set(names) - {"untrained-multi-v-3", "clipself-1"} and whole == {0: "a", 2: "b"}
     scores, whole = ranking.usable(record, "c", ["clipself", "sc", "clim"])
     assert set(scores) == {"clipself-lr0.001"} and not whole
+
+
+def test_packed_start_model(tmp_path):
+    """Texts of the scenes keep their embeddings but for float16; the model of the repository is the one ranked from."""
+    model = open_clip.create_model(ranking_rows.MODEL)
+    texts = ["a photo of a dotted ring on sky.", "this is sand."]
+    packed = ranking_start.pack(model.state_dict(), texts)
+    save_file(packed, tmp_path / "start.safetensors")
+    ranking_start.write_start(tmp_path / "start.safetensors", tmp_path / "logs/start.pt")
+    again = open_clip.create_model(ranking_rows.MODEL, pretrained=str(tmp_path / "logs/start.pt"))
+    tokens = open_clip.get_tokenizer(ranking_rows.MODEL)(texts)
+    with torch.no_grad():
+        before, after = (m.eval().encode_text(tokens, normalize=True) for m in (model, again))
+    torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
+    assert len(packed[ranking_start.TOKENS]) == len(tokens.unique())
+    assert sum(t.numel() * t.element_size() for t in packed.values()) < 4 * 2**20
+    ranking_start.write_start(ranking_start.FILE, tmp_path / "own.pt")
+    record = json.loads((ROOT / "benchmarks/ranking.json").read_text())
+    assert methods.weights_of(tmp_path / "own.pt") == record["key"]["start"]
 
 
 def test_auc_and_cells():
@@ -100,7 +125,8 @@ def test_rows_share_answers_where_they_ask_the_same(tmp_path):
     rows = {name: methods.shared_answers(flags, 3) for name, flags in methods.METHODS.items() if "{answers}" in flags}
     assert rows["clipself"] == rows["clipself, v"] == {"crops": "crops-grid-3"}
     assert rows["declip"] == {"crops": "crops-grid-3", "vfm": "vfm"} and rows["densevlm"] == {"dense": "dense"}
-    assert rows["clipself, boxes"] == {"crops": "crops-boxes-3"} and rows["mixrc"]["crops"] == "crops-mixed-3"
+    assert rows["clipself, boxes"] == {"crops": "crops-boxes-3"}
+    assert rows["mixrc"]["crops"] == rows["clipself, mixed"]["crops"] == "crops-mixed-3"
     assert rows["synclip, free"]["start"] != rows["mixrc, names"]["start"]  # by other readings
     for _ in range(2):
         folders = [methods.kept_answers(tmp_path, methods.METHODS[row], 3) for row in ("declip", "denserc", "clipself")]
@@ -151,7 +177,7 @@ def test_smoke(tmp_path):
     for _ in range(2):  # the second time everything is there
         done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-2000:]
-        assert "**fineclip**" in done.stdout and "untrained, multi-v:3" in done.stdout
+        assert "**fineclip**" in done.stdout and "untrained, `multi-v:3`" in done.stdout
     record = json.loads((tmp_path / "r/results.json").read_text())
     assert set(record["runs"]) == {"clipself", "sc", "fineclip"} and not record["seconds_a_run"]
     assert (tmp_path / "r/picture.png").is_file()
