@@ -25,7 +25,7 @@ from open_clip import get_tokenizer  # noqa: E402
 from open_clip.prompts import class_prompts  # noqa: E402
 
 FILE = Path(__file__).resolve().parent / "ranking_start.safetensors"
-TOKENS, ROWS = "text.token_embedding.weight", "text.token_embedding.rows"
+ROWS = "rows"  # how many tokens there are, then the numbers of those that were kept
 
 
 def texts_of(data: Path) -> list[str]:
@@ -35,20 +35,27 @@ def texts_of(data: Path) -> list[str]:
     return [c["caption"] for c in captions] + [prompt for name in names for prompt in class_prompts(name)]
 
 
+def tokens_of(state: dict[str, Tensor]) -> str:
+    """Name of the token embedding, which differs between a model and released weights."""
+    (name,) = (n for n in state if n.endswith("token_embedding.weight"))
+    return name
+
+
 def pack(state: dict[str, Tensor], texts: Iterable[str]) -> dict[str, Tensor]:
     """Weights in float16, with the rows of the token embedding that these texts need and their numbers."""
-    rows = get_tokenizer(MODEL)(list(texts)).unique()
-    packed = {n: t.half() if t.is_floating_point() else t for n, t in state.items() if n != TOKENS}
-    vocabulary = torch.tensor([len(state[TOKENS])])
-    return packed | {TOKENS: state[TOKENS][rows].half(), ROWS: torch.cat([vocabulary, rows]).int()}
+    tokens, rows = tokens_of(state), get_tokenizer(MODEL)(list(texts)).unique()
+    packed = {n: (t[rows] if n == tokens else t).contiguous() for n, t in state.items()}
+    packed = {n: t.half() if t.is_floating_point() else t for n, t in packed.items()}
+    return packed | {ROWS: torch.cat([torch.tensor([len(state[tokens])]), rows]).int()}
 
 
 def unpack(packed: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state dict in float32; rows of the token embedding that were not kept are 0."""
-    (vocabulary, *rows), kept = packed[ROWS].tolist(), packed[TOKENS].float()
-    tokens = torch.zeros(vocabulary, kept.shape[1])
-    tokens[torch.tensor(rows)] = kept
-    return {n: t.float() if t.is_floating_point() else t for n, t in packed.items() if n != ROWS} | {TOKENS: tokens}
+    state = {n: t.float() if t.is_floating_point() else t for n, t in packed.items() if n != ROWS}
+    tokens, (vocabulary, *rows) = tokens_of(state), packed[ROWS].tolist()
+    whole = torch.zeros(vocabulary, state[tokens].shape[1])
+    whole[torch.tensor(rows)] = state[tokens]
+    return state | {tokens: whole}
 
 
 def write_start(file: Path, out: Path) -> None:

@@ -87,7 +87,7 @@ def test_packed_start_model(tmp_path):
     with torch.no_grad():
         before, after = (m.eval().encode_text(tokens, normalize=True) for m in (model, again))
     torch.testing.assert_close(after, before, atol=2e-3, rtol=0)
-    assert len(packed[ranking_start.TOKENS]) == len(tokens.unique())
+    assert len(packed[ranking_start.tokens_of(packed)]) == len(tokens.unique())
     assert sum(t.numel() * t.element_size() for t in packed.values()) < 4 * 2**20
     ranking_start.write_start(ranking_start.FILE, tmp_path / "own.pt")
     record = json.loads((ROOT / "benchmarks/ranking.json").read_text())
