@@ -84,7 +84,7 @@ class Ranking:
         plan: sizes.
         methods: rows to run, of :data:`METHODS`.
         trunk: weights of the foundation model, or None: rows that need one are left out.
-        jobs: runs at a time, one thread each; threads of the start model and of DenseVLM's teacher.
+        jobs: runs at a time, one thread each; threads of the start model where it is trained.
         known: results of another part of this ranking, whose runs are not repeated.
         device: of all training; one GPU serves several jobs.
         start: file of the packed start model; None trains one.
@@ -106,7 +106,7 @@ class Ranking:
         self.data, self.sizes = out / "data", (SIZE, LARGER)
         self.times: list[float] = []
         self.asked: set[str] = set()  # kept answers that have been asked for
-        self.filling, self.locks = threading.Lock(), {}  # of kept answers, by their names
+        self.filling, self.locks = threading.Lock(), {}  # of what runs share, by name
 
     # -- data and start model -----------------------------------------------------------------------------------------
 
@@ -219,13 +219,13 @@ class Ranking:
             "--epochs", 1000, "--max-steps", steps, "--warmup", plan.warmup, "--workers", 0, "--device", self.device,
             "--precision", "fp32", "--log-every-n-steps", 20, "--save-frequency", 0, "--save-every-n-steps", 100,
             *without(common, own), *filled, *resumed,
-        ], threads=self.jobs if name in ("start", "teacher") else 1)  # fmt: skip
+        ], threads=self.jobs if name == "start" else 1)  # fmt: skip
         self.times.append(time.perf_counter() - begin)
 
     def complete(self, name: str, evaluation: str | None) -> bool:
         """Whether a run has ended."""
         folder = self.out / "logs" / name
-        if evaluation is None or name == "teacher":  # whose weights are needed
+        if evaluation is None:  # whose weights are needed
             return (folder / "checkpoints/clipself.pt").is_file() and not list(folder.glob("checkpoints/*_step_*"))
         return self.found(name) is not None
 
@@ -256,8 +256,6 @@ class Ranking:
         self.prepare()
         self.untrained = {r: self.evaluate(f"untrained-{row_name(r)}", r) for r in UNTRAINED}
         self.tell_of_start()
-        if any("{teacher}" in f for row in self.rows.values() for f in row):
-            self.train("teacher", [], steps=plan.steps, seed=TEACHING, evaluation="tuning")
         # By rates and by seeds, not by rows: neighbours then ask different teachers, and whole seeds come early.
         own = [row for row in self.rows if tuned(row, self.rows) == row]
         self.many([
@@ -280,22 +278,28 @@ class Ranking:
             print("warning: it teaches little, so a ranking of its pupils says little: train it longer", flush=True)
 
     def run_row(self, row: str, end: str, seed: int, evaluation: str, lr: float) -> None:
-        """A row's training and evaluation, after the teachers' answers that it shares with others are there."""
+        """A row's training and evaluation, after what it shares with others is there: a teacher, teachers' answers."""
         name, flags = f"{row_name(row)}-{end}", self.rows[row]
         if self.complete(name, evaluation):
             return
+        if "{teacher}" in flags:
+            with self.lock("teacher"):
+                self.train("teacher", [], steps=self.plan.steps, seed=TEACHING, evaluation=None)
         if "{answers}" in flags:
             self.fill_answers(row, seed)
         self.train(name, flags, steps=self.plan.steps, seed=seed, evaluation=evaluation, lr=lr)
+
+    def lock(self, name: str) -> threading.Lock:
+        """What nobody else makes meanwhile."""
+        with self.filling:
+            return self.locks.setdefault(name, threading.Lock())
 
     def fill_answers(self, row: str, seed: int) -> None:
         """Ask teachers once what several runs want to know: nobody else asks for the same meanwhile."""
         stores = sorted(set(shared_answers(self.rows[row], seed).values()))
         with contextlib.ExitStack() as held:
             for store in stores:  # in one order everywhere, so that no two wait for each other
-                with self.filling:
-                    lock = self.locks.setdefault(store, threading.Lock())
-                held.enter_context(lock)
+                held.enter_context(self.lock(store))
             if not self.asked.issuperset(stores):
                 self.train(f"answers-{row_name(row)}-{seed}", self.rows[row], steps=1, seed=seed, evaluation=None)
                 self.asked |= set(stores)
