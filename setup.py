@@ -19,9 +19,11 @@ extras = {
     "hf": ["transformers", "tokenizers"],  # tokenizers of SigLIP, CLIPA and other models of the hub
     "page": ["gradio"],
     "notebook": ["jupyter"],  # docs/first_steps.ipynb
+    "proposals": ["scikit-learn"],  # regions of a foundation model's map: python -m training.propose
     "remote": ["requests", "aiohttp", "s3fs"],  # images behind http(s):// and s3://
     "wandb": ["wandb"],
-    "test": ["pytest", "pytest-xdist", "hypothesis", "scipy", "packaging", "tokenizers", "transformers", *DETECTION],
+    "test": ["pytest", "pytest-xdist", "hypothesis", "scipy", "packaging", "scikit-learn", "tokenizers", "transformers",
+             *DETECTION],
 }
 
 setup(

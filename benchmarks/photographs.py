@@ -30,8 +30,8 @@ from tqdm import tqdm
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 from foundation import TRUNK, weights_file  # noqa: E402
-from methods import run_python, without  # noqa: E402
 from photo_head import make_model  # noqa: E402
+from program_runs import run_python, without  # noqa: E402
 from ranking import summary  # noqa: E402
 from ranking_rows import CROPS, kept_answers, row_name  # noqa: E402
 from segments import by_colour, by_model, image_aucs  # noqa: E402

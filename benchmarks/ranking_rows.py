@@ -20,12 +20,14 @@ VFM = ["--vfm", TRUNK, "--vfm-weights", "{trunk}", *CROPS]
 DENSE = ["--names", "{data}/names.json", "--dense-teacher", MODEL, "--dense-teacher-weights", "{teacher}",
          "--logit-temperature", "0.02"]  # fmt: skip
 BOXES = ["--dataset-type", "proposals_distill"]
+PROPOSED = ["--dataset-type", "mixed_distill", "--train-data", "{data}/proposed.json"]  # of the foundation model
 METHODS: dict[str, list[str]] = {
     BASE: CROPS,
     "clipself, v": ["--readout", "value_bare", *CROPS],
     "clipself, 3 v": ["--readout", "multi-v:3", *CROPS],
     "clipself, windows": ["--readout", "window:4", *CROPS],
     "clipself, mixed": ["--dataset-type", "mixed_distill", *CROPS],
+    "clipself, proposed": [*PROPOSED, *CROPS],
     "sc": ["--method", "sc", *CROPS],
     "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
     "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
@@ -34,6 +36,7 @@ METHODS: dict[str, list[str]] = {
     "densevlm": ["--method", "densevlm", *DENSE, *CROPS],
     "clipself, boxes": [*BOXES, *KEPT],
     "mixrc": ["--method", "mixrc", *VFM],
+    "mixrc, proposed": ["--method", "mixrc", *PROPOSED, *VFM],
     "mixrc, teacher": ["--method", "mixrc", *VFM, *DENSE, "--alignment-weight", "0.2"],
     "mixrc, names": ["--method", "mixrc", *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
     "fineclip": ["--method", "fineclip", *BOXES, "--train-data", "{data}/captioned.json"],
@@ -43,7 +46,13 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 
 # Rows that add one thing to another, whose learning rate they take: they differ in nothing else.
-VARIANTS = {"clipself, mixed": BASE, "mixrc, teacher": "mixrc", "mixrc, names": "mixrc"}
+VARIANTS = {"clipself, mixed": BASE, "clipself, proposed": BASE, "mixrc, proposed": "mixrc", "mixrc, teacher": "mixrc",
+            "mixrc, names": "mixrc"}  # fmt: skip
+
+
+def needs_trunk(row: str) -> bool:
+    """Whether a row has a foundation model."""
+    return not {"{trunk}", "{data}/proposed.json"}.isdisjoint(METHODS[row])
 
 
 def tuned(row: str, rows: Collection[str]) -> str:
@@ -60,7 +69,7 @@ def shared_answers(flags: Sequence[str], seed: int) -> dict[str, str]:
     method = flags[flags.index("--method") + 1] if "--method" in flags else BASE
     regions = "boxes" if "proposals_distill" in flags else "grid"
     if "mixed_distill" in flags or (method == "mixrc" and "grid_distill" not in flags):
-        regions = "mixed"
+        regions = "proposed" if "{data}/proposed.json" in flags else "mixed"
     shared = {"crops": f"crops-{regions}-{seed}"} if method != "densevlm" else {}
     shared |= {"vfm": "vfm"} if "--vfm" in flags else {}
     shared |= {"dense": "dense"} if "--dense-teacher" in flags else {}

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from training.engine.data.folder import SUFFIXES
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _COMMON = r"txt|names|csv|jsonl?|list|tsv|md|toml|ya?ml|npy|npz|pth?|jpe?g|png|webp|bmp|tiff?|gif"
 _LIKE_A_FILE = re.compile(rf"[\\/]|\.({_COMMON})$", re.IGNORECASE)
 # Of several names "bow/tie" is a class; "lists/animals.names" is none.

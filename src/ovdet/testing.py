@@ -17,13 +17,14 @@ from ovdet.data.annotations import read_json
 from ovdet.data.dataset import TestDataset
 from ovdet.data.loader import test_loader
 from ovdet.evaluation.arrays import Detections, Truth
-from ovdet.evaluation.coco import evaluate, format_table, write_json, write_results
+from ovdet.evaluation.coco import evaluate, format_table, write_results
 from ovdet.parts.masks import encode_pasted
 from ovdet.precision import choose_precision
 from ovdet.vocabulary import Vocabulary
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, from_master, gather_to_master
 from training.engine.errors import UserError
+from training.engine.files import write_json
 from training.engine.precision import Precision
 from training.engine.skips import SkipPolicy
 

@@ -105,7 +105,7 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
     )  # fmt: skip
     again = load_annotations(str(tmp_path / "folder" / "coco_proposals.json"), key="k")
     assert np.array_equal(again.boxes, proposals.boxes)
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="no image below this folder"):
         tool.list_images(tmp_path / "folder", "")
     with pytest.raises(UserError, match="empty"):
         (tmp_path / "empty.txt").touch()

@@ -14,11 +14,11 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 import ovdet
-from ovdet.evaluation.coco import write_json
 from ovdet.listing import check_folder, list_images, place_pictures, read_names
 from ovdet.testing import count_skips
 from ovdet.visualize import draw_detections
 from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.files import write_json
 from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 from training.engine.skips import SkipPolicy

@@ -26,8 +26,8 @@ from typing import Any
 from xml.etree import ElementTree
 
 from ovdet.data.annotations import read_json
-from ovdet.evaluation.coco import write_json
 from training.engine.errors import UserError, run_program
+from training.engine.files import write_json
 from training.engine.flags import PATH, Parser
 
 log = logging.getLogger(__name__)

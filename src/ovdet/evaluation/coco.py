@@ -19,9 +19,9 @@ from ovdet.evaluation.arrays import KINDS, Detections, Truth
 from ovdet.evaluation.lvis import FREQUENCIES, LVIS_DETECTIONS, best_per_image, judged_pairs
 from ovdet.evaluation.voc import voc_metrics
 from training.engine.errors import UserError
-from training.engine.files import replacing
+from training.engine.files import write_parts
 
-__all__ = ["KINDS", "PROTOCOLS", "evaluate", "evaluate_detections", "format_table", "write_json", "write_results"]
+__all__ = ["KINDS", "PROTOCOLS", "evaluate", "evaluate_detections", "format_table", "write_results"]
 
 log = logging.getLogger(__name__)
 
@@ -226,16 +226,7 @@ def format_table(metrics: Mapping[str, Mapping[str, float]], protocol: str = "co
 def write_results(path: Path, truth: Truth, found: Detections, *, kind: str) -> None:
     """COCO results as a json file, which grows line by line and is complete or not there. UserError as below."""
     records = found.records(truth, range(len(found)), boxes=kind == "bbox", masks=kind == "segm")
-    _write(path, _array(records))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a json file that is complete or not there.
-
-    Raises:
-        UserError: the disk is full or not writable.
-    """
-    _write(path, [json.dumps(content)])
+    write_parts(path, _array(records))
 
 
 def _array(records: Iterable[dict[str, Any]]) -> Iterator[str]:
@@ -244,14 +235,3 @@ def _array(records: Iterable[dict[str, Any]]) -> Iterator[str]:
         yield separator + json.dumps(record)
         separator = ",\n"
     yield "[]" if separator == "[" else "]"
-
-
-def _write(path: Path, parts: Iterable[str]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, text=True) as file:
-            file.writelines(parts)
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
-        ) from error

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ovdet.evaluation.coco import write_json
 from ovdet.glip.data.dataset import pad_images
 from ovdet.glip.data.records import is_id
 from ovdet.glip.data.transforms import resized_view, target_size
@@ -30,7 +29,7 @@ from ovdet.glip.views import Views
 from training.engine.data.images import ImageError, read_image, resolve
 from training.engine.data.parsing import image_file_name, read_json
 from training.engine.errors import UserError
-from training.engine.files import write_atomically
+from training.engine.files import write_atomically, write_json
 from training.engine.precision import Precision
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ovdet import task
 from ovdet.config import config_to_dict
-from ovdet.evaluation.coco import write_json
 from ovdet.glip import files, tuning
 from ovdet.glip.build import count_parameters
 from ovdet.glip.config import GlipConfig
@@ -29,6 +28,7 @@ from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist
 from training.engine.errors import UserError
+from training.engine.files import write_json
 from training.engine.journal import Journal
 from training.engine.loop import Batch, Progress, Rate, Task
 from training.engine.optim import adamw

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ovdet.data.annotations import check_image_root
 from ovdet.data.loader import test_loader
 from ovdet.evaluation.arrays import Detections
-from ovdet.evaluation.coco import evaluate, write_json, write_results
+from ovdet.evaluation.coco import evaluate, write_results
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.classes import is_background
 from ovdet.glip.data.dataset import Collate, TestDataset
@@ -34,6 +34,7 @@ from ovdet.testing import read_truth
 from training.engine.data.annotations import load_annotations
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, on_master
 from training.engine.errors import UserError
+from training.engine.files import write_json
 from training.engine.precision import Precision
 from training.engine.skips import SkipPolicy
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +40,27 @@ def write_atomically(path: Path, text: str) -> None:
     """Write a text file that is complete or not there; see :func:`replacing`."""
     with replacing(path, text=True) as file:
         file.write(text)
+
+
+def write_parts(path: Path, parts: Iterable[str]) -> None:
+    """Write a text file, part after part, that is complete or not there; its folder is made where it is missing.
+
+    Raises:
+        UserError: the disk is full or not writable.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, text=True) as file:
+            file.writelines(parts)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
+        ) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a json file that is complete or not there; see :func:`write_parts`."""
+    write_parts(path, [json.dumps(content)])
 
 
 def save_atomically(content: dict[str, Any], path: Path, folder_flag: str = "--logs") -> None:

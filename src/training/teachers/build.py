@@ -136,7 +136,7 @@ def build_teacher(
         UserError: unknown model or weights, or a size that its patches do not divide.
     """
     if spec.kind == "timm":
-        model, mean, std = _trunk(spec)
+        model, mean, std = foundation_model(spec)
         native = image_size
     else:
         model = copy.deepcopy(start) if not spec.model else _clip(spec)
@@ -168,8 +168,8 @@ def _clip(spec: TeacherSpec) -> CLIP:
         raise UserError(str(error)) from error
 
 
-def _trunk(spec: TeacherSpec) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
-    """(trunk, mean, std) of a timm model without its head."""
+def foundation_model(spec: TeacherSpec) -> tuple[nn.Module, Sequence[float], Sequence[float]]:
+    """(trunk, mean, std) of a timm model without its head; UserError where it cannot be made."""
     from_file = spec.weights not in ("", "random")
     try:
         flexible = {"dynamic_img_size": True} if "sam" not in spec.model else {}

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,21 +27,21 @@ from tqdm import tqdm
 from open_clip.transform import crop_region, normalize
 from ovdet.clip import Clip
 from ovdet.data.images import read_image
-from ovdet.evaluation.coco import write_json
 from ovdet.fvit.assemble import load_into, load_vit, read_config
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import build_detector
-from ovdet.listing import list_images as image_files
 from ovdet.listing import read_names
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS
 from ovdet.testing import Images
 from ovdet.vocabulary import free_vocabulary, noun_embeddings
-from training.engine.data.annotations import load_annotations
-from training.engine.data.images import is_url, resolve
+from training.engine.data.boxes_file import boxes_file
+from training.engine.data.folder import list_images
+from training.engine.data.images import resolve
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, as_user_error, run_program
+from training.engine.files import write_json
 from training.engine.flags import COUNT, PATH, POSITIVE, SHARE, Parser, number, spelling
 from training.engine.journal import setup_logging
 from training.engine.precision import Precision
@@ -50,18 +49,6 @@ from training.engine.precision import Precision
 log = logging.getLogger(__name__)
 
 PAIR_DEFAULTS = {"pairs": 20, "cosine": -1.0, "crop_scale": 1.5, "clip": ""}  # flags that say something with --nouns
-
-
-def list_images(images: Path, root: str) -> tuple[list[int], list[str], str]:
-    """(ids, file names, image root) of a folder or an annotation file. UserError when there is no image."""
-    if images.is_dir():
-        names = [str(Path(file).relative_to(images)) for file in image_files([str(images)], "--images")]
-        return list(range(1, len(names) + 1)), names, str(images)
-    # Whatever its objects and categories are like, the images are all that is wanted.
-    annotations = load_annotations(str(images), flag="--images", images_only=True)
-    if not os.path.isdir(root) and not is_url(root):
-        raise UserError(f"--image-root {root or '(not given)'}: no such folder; give that of the images of {images}")
-    return annotations.image_ids.tolist(), list(annotations.file_names), root
 
 
 def enlarge(boxes: np.ndarray, scale: float, height: int, width: int) -> np.ndarray:
@@ -140,31 +127,6 @@ def find_proposals(
         keep = np.flatnonzero((sides >= 1).all(1) & (found["scores"] >= args.score))[: args.most]
         yield {**found, "boxes": found["boxes"][keep], "scores": found["scores"][keep]}
     images.policy.judge(at_end=True)
-
-
-def coco_file(found: list[dict[str, Any]], ids: list[int], names: list[str], categories: list[str]) -> dict[str, Any]:
-    """COCO json of boxes: ``scores`` and, where there are any, ``nouns`` (rows of ``categories``)."""
-    images, annotations = [], []
-    for image in found:
-        height, width = image["original"]
-        images.append({"id": ids[image["index"]], "file_name": names[image["index"]], "height": height, "width": width})
-        for i, (x1, y1, x2, y2) in enumerate(image["boxes"].astype(np.float64).round(2).tolist()):
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": ids[image["index"]],
-                    "category_id": int(image["nouns"][i]) + 1 if "nouns" in image else 1,
-                    "bbox": [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)],
-                    "area": round((x2 - x1) * (y2 - y1), 2),
-                    "iscrowd": 0,
-                    "score": round(float(image["scores"][i]), 5),
-                }
-            )
-    return {
-        "images": images,
-        "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in enumerate(categories, 1)],
-    }
 
 
 def best_pairs(image: dict[str, Any], most: int, least: float) -> dict[str, Any]:
@@ -249,11 +211,11 @@ def _write(
     args: Any,
 ) -> None:
     plain = [{k: v for k, v in image.items() if k not in ("nouns", "cosine")} for image in found]
-    outputs = {args.out / f"{args.name}_proposals.json": coco_file(plain, ids, names, ["object"])}
+    outputs = {args.out / f"{args.name}_proposals.json": boxes_file(plain, ids, names, ["object"])}
     if embeddings is not None:
         pairs = [best_pairs(image, args.pairs, args.cosine) for image in found]
         stem = f"{args.name}_pseudo_{len(nouns)}"
-        outputs[args.out / f"{stem}.json"] = coco_file(pairs, ids, names, nouns)
+        outputs[args.out / f"{stem}.json"] = boxes_file(pairs, ids, names, nouns)
     for path, content in outputs.items():
         write_json(path, content)
         print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} boxes")

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ovdet.data.images import read_image
-from ovdet.evaluation.coco import write_json
 from ovdet.glip import phrases as ph
 from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.decode import AGGREGATIONS
@@ -26,6 +25,7 @@ from ovdet.listing import read_names as listed_names
 from training.engine.data.images import ImageError
 from training.engine.distributed import init_distributed
 from training.engine.errors import UserError, run_program
+from training.engine.files import write_json
 from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ovdet.config import config_from_dict, config_to_dict
-from ovdet.evaluation.coco import write_json
 from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.config import TUNING, GlipConfig
 from ovdet.glip.data.odinw import WildSet, find_sets
@@ -21,6 +20,7 @@ from ovdet.glip.testing import open_test
 from ovdet.precision import choose_precision
 from training.engine.distributed import Dist, barrier, init_distributed, together
 from training.engine.errors import UserError, run_program
+from training.engine.files import write_json
 from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 

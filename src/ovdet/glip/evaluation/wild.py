@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ovdet.evaluation.coco import write_json
 from ovdet.glip.data.odinw import ODINW13
 from training.engine.errors import UserError
+from training.engine.files import write_json
 
 
 def averages(results: Mapping[str, Mapping[str, float]], metric: str = "AP") -> dict[str, float]:

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from ovdet.data.annotations import load
-from ovdet.evaluation.coco import write_json
 from ovdet.evaluation.recall import format_recall
 from ovdet.task import FLAGS
 from ovdet.vild.assemble import learned, load_into, load_teacher, make_detector, read_config
@@ -24,6 +23,7 @@ from training.engine.checkpoint import weights_hash
 from training.engine.data.records import Annotations
 from training.engine.distributed import init_distributed, together
 from training.engine.errors import UserError, run_program
+from training.engine.files import write_json
 from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 

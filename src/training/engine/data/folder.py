@@ -1,11 +1,12 @@
-"""A folder of images as annotations without boxes: training data for regions that need none."""
+"""Images without their annotations: those of a folder, or of a file's list."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from training.engine.data.annotations import Annotations, parse
+from training.engine.data.annotations import Annotations, load_annotations, parse
+from training.engine.data.images import is_url
 from training.engine.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -36,3 +37,22 @@ def folder_annotations(folder: str | Path, flag: str) -> Annotations:
         raise UserError(f"{flag} {folder}: no image below this folder ({', '.join(SUFFIXES)})")
     images = [{"id": i, "file_name": name} for i, name in enumerate(names, 1)]
     return parse({"images": images, "annotations": [], "categories": []}, str(folder), flag)
+
+
+def list_images(images: Path, root: str, flag: str = "--images") -> tuple[list[int], list[str], str]:
+    """(ids, file names, image root) of a folder, or of a COCO or LVIS file whatever its objects are like.
+
+    Args:
+        root: folder or URL of a file's images.
+        flag: that named ``images``, for messages.
+
+    Raises:
+        UserError: no image, or no root.
+    """
+    if images.is_dir():
+        found = folder_annotations(images, flag)
+        return found.image_ids.tolist(), list(found.file_names), str(images)
+    found = load_annotations(str(images), flag=flag, images_only=True)
+    if not os.path.isdir(root) and not is_url(root):
+        raise UserError(f"--image-root {root or '(not given)'}: no such folder; give that of the images of {images}")
+    return found.image_ids.tolist(), list(found.file_names), root
