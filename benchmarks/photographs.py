@@ -10,8 +10,8 @@ the training photographs (photo_head.py). Each method then trains on these photo
 same rate, steps and crops and several seeds, and classifies boxes and masks of the validation photographs at two sizes,
 before and after. Errors are over seeds, and by resampling the validation photographs (bootstrap). Besides, the AUC of
 patch pairs of one object, before and after context distillation. Methods that ask a text tower are not among the rows,
-as this model has none: SynCLIP, DenseVLM, RegionCLIP, FineCLIP, CLIM. MixRC is not either: without boxes and names
-it is DenseRC. Goes on where it was interrupted.
+as this model has none: SynCLIP, DenseVLM, RegionCLIP, FineCLIP, CLIM. Rows called "proposed" train on regions that the
+trunk holds together as well (training.propose). Goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from foundation import TRUNK, weights_file  # noqa: E402
 from photo_head import make_model  # noqa: E402
 from program_runs import run_python, without  # noqa: E402
 from ranking import summary  # noqa: E402
-from ranking_rows import CROPS, kept_answers, row_name  # noqa: E402
+from ranking_rows import CROPS, PROPOSED, kept_answers, row_name  # noqa: E402
 from segments import by_colour, by_model, image_aucs  # noqa: E402
 
 import open_clip  # noqa: E402
@@ -45,13 +45,16 @@ ROWS: dict[str, list[str]] = {
     "clipself, v": ["--readout", "value_bare"],
     "clipself, 3 v": ["--readout", "multi-v:3"],
     "clipself, windows": ["--readout", "window:4"],
+    "clipself, proposed": PROPOSED,
     "sc": ["--method", "sc"],
     "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
     "denserc": ["--method", "denserc", *VFM],
+    "mixrc, proposed": ["--method", "mixrc", *PROPOSED, *VFM],
 }  # fmt: skip
 UNTRAINED = ("value", "value_bare", "multi-v:3", "qq", "csa")
 # Of a row, untrained. DenseRC's gates start at the plain sum of the layers' values.
-READING = {"clipself, v": "value_bare", "clipself, 3 v": "multi-v:3", "denserc": "multi-v:3", "declip": "qq"}
+READING = {"clipself, v": "value_bare", "clipself, 3 v": "multi-v:3", "denserc": "multi-v:3", "declip": "qq",
+           "mixrc, proposed": "multi-v:3"}  # fmt: skip
 KEY = ("lr", "steps", "batch", "size", "larger", "crop", "keep_answers")  # of the results
 FREQUENT = 5  # segments from which on a class counts as frequent
 Table = Mapping[str, list]
@@ -149,13 +152,25 @@ class Photographs:
         if args.keep_answers:
             words += CROPS
         answers = kept_answers(self.out / "answers", words, seed) if args.keep_answers else ""
-        return self.main(f"{row_name(name)}-{seed}", [w.format(trunk=self.trunk, answers=answers) for w in words])
+        filled = [w.format(trunk=self.trunk, answers=answers, data=self.out) for w in words]
+        return self.main(f"{row_name(name)}-{seed}", filled)
+
+    def propose(self) -> None:
+        """Regions that the trunk holds together in the training photographs, unless they are there."""
+        args, file = self.args, self.out / "proposed.json"
+        if not file.is_file():
+            run_python([
+                "-m", "training.propose", "--images", args.train_annotations, "--image-root", args.train_images,
+                "--out", file, "--vfm", TRUNK, "--vfm-weights", self.trunk, "--workers", 0, "--device", args.device,
+            ])  # fmt: skip
 
     def run(self) -> None:
         """Everything, with the table after every run."""
         args = self.args
         self.prepare()
         self.untrained = {r: self.evaluate(r) for r in UNTRAINED}
+        if any("{data}/proposed.json" in ROWS[row] for row in args.methods):
+            self.propose()
         self.runs: dict[str, dict[int, Table]] = {row: {} for row in args.methods}
         tasks = [(row, seed) for seed in range(args.seeds) for row in args.methods]
 
