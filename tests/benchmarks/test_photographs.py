@@ -92,7 +92,7 @@ def test_rows_are_command_lines_of_the_program():
     from training.params import parse_args
 
     for row, flags in photographs.ROWS.items():
-        filled = [f.format(trunk="t") for f in flags]
+        filled = [f.format(trunk="t", data="d") for f in flags]
         assert row.startswith(parse_args(filled, check=False).entry.name)
     assert set(photographs.READING) <= set(photographs.ROWS)
     assert set(photographs.READING.values()) <= set(photographs.UNTRAINED)
