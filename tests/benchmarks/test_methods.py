@@ -150,12 +150,20 @@ def test_no_two_runs_fill_the_same_answers_at_a_time(tmp_path, monkeypatch):
         under_way.difference_update(stores)
         asked.extend(stores)
 
+    def propose():
+        assert "proposed" not in under_way
+        under_way.add("proposed")
+        time.sleep(0.02)
+        under_way.remove("proposed")
+
     monkeypatch.setattr(ranking_of, "train", train)
+    monkeypatch.setattr(ranking_of, "propose", propose)
     monkeypatch.setattr(ranking_of, "found", lambda name: {} if name.endswith("-0") else None)
     tasks = [(row, str(seed), seed) for seed in range(4) for row in ranking_of.rows]
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda task: ranking_of.run_row(*task, "rows", 1e-3), tasks))
-    assert len(asked) == len(set(asked)) and {"vfm", "dense", "crops-grid-1", "crops-mixed-3"} <= set(asked)
+    wanted = {"vfm", "dense", "crops-grid-1", "crops-mixed-3", "crops-proposed-2"}
+    assert len(asked) == len(set(asked)) and wanted <= set(asked)
     assert not any(store.endswith("-0") for store in asked)
 
 
