@@ -381,6 +381,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if trunk is None and (find_package() or (out / "trunk.safetensors").is_file()):
         trunk = weights_file(out / "trunk.safetensors")
     start = None if args.smoke or args.start == "train" else Path(args.start).resolve()
+    if start and not start.is_file():
+        parser.error(f"--start {args.start}: no such file; leave it out for the bench's own, or say train")
     Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs, args.known, args.device, start).run()
 
 

@@ -118,6 +118,7 @@ def test_faulty_input_is_told_in_one_line(photos, tmp_path, monkeypatch):
         (["--images", str(folder)], "1 of 5 samples of --images .* more than --max-skipped 0.1"),
         (["--images", str(file)], "--image-root .not given."),
         (["--images", str(tmp_path / "none.json")], "none.json"),
+        (["--images", str(file), "--image-root", str(tmp_path)], "images of .*list.json are not there"),
         (["--images", str(folder), "--vfm", "no_such_trunk"], "--vfm no_such_trunk"),
         (["--images", str(folder), "--most", "0"], "argument --most: 0 is out of range"),
     ):
