@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(dist.rank)
     with together():
         ids, names, root = list_images(args.images, args.image_root)
-        check_image_root(root, names[:100], str(args.images), "--image-root")
+        check_image_root(root, names[:: max(len(names) // 100, 1)], str(args.images), "--image-root")
         merge_tree(np.ones((1, 2, 1)))  # scikit-learn is asked for before anything is read
         dtype = make_precision(args.precision, dist.device).input_dtype
         teacher = build_model(args.vfm, args.vfm_weights, args.cells, dist.device, dtype)
