@@ -303,7 +303,7 @@ class Ranking:
             run_python([
                 "-m", "training.propose", "--images", self.data / "base.json", "--image-root",
                 self.data / "scenes/train2017", "--out", out, "--vfm", TRUNK, "--vfm-weights", self.trunk, "--cells",
-                24, "--most", 6, "--workers", 0, "--device", self.device,
+                24, "--most", 6, "--least-score", 0.25, "--workers", 0, "--device", self.device,
             ])  # fmt: skip
 
     def fill_answers(self, row: str, seed: int) -> None:

@@ -83,7 +83,9 @@ def merge_tree(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return boxes / np.array([width, height, width, height]), areas / number, heights
 
 
-def propose(cells: np.ndarray, *, most: int, smallest: float, iou: float, sides: int) -> tuple[np.ndarray, np.ndarray]:
+def propose(
+    cells: np.ndarray, *, most: int, smallest: float, iou: float, sides: int, least: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Proposals of one image, best first.
 
     Args:
@@ -92,13 +94,15 @@ def propose(cells: np.ndarray, *, most: int, smallest: float, iou: float, sides:
         smallest: share of the image that one covers at least.
         iou: two boxes overlap by at most so much, 0..1.
         sides: sides of the image that one touches at most.
+        least: score that one has at least.
 
     Returns:
         (boxes ``[K, 4]``, xyxy in 0..1; scores ``[K]`` in 0..1, see :func:`merge_tree`).
     """
     boxes, areas, heights = merge_tree(cells)
     touched = np.isclose(boxes, [0, 0, 1, 1]).sum(1)
-    usable = np.flatnonzero((areas >= smallest) & (areas <= LARGEST) & (touched <= sides))
+    fitting = (areas >= smallest) & (areas <= LARGEST) & (touched <= sides)
+    usable = np.flatnonzero(fitting & (heights >= least))
     boxes, scores = boxes[usable], heights[usable]
     kept = nms(torch.from_numpy(boxes), torch.from_numpy(scores), iou)[:most].numpy()
     return boxes[kept], scores[kept]
@@ -144,7 +148,9 @@ def find(
         policy.name(s for s in samples if isinstance(s, Skipped))
         policy.count(len(usable), len(samples) - len(usable))
         for sample, cells in zip(usable, maps_of([s["image"] for s in usable], teacher, dist.device), strict=True):
-            boxes, scores = propose(cells, most=args.most, smallest=args.smallest, iou=args.iou, sides=args.sides)
+            boxes, scores = propose(
+                cells, most=args.most, smallest=args.smallest, iou=args.iou, sides=args.sides, least=args.least_score
+            )
             height, width = sample.pop("original")
             boxes = boxes * np.array([width, height, width, height])
             yield {"index": sample["index"], "original": (height, width), "boxes": boxes, "scores": scores}
@@ -181,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--smallest", type=SHARE, default=0.01, help="share of the image that a proposal covers at least (0.01)")
     add("--iou", type=SHARE, default=0.7, help="largest overlap of two proposals (0.7)")
     add("--sides", type=NATURAL, default=1, help="sides of the image that a proposal touches at most (1)")
+    add("--least-score", type=SHARE, default=0.0, help="how unlike its surroundings a proposal is at least, 0..1 (0)")
     add("--max-skipped", type=SHARE, default=0.1, help="share of unreadable images that is put up with (0.1)")
     add("--batch-size", type=COUNT, default=16, help="images at a time (16)")
     add("--workers", type=NATURAL, default=4, help="processes that read images (4)")

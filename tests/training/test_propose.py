@@ -40,6 +40,8 @@ def test_planted_regions_come_first():
         boxes, scores = propose.propose(cells, most=3, smallest=0.02, iou=0.7, sides=sides)
         assert len(boxes) == 3 and (np.diff(scores) <= 0).all() and scores[0] <= 1
         found[sides] = {tuple(b) for b in boxes.tolist()}
+    boxes, scores = propose.propose(cells, most=9, smallest=0.02, iou=0.7, sides=2, least=0.5)
+    assert 1 <= len(boxes) < 9 and scores.min() >= 0.5 and {tuple(b) for b in boxes.tolist()} <= wanted
     near = [(2 / 12, 0.1, 5 / 12, 0.4)]
     assert set(near) <= found[0] and len(wanted & found[1]) == 2 and wanted == found[2]
 
