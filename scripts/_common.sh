@@ -35,8 +35,18 @@ visible_gpus() {
     fi
 }
 
-# run_training ARGUMENTS...: the program under torchrun.
+# run_training ARGUMENTS...: training, in as many processes as run_module says.
 run_training() {
+    if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
+        set -- "$@" --max-steps 2 --max-boxes 4 --workers 0 --det-image-size 112 --eval-image-sizes 112
+    fi
+    run_module training.main "$@"
+}
+
+# run_module MODULE ARGUMENTS...: a program under torchrun, in place of this shell.
+run_module() {
+    local module="$1"
+    shift
     local processes="${NPROC:-$(visible_gpus)}"
     if [ "$processes" -lt 1 ]; then processes=1; fi
     local nodes="${NNODES:-1}" where=(--standalone)
@@ -45,22 +55,19 @@ run_training() {
             --master_addr "${MASTER_ADDR:?MASTER_ADDR is not set: the address of machine 0}"
             --master_port "${MASTER_PORT:-29500}")
     fi
-    if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
-        set -- "$@" --max-steps 2 --max-boxes 4 --workers 0 --det-image-size 112 --eval-image-sizes 112
-    fi
     # Processes share the cores of the machine.
     if [ -z "${OMP_NUM_THREADS:-}" ]; then
         local cores; cores=$(getconf _NPROCESSORS_ONLN)
         export OMP_NUM_THREADS=$(( cores / processes > 0 ? cores / processes : 1 ))
     fi
     if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
-        exec "$PYTHON" -m training.main "$@"
+        exec "$PYTHON" -m "$module" "$@"
     fi
     # Restarted processes must not meet the addresses of the former ones in a store that torchrun kept.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # "--" keeps torchrun from taking our --logs for an abbreviation of its --logs-specs.
     exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "${where[@]}" \
-        --max-restarts "${MAX_RESTARTS:-0}" -m -- training.main "$@"
+        --max-restarts "${MAX_RESTARTS:-0}" -m -- "$module" "$@"
 }
 
 # The two published start models: name, checkpoint, patch, size, blocks, class embeddings.
@@ -97,4 +104,17 @@ recipe_args() {
     RECIPE_ARGS=(--batch-size 2 --epochs 6 --lr 1e-5 --wd 0.1 --warmup 1000 --workers 4 --extract-type v2
         --lock-image --lock-image-unlocked-groups "$BLOCKS" --zeroshot-frequency 1 --save-frequency 1
         --log-every-n-steps 100)
+}
+
+# What stands out in the training images, in the file REGIONS: found by a foundation model unless it is there.
+salient_regions() {
+    local model=(${VFM:+--vfm "$VFM"})
+    if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
+        model=(--vfm test_vit.r160_in1k --vfm-weights random --cells 4 --workers 0)
+    fi
+    REGIONS="${REGIONS:-$DATA/coco_salient_regions.json}"
+    if [ ! -f "$REGIONS" ]; then  # in a shell of its own, whose place the program takes
+        ( run_module training.propose "${model[@]}" --images "$DATA/annotations/instances_train2017.json" \
+            --image-root "$DATA/train2017" --out "$REGIONS" --least-score 0.25 )
+    fi
 }

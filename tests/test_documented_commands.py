@@ -249,6 +249,7 @@ NOT_RUN = {
     r"segment_\w+\.sh|ovseg\.evaluate": "needs a data set; tests/ovseg runs it",
     r"training\.scenes": "2000 scenes; tests/training/scenes runs it",
     r"torchrun": "8 GPUs",
+    r"training\.propose": "downloads a foundation model; tests/training/test_propose.py and a recipe run it",
     r"real_photos": "tests/test_real_photos.py runs it",
 }  # fmt: skip
 RECIPES = sorted(f.name for f in (ROOT / "scripts").glob("train_*.sh"))
