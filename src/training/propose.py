@@ -13,9 +13,14 @@ whose image ids are kept; its annotations are not looked at. torchrun shares the
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,7 +36,7 @@ from training.engine.data.boxes_file import boxes_file
 from training.engine.data.folder import list_images
 from training.engine.data.images import ImageError, read_image, resolve
 from training.engine.data.samples import Skipped, check_image_root
-from training.engine.data.workers import Loader
+from training.engine.data.workers import Loader, start_worker
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, run_program
 from training.engine.files import write_json
@@ -43,6 +48,7 @@ from training.teachers.build import Teacher, foundation_model
 from training.teachers.describe import TeacherSpec, VisionTeacherFlags
 
 LARGEST = 0.9  # share of the image that a proposal covers at most: the whole image is none
+AHEAD = 4  # maps that wait for each process that merges them
 
 
 def merge_tree(cells: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -142,23 +148,62 @@ def find(
     squares = Squares(names, root, range(dist.rank, len(names), dist.world_size), teacher.view.size)
     policy = SkipPolicy(f"--images {args.images}", args.max_skipped)
     loader = Loader(squares, workers=args.workers, batch_size=args.batch_size, collate_fn=list)
+    settings = {"most": args.most, "smallest": args.smallest, "iou": args.iou, "sides": args.sides}
+    merge = partial(propose, **settings, least=args.least_score)
     bar = tqdm(total=len(squares), desc="proposals", unit="img", disable=not dist.is_master, mininterval=1)
-    for samples in loader:
-        usable = [s for s in samples if not isinstance(s, Skipped)]
-        policy.name(s for s in samples if isinstance(s, Skipped))
-        policy.count(len(usable), len(samples) - len(usable))
-        for sample, cells in zip(usable, maps_of([s["image"] for s in usable], teacher, dist.device), strict=True):
-            boxes, scores = propose(
-                cells, most=args.most, smallest=args.smallest, iou=args.iou, sides=args.sides, least=args.least_score
-            )
-            height, width = sample.pop("original")
-            boxes = boxes * np.array([width, height, width, height])
-            yield {"index": sample["index"], "original": (height, width), "boxes": boxes, "scores": scores}
-        bar.update(len(samples))
+    for (index, (height, width)), (boxes, scores) in in_order(
+        mapped(loader, policy, teacher, dist.device), merge, args.workers
+    ):
+        boxes = boxes * np.array([width, height, width, height])
+        yield {"index": index, "original": (height, width), "boxes": boxes, "scores": scores}
+        bar.update()
     bar.close()
     counts = all_reduce_sum(torch.tensor([policy.usable, policy.skipped], dtype=torch.float64, device=dist.device))
     policy.usable, policy.skipped = counts.tolist()
     policy.judge(at_end=True)
+
+
+def mapped(
+    loader: Loader, policy: SkipPolicy, teacher: Teacher, device: torch.device
+) -> Iterator[tuple[tuple[int, tuple[int, int]], np.ndarray]]:
+    """((index, (height, width)), features ``[h, w, D]``) of each usable image."""
+    for samples in loader:
+        usable = [s for s in samples if not isinstance(s, Skipped)]
+        policy.name(s for s in samples if isinstance(s, Skipped))
+        policy.count(len(usable), len(samples) - len(usable))
+        for sample, cells in zip(usable, maps_of([s["image"] for s in usable], teacher, device), strict=True):
+            yield (sample["index"], sample["original"]), cells
+
+
+def in_order(tasks: Iterable[tuple[Any, np.ndarray]], call: Any, workers: int) -> Iterator[tuple[Any, Any]]:
+    """(label, ``call(array)``) of each task, in their order.
+
+    A map takes some 0.06 s to be merged, more than a GPU to make it, so that is spread over processes.
+
+    Args:
+        tasks: (label, array).
+        workers: processes that call; 0 for this one.
+
+    Raises:
+        UserError: one of them was ended.
+    """
+    if not workers:
+        yield from ((label, call(array)) for label, array in tasks)
+        return
+    waiting: deque = deque()
+    context = multiprocessing.get_context("forkserver")  # not forked from here, where a GPU may be in use
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(0,)) as pool:
+        try:
+            for label, array in tasks:
+                waiting.append((label, pool.submit(call, array)))
+                if len(waiting) > AHEAD * workers:
+                    label, future = waiting.popleft()
+                    yield label, future.result()
+            yield from ((label, future.result()) for label, future in waiting)
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that finds proposals was ended, most likely for want of memory: lower --workers"
+            ) from None
 
 
 def maps_of(images: list[Tensor], teacher: Teacher, device: torch.device) -> np.ndarray:
@@ -190,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--least-score", type=SHARE, default=0.0, help="how unlike its surroundings a proposal is at least, 0..1 (0)")
     add("--max-skipped", type=SHARE, default=0.1, help="share of unreadable images that is put up with (0.1)")
     add("--batch-size", type=COUNT, default=16, help="images at a time (16)")
-    add("--workers", type=NATURAL, default=4, help="processes that read images (4)")
+    add("--workers", type=NATURAL, default=4, help="processes that read images, and as many that merge cells (4)")
     add("--precision", choices=("fp32", "amp_bf16"), help="default: bfloat16 on a GPU that has it")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     args = parser.parse_args(argv)

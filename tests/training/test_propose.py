@@ -103,14 +103,25 @@ def test_the_file_and_two_processes(photos, tmp_path, in_processes, capsys):
     assert found.image_ids.tolist() == [70, 71, 72, 74] and not found.skipped
     assert found.sizes.tolist() == [[56, 40], [56, 48], [56, 40], [56, 40]] and 1 <= np.diff(found.offsets).max() <= 3
     assert found.boxes.min() >= 0 and (found.boxes[:, 2:] <= [56, 48]).all()
-    propose.main(["--images", str(folder), *flags, "--out", str(tmp_path / "folder.json"), "--batch-size", "1"])
+    others = ["--out", str(tmp_path / "folder.json"), "--batch-size", "1", "--workers", "2"]
+    propose.main(["--images", str(folder), *flags, *others])
     again = load_annotations(str(tmp_path / "folder.json"))
     assert sorted(again.file_names) == sorted(found.file_names)
+    for row, name in enumerate(found.file_names):  # whatever the batches, and whoever merges the cells
+        other = list(again.file_names).index(name)
+        assert np.allclose(again.boxes[again.of(other)], found.boxes[found.of(row)], atol=0.02)
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     in_processes(one_of_two, 2, port, [*given, "--out", str(tmp_path / "two.json")])
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
+
+
+def test_processes_that_merge_keep_the_order():
+    tasks = [(i, np.full(2, i)) for i in range(30)]
+    assert list(propose.in_order(iter(tasks), np.sum, 2)) == [(i, 2 * i) for i in range(30)]
+    with pytest.raises(UserError, match="was ended, most likely for want of memory: lower --workers"):
+        list(propose.in_order([("last words", np.array(7))], os._exit, 1))
 
 
 def test_faulty_input_is_told_in_one_line(photos, tmp_path, monkeypatch):
