@@ -35,7 +35,7 @@ from training.data.prepare import View
 from training.engine.data.boxes_file import boxes_file
 from training.engine.data.folder import list_images
 from training.engine.data.images import ImageError, read_image, resolve
-from training.engine.data.samples import Skipped, check_image_root
+from training.engine.data.samples import Skipped
 from training.engine.data.workers import Loader, start_worker
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, run_program
@@ -243,7 +243,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(dist.rank)
     with together():
         ids, names, root = list_images(args.images, args.image_root)
-        check_image_root(root, names[:: max(len(names) // 100, 1)], str(args.images), "--image-root")
         merge_tree(np.ones((1, 2, 1)))  # scikit-learn is asked for before anything is read
         dtype = make_precision(args.precision, dist.device).input_dtype
         teacher = build_model(args.vfm, args.vfm_weights, args.cells, dist.device, dtype)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from training.engine.data.annotations import Annotations, load_annotations, parse
 from training.engine.data.images import is_url
+from training.engine.data.samples import check_image_root
 from training.engine.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -47,7 +48,7 @@ def list_images(images: Path, root: str, flag: str = "--images") -> tuple[list[i
         flag: that named ``images``, for messages.
 
     Raises:
-        UserError: no image, or no root.
+        UserError: no image, no root, or none of some images, spread over the list, is there.
     """
     if images.is_dir():
         found = folder_annotations(images, flag)
@@ -55,4 +56,6 @@ def list_images(images: Path, root: str, flag: str = "--images") -> tuple[list[i
     found = load_annotations(str(images), flag=flag, images_only=True)
     if not os.path.isdir(root) and not is_url(root):
         raise UserError(f"--image-root {root or '(not given)'}: no such folder; give that of the images of {images}")
-    return found.image_ids.tolist(), list(found.file_names), root
+    names = list(found.file_names)
+    check_image_root(root, names[:: max(len(names) // 100, 1)], str(images), "--image-root")
+    return found.image_ids.tolist(), names, root
