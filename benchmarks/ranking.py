@@ -2,6 +2,7 @@
 
     python benchmarks/ranking.py benchmarks/ranking.json            # its table, against CLIPSelf
     python benchmarks/ranking.py ranking/results.json --base denserc --metrics "128 masks things" "128 masks stuff"
+    python benchmarks/ranking.py ranking/results.json --metrics "128 boxes" masks       # means of things and stuff
 """
 
 from __future__ import annotations
@@ -56,6 +57,21 @@ def scores_of(folder: Path, sizes: Sequence[int], unseen: Sequence[str]) -> Scor
     return found
 
 
+def value(scores: Scores, metric: str) -> float:
+    """A score by its name; of a part of names, such as "128 boxes" or "masks", the mean of its things and stuff.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if metric in scores:
+        return scores[metric]
+    words = set(metric.split())
+    parts = [v for n, v in scores.items() if words < set(n.split()) and n.split()[-1] in WHAT.values()]
+    if not parts:
+        raise KeyError(metric)
+    return float(np.mean(parts))
+
+
 def summary(values: Sequence[float]) -> tuple[float, float]:
     """(mean, standard error of the mean)."""
     values = np.asarray(values, np.float64)
@@ -97,7 +113,7 @@ def usable(record: Mapping[str, Any], start: str, rows: Iterable[str]) -> tuple[
 def compare(runs: Mapping[int, Scores], base: Mapping[int, Scores], metric: str) -> tuple[float, float, int, int]:
     """(mean difference to the base over the seeds both have, its standard error, wins, seeds)."""
     seeds = sorted(set(runs) & set(base))
-    differences = [runs[s][metric] - base[s][metric] for s in seeds]
+    differences = [value(runs[s], metric) - value(base[s], metric) for s in seeds]
     if not differences:
         return math.nan, math.nan, 0, 0
     return *summary(differences), sum(d > 0 for d in differences), len(seeds)
@@ -110,12 +126,12 @@ def table(
     """Markdown: means over seeds; in brackets the paired difference to the base, its standard error, and wins."""
     lines = ["| row | lr | seeds | " + " | ".join(names) + " |", "|---|---|---|" + "---|" * len(names)]
     for row, scores in untrained.items():
-        cells = " | ".join(f"{scores[n]:.1f}" for n in names)
+        cells = " | ".join(f"{value(scores, n):.1f}" for n in names)
         lines.append(f"| untrained, `{row}` | | | {cells} |")
     for row, seeds in runs.items():
         if not seeds:
             continue
-        cells = [f"{summary([s[n] for s in seeds.values()])[0]:.1f}" for n in names]
+        cells = [f"{summary([value(s, n) for s in seeds.values()])[0]:.1f}" for n in names]
         if row != base and runs.get(base):
             found = [compare(seeds, runs[base], n) for n in names]
             cells = [f"{c} ({m:+.1f} ± {e:.1f}, {w}/{k})" for c, (m, e, w, k) in zip(cells, found, strict=True)]
@@ -168,14 +184,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="results.json of a ranking")
     parser.add_argument("--base", choices=tuple(METHODS), default=BASE, metavar="ROW", help="row to compare with")
-    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="columns (all)")
+    parser.add_argument("--metrics", nargs="+", metavar="NAME", help="columns (all), or parts of their names: means")
     args = parser.parse_args(argv)
     record = json.loads(args.results.read_text())
-    known = list(next(iter(record["scores"].values())))
-    if unknown := sorted(set(args.metrics or []) - set(known)):
-        raise SystemExit(f"error: --metrics {unknown[0]!r} is not in {args.results}: {', '.join(map(repr, known))}")
+    some = next(iter(record["scores"].values()))
+    for name in args.metrics or []:
+        try:
+            value(some, name)
+        except KeyError:
+            names = ", ".join(map(repr, some))
+            raise SystemExit(f"error: --metrics {name!r} is not in {args.results}: {names}") from None
     untrained = {name.partition("-")[2]: s for name, s in record["scores"].items() if name.startswith("untrained-")}
-    print(table(runs_of(record["scores"]), untrained, args.metrics or known, args.base, record.get("rates", {})))
+    print(table(runs_of(record["scores"]), untrained, args.metrics or list(some), args.base, record.get("rates", {})))
 
 
 if __name__ == "__main__":

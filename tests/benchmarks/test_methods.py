@@ -59,6 +59,12 @@ def test_scores_and_paired_differences(tmp_path):
     names = ranking.metrics([128])
     text = ranking.table(runs, {"value": runs["clipself"][0]}, names, "clipself", {"declip": 1e-3})
     assert "| untrained, `value` |" in text and "32.7 (+2.7 ± 2.8, 2/3)" in text and text.count("\n") == 5
+    some = {"128 boxes things": 1.0, "128 boxes stuff": 2.0, "192 boxes things": 6.0, "192 boxes stuff": 7.0,
+            "128 boxes unseen": 50.0, "128 masks things": 9.0}  # fmt: skip
+    wanted = {"128 boxes": 1.5, "boxes": 4.0, "masks": 9.0, "boxes things": 3.5, "128 boxes unseen": 50.0}
+    assert {name: ranking.value(some, name) for name in wanted} == wanted
+    with pytest.raises(KeyError):
+        ranking.value(some, "256 boxes")
     ranking.picture(runs, names, "clipself", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 1000
 
