@@ -21,13 +21,16 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.io import write_jpeg
 from torchvision.ops import nms
+from torchvision.utils import draw_bounding_boxes
 from tqdm import tqdm
 
 from open_clip.transform import normalize, resize
@@ -42,6 +45,7 @@ from training.engine.errors import UserError, run_program
 from training.engine.files import write_json
 from training.engine.flags import COUNT, NATURAL, PATH, SHARE, Parser
 from training.engine.journal import setup_logging
+from training.engine.pictures import distinct_colours
 from training.engine.precision import make_precision
 from training.engine.skips import SkipPolicy
 from training.teachers.build import Teacher, foundation_model
@@ -215,6 +219,20 @@ def maps_of(images: list[Tensor], teacher: Teacher, device: torch.device) -> np.
     return teacher(pixels).float().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def draw(found: Sequence[dict[str, Any]], names: Sequence[str], root: str, out: Path, number: int) -> int:
+    """Pictures of the proposals of ``number`` images, evenly spread, as ``out / NAME.jpg``; how many were drawn."""
+    rows = np.unique(np.linspace(0, len(found) - 1, min(number, len(found))).round().astype(int))
+    out.mkdir(parents=True, exist_ok=True)
+    for image in (found[row] for row in rows):
+        name, boxes = names[image["index"]], torch.from_numpy(image["boxes"])
+        picture = read_image(resolve(root, name)).contiguous()
+        if len(boxes):
+            colours = [tuple(c) for c in distinct_colours(len(boxes)).tolist()]
+            picture = draw_bounding_boxes(picture, boxes, colors=colours, width=max(1, max(picture.shape[-2:]) // 150))
+        write_jpeg(picture, str(out / f"{Path(name).with_suffix('').as_posix().replace('/', '_')}.jpg"))
+    return len(rows)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the file. UserError for faulty input."""
     own = VisionTeacherFlags()
@@ -233,6 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--iou", type=SHARE, default=0.7, help="largest overlap of two proposals (0.7)")
     add("--sides", type=NATURAL, default=1, help="sides of the image that a proposal touches at most (1)")
     add("--least-score", type=SHARE, default=0.0, help="how unlike its surroundings a proposal is at least, 0..1 (0)")
+    add("--pictures", type=NATURAL, default=0, metavar="N", help="draw the proposals of N images beside the file (0)")
     add("--max-skipped", type=SHARE, default=0.1, help="share of unreadable images that is put up with (0.1)")
     add("--batch-size", type=COUNT, default=16, help="images at a time (16)")
     add("--workers", type=NATURAL, default=4, help="processes that read images, and as many that merge cells (4)")
@@ -253,6 +272,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     content = boxes_file(found, ids, names, ["object"])
     write_json(args.out, content)
     print(f"{args.out}: {len(content['images'])} images, {len(content['annotations'])} boxes")
+    if args.pictures:
+        folder = args.out.with_name(f"{args.out.stem}_pictures")
+        print(f"{folder}: {draw(found, names, root, folder, args.pictures)} pictures")
 
 
 if __name__ == "__main__":

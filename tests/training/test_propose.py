@@ -16,6 +16,7 @@ from PIL import Image
 
 from training import propose
 from training.engine.data.annotations import load_annotations
+from training.engine.data.images import read_image
 from training.engine.errors import UserError
 
 TRUNK = "test_vit.r160_in1k"  # of timm: 0.4 million weights
@@ -103,10 +104,12 @@ def test_the_file_and_two_processes(photos, tmp_path, in_processes, capsys):
     assert found.image_ids.tolist() == [70, 71, 72, 74] and not found.skipped
     assert found.sizes.tolist() == [[56, 40], [56, 48], [56, 40], [56, 40]] and 1 <= np.diff(found.offsets).max() <= 3
     assert found.boxes.min() >= 0 and (found.boxes[:, 2:] <= [56, 48]).all()
-    others = ["--out", str(tmp_path / "folder.json"), "--batch-size", "1", "--workers", "2"]
+    others = ["--out", str(tmp_path / "folder.json"), "--batch-size", "1", "--workers", "2", "--pictures", "9"]
     propose.main(["--images", str(folder), *flags, *others])
     again = load_annotations(str(tmp_path / "folder.json"))
     assert sorted(again.file_names) == sorted(found.file_names)
+    drawn = {file.name: read_image(str(file)) for file in (tmp_path / "folder_pictures").iterdir()}
+    assert len(drawn) == 4 and "below_a.jpg" in drawn and drawn["below_a.jpg"].shape == (3, 40, 56)
     for row, name in enumerate(found.file_names):  # whatever the batches, and whoever merges the cells
         other = list(again.file_names).index(name)
         assert np.allclose(again.boxes[again.of(other)], found.boxes[found.of(row)], atol=0.02)
