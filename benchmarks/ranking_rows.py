@@ -21,6 +21,8 @@ DENSE = ["--names", "{data}/names.json", "--dense-teacher", MODEL, "--dense-teac
          "--logit-temperature", "0.02"]  # fmt: skip
 BOXES = ["--dataset-type", "proposals_distill"]
 PROPOSED = ["--dataset-type", "mixed_distill", "--train-data", "{data}/proposed.json"]  # of the foundation model
+# MixRC's own parts, each added alone to CLIPSelf on the same regions; the plain rows "mixrc" have DenseRC's parts.
+PARTS = ["--method", "mixrc", "--readout", "value", "--coherence-weight", "0", *PROPOSED]
 METHODS: dict[str, list[str]] = {
     BASE: CROPS,
     "clipself, v": ["--readout", "value_bare", *CROPS],
@@ -37,8 +39,8 @@ METHODS: dict[str, list[str]] = {
     "clipself, boxes": [*BOXES, *KEPT],
     "mixrc": ["--method", "mixrc", *VFM],
     "mixrc, proposed": ["--method", "mixrc", *PROPOSED, *VFM],
-    "mixrc, teacher": ["--method", "mixrc", *VFM, *DENSE, "--alignment-weight", "0.2"],
-    "mixrc, names": ["--method", "mixrc", *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
+    "mixrc, teacher": [*PARTS, *CROPS, *DENSE, "--alignment-weight", "0.2"],
+    "mixrc, names": [*PARTS, *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
     "fineclip": ["--method", "fineclip", *BOXES, "--train-data", "{data}/captioned.json"],
     "regionclip": ["--method", "regionclip"],
     "clim": ["--method", "clim", "--train-data", "{data}/pairs.json", "--train-image-root", "{data}/scenes/pairs",
@@ -46,8 +48,8 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 
 # Rows that add one thing to another, whose learning rate they take: they differ in nothing else.
-VARIANTS = {"clipself, mixed": BASE, "clipself, proposed": BASE, "mixrc, proposed": "mixrc", "mixrc, teacher": "mixrc",
-            "mixrc, names": "mixrc"}  # fmt: skip
+VARIANTS = {"clipself, mixed": BASE, "clipself, proposed": BASE, "mixrc, proposed": "mixrc", "mixrc, teacher": BASE,
+            "mixrc, names": BASE}  # fmt: skip
 
 
 def needs_trunk(row: str) -> bool:

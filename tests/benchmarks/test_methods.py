@@ -123,8 +123,8 @@ def test_rows_are_command_lines_of_the_program(tmp_path):
         filled = [f.format(data=tmp_path, trunk="t", answers=tmp_path, teacher="w") for f in flags]
         assert row.startswith(parse_args(filled, check=False).entry.name)
     # A variant has the rate of its method, where that is ranked as well.
-    assert methods.tuned("mixrc, names", methods.METHODS) == "mixrc" and methods.tuned("sc", methods.METHODS) == "sc"
-    assert methods.tuned("mixrc, names", ["clipself", "mixrc, names"]) == "mixrc, names"
+    assert methods.tuned("mixrc, names", methods.METHODS) == "clipself" and methods.tuned("sc", methods.METHODS) == "sc"
+    assert methods.tuned("mixrc, proposed", ["clipself", "mixrc, proposed"]) == "mixrc, proposed"
 
 
 def test_rows_share_answers_where_they_ask_the_same(tmp_path):
