@@ -4,6 +4,8 @@
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, as for torchrun
 #   DATA           folder of COCO (default data/coco);  LVIS: folder of LVIS annotations (default data/lvis_v1)
 #   CHECKPOINTS    folder of the start models (default checkpoints)
+#   REGIONS, VFM   recipes of salient regions: the file of these (default coco_salient_regions.json in DATA; several
+#                  machines share it), and the timm trunk that finds them
 #   PYTHON         interpreter; by default that of the virtual environment, if there is one
 #   CLIPSELF_DOCS_SMOKE  when set, two steps on small inputs instead of the schedule: to see that a command runs
 #   CLIPSELF_VENV  folder of that environment (default .venv)
@@ -106,8 +108,13 @@ recipe_args() {
         --log-every-n-steps 100)
 }
 
-# What stands out in the training images, in the file REGIONS: found by a foundation model unless it is there.
+# salient_regions ARGUMENTS...: what stands out in the training images, in the file REGIONS: found by a foundation model
+# unless it is there, or the recipe's arguments ask for nothing but help.
 salient_regions() {
+    local argument
+    for argument in "$@"; do
+        case "$argument" in -h | --help) REGIONS=; return ;; esac
+    done
     local model=(${VFM:+--vfm "$VFM"})
     if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
         model=(--vfm test_vit.r160_in1k --vfm-weights random --cells 4 --workers 0)

@@ -161,6 +161,7 @@ def find(
         boxes = boxes * np.array([width, height, width, height])
         yield {"index": index, "original": (height, width), "boxes": boxes, "scores": scores}
         bar.update()
+    bar.update(policy.skipped)
     bar.close()
     counts = all_reduce_sum(torch.tensor([policy.usable, policy.skipped], dtype=torch.float64, device=dist.device))
     policy.usable, policy.skipped = counts.tolist()
@@ -182,7 +183,7 @@ def mapped(
 def in_order(tasks: Iterable[tuple[Any, np.ndarray]], call: Any, workers: int) -> Iterator[tuple[Any, Any]]:
     """(label, ``call(array)``) of each task, in their order.
 
-    A map takes some 0.06 s to be merged, more than a GPU to make it, so that is spread over processes.
+    Merging a map of 32 x 32 cells takes some 0.06 s of a core, two hours for the images of COCO, so processes share it.
 
     Args:
         tasks: (label, array).
@@ -220,7 +221,7 @@ def maps_of(images: list[Tensor], teacher: Teacher, device: torch.device) -> np.
 
 
 def draw(found: Sequence[dict[str, Any]], names: Sequence[str], root: str, out: Path, number: int) -> int:
-    """Pictures of the proposals of ``number`` images, evenly spread, as ``out / NAME.jpg``; how many were drawn."""
+    """Pictures of the proposals of ``number`` images, evenly spread, as ``out / NAME.jpg`` (a.png.jpg); how many were drawn."""
     rows = np.unique(np.linspace(0, len(found) - 1, min(number, len(found))).round().astype(int))
     out.mkdir(parents=True, exist_ok=True)
     for image in (found[row] for row in rows):
@@ -229,7 +230,7 @@ def draw(found: Sequence[dict[str, Any]], names: Sequence[str], root: str, out: 
         if len(boxes):
             colours = [tuple(c) for c in distinct_colours(len(boxes)).tolist()]
             picture = draw_bounding_boxes(picture, boxes, colors=colours, width=max(1, max(picture.shape[-2:]) // 150))
-        write_jpeg(picture, str(out / f"{Path(name).with_suffix('').as_posix().replace('/', '_')}.jpg"))
+        write_jpeg(picture, str(out / f"{name.replace('/', '_')}.jpg"))
     return len(rows)
 
 

@@ -109,7 +109,7 @@ def test_the_file_and_two_processes(photos, tmp_path, in_processes, capsys):
     again = load_annotations(str(tmp_path / "folder.json"))
     assert sorted(again.file_names) == sorted(found.file_names)
     drawn = {file.name: read_image(str(file)) for file in (tmp_path / "folder_pictures").iterdir()}
-    assert len(drawn) == 4 and "below_a.jpg" in drawn and drawn["below_a.jpg"].shape == (3, 40, 56)
+    assert len(drawn) == 4 and "below_a.png.jpg" in drawn and drawn["below_a.png.jpg"].shape == (3, 40, 56)
     for row, name in enumerate(found.file_names):  # whatever the batches, and whoever merges the cells
         other = list(again.file_names).index(name)
         assert np.allclose(again.boxes[again.of(other)], found.boxes[found.of(row)], atol=0.02)
