@@ -221,7 +221,7 @@ def maps_of(images: list[Tensor], teacher: Teacher, device: torch.device) -> np.
 
 
 def draw(found: Sequence[dict[str, Any]], names: Sequence[str], root: str, out: Path, number: int) -> int:
-    """Pictures of the proposals of ``number`` images, evenly spread, as ``out / NAME.jpg`` (a.png.jpg); how many were drawn."""
+    """Pictures of the proposals of ``number`` images, evenly spread, as ``out / NAME.jpg``; their number."""
     rows = np.unique(np.linspace(0, len(found) - 1, min(number, len(found))).round().astype(int))
     out.mkdir(parents=True, exist_ok=True)
     for image in (found[row] for row in rows):
