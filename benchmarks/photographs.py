@@ -7,7 +7,7 @@
 The model is the trunk with a linear head into the space of the class embeddings (a real CLIP's, float ``[C, D]`` in the
 order of the panoptic file's categories; tools/generate_text_embeddings.py writes them), learned from labelled crops of
 the training photographs (photo_head.py). Each method then trains on these photographs without their labels, with the
-same rate, steps and crops and several seeds, and classifies boxes and masks of the validation photographs at two sizes,
+same rate, steps and photographs and several seeds, and classifies boxes and masks of the validation photographs at two sizes,
 before and after. Errors are over seeds, and by resampling the validation photographs (bootstrap). Besides, the AUC of
 patch pairs of one object, before and after context distillation. Methods that ask a text tower are not among the rows,
 as this model has none: SynCLIP, DenseVLM, RegionCLIP, FineCLIP, CLIM. Rows called "proposed" train on regions that the
@@ -31,7 +31,7 @@ from tqdm import tqdm
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 from foundation import TRUNK, weights_file  # noqa: E402
 from photo_head import make_model  # noqa: E402
-from program_runs import run_python, without  # noqa: E402
+from program_runs import claim_folder, run_python, without  # noqa: E402
 from ranking import summary  # noqa: E402
 from ranking_rows import CROPS, PROPOSED, kept_answers, row_name  # noqa: E402
 from segments import by_colour, by_model, image_aucs  # noqa: E402
@@ -51,11 +51,12 @@ ROWS: dict[str, list[str]] = {
     "denserc": ["--method", "denserc", *VFM],
     "mixrc, proposed": ["--method", "mixrc", *PROPOSED, *VFM],
 }  # fmt: skip
-UNTRAINED = ("value", "value_bare", "multi-v:3", "qq", "csa")
+UNTRAINED = ("value", "value_bare", "multi-v:3", "qq", "csa", "window:4")
 # Of a row, untrained. DenseRC's gates start at the plain sum of the layers' values.
-READING = {"clipself, v": "value_bare", "clipself, 3 v": "multi-v:3", "denserc": "multi-v:3", "declip": "qq",
-           "mixrc, proposed": "multi-v:3"}  # fmt: skip
+READING = {"clipself, v": "value_bare", "clipself, 3 v": "multi-v:3", "clipself, windows": "window:4",
+           "denserc": "multi-v:3", "declip": "qq", "mixrc, proposed": "multi-v:3"}  # fmt: skip
 KEY = ("lr", "steps", "batch", "size", "larger", "crop", "keep_answers")  # of the results
+DATA = ("train_annotations", "train_images", "val_annotations", "val_images", "embeddings", "trunk")
 FREQUENT = 5  # segments from which on a class counts as frequent
 Table = Mapping[str, list]
 
@@ -92,7 +93,7 @@ class Photographs:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.out = args, args.out.resolve()
-        self.out.mkdir(parents=True, exist_ok=True)
+        claim_folder(self.out, {name: getattr(args, name) for name in (*KEY, *DATA)})
         self.trunk = (args.trunk or weights_file(self.out / "trunk.safetensors")).resolve()
         self.model, self.weights = self.out / "photographs.json", self.out / "photographs.safetensors"
         self.sizes = sorted({args.size, args.larger})

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "src")]
+from training.engine.data.keyed import check_key, write_key  # noqa: E402
+from training.engine.errors import UserError  # noqa: E402
+
+
+def claim_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Make a bench's folder, or see that what it holds was made with these settings: complete runs are not repeated.
+
+    Raises:
+        SystemExit: it was made with others, or for something else.
+    """
+    key = json.loads(json.dumps(settings, default=str))
+    try:
+        check_key(out, key, f"--out {out}")
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+    write_key(out, key)
 
 
 def run_python(arguments: Sequence[object], threads: int | None = 1) -> None:

@@ -30,6 +30,7 @@ METHODS: dict[str, list[str]] = {
     "clipself, windows": ["--readout", "window:4", *CROPS],
     "clipself, mixed": ["--dataset-type", "mixed_distill", *CROPS],
     "clipself, proposed": [*PROPOSED, *CROPS],
+    "clipself, proposed, as many": [*PROPOSED, *CROPS, "--max-boxes", "8"],  # regions in all as those of plain grids
     "sc": ["--method", "sc", *CROPS],
     "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
     "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
@@ -43,13 +44,13 @@ METHODS: dict[str, list[str]] = {
     "mixrc, names": [*PARTS, *VFM, "--names", "{data}/names.json", "--semantic-weight", "0.05"],
     "fineclip": ["--method", "fineclip", *BOXES, "--train-data", "{data}/captioned.json"],
     "regionclip": ["--method", "regionclip"],
-    "clim": ["--method", "clim", "--train-data", "{data}/pairs.json", "--train-image-root", "{data}/scenes/pairs",
+    "clim": ["--method", "clim", "--train-data", "{data}/base_pairs.json", "--train-image-root", "{data}/scenes/pairs",
              "--mosaic-size", str(SIZE), "--batch-size", "32"],
 }  # fmt: skip
 
 # Rows that add one thing to another, whose learning rate they take: they differ in nothing else.
-VARIANTS = {"clipself, mixed": BASE, "clipself, proposed": BASE, "mixrc, proposed": "mixrc", "mixrc, teacher": BASE,
-            "mixrc, names": BASE}  # fmt: skip
+VARIANTS = {"clipself, mixed": BASE, "clipself, proposed": BASE, "clipself, proposed, as many": BASE,
+            "mixrc, proposed": "mixrc", "mixrc, teacher": BASE, "mixrc, names": BASE}  # fmt: skip
 
 
 def needs_trunk(row: str) -> bool:
@@ -72,6 +73,8 @@ def shared_answers(flags: Sequence[str], seed: int) -> dict[str, str]:
     regions = "boxes" if "proposals_distill" in flags else "grid"
     if "mixed_distill" in flags or (method == "mixrc" and "grid_distill" not in flags):
         regions = "proposed" if "{data}/proposed.json" in flags else "mixed"
+    if "--max-boxes" in flags:
+        regions += f"-of-{flags[flags.index('--max-boxes') + 1]}"
     shared = {"crops": f"crops-{regions}-{seed}"} if method != "densevlm" else {}
     shared |= {"vfm": "vfm"} if "--vfm" in flags else {}
     shared |= {"dense": "dense"} if "--dense-teacher" in flags else {}

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from training.data.datasets import RegionDataset
 from training.data.proposals import CROP_ENLARGEMENT
-from training.engine.data.store import TeacherStore, annotations_key
+from training.engine.data.store import TeacherStore, annotations_key, images_key
 from training.engine.data.workers import Loader
 from training.engine.distributed import Dist, together
 from training.engine.errors import UserError
@@ -54,7 +54,6 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
         "precision": str(view.dtype),
         "view": [view.source, view.size, *map(float, (*view.mean, *view.std))],
         "crop" if view.source == "crops" else "image": f"{size} px, made on {options.crop_on}",
-        "regions": annotations_key(dataset.annotations, dataset.indices),
     }
     path = Path(folder) / teacher.spec.name
     strangers = [f.name for f in Path(folder).glob("[!.]*") if not f.is_dir()]
@@ -63,10 +62,12 @@ def open_store(folder: str, dataset: RegionDataset, teacher: Teacher) -> Teacher
     if view.source == "images":
         cells = int(np.prod(teacher.cells()))
         offsets = np.arange(len(dataset.annotations) + 1, dtype=np.int64) * cells
+        key["images"] = images_key(dataset.annotations, dataset.indices)  # their boxes change no answer
         return TeacherStore(path, offsets, teacher.width, key, unit="image")
     if reason := why_not_kept(dataset, teacher):
         raise ValueError(reason)
-    key |= {**source.key(), "enlarged": CROP_ENLARGEMENT}
+    regions = annotations_key(dataset.annotations, dataset.indices)
+    key |= {"regions": regions, **source.key(), "enlarged": CROP_ENLARGEMENT}
     if source.options.fixed_regions:
         key["seed"] = options.seed
     return TeacherStore(path, source.answer_offsets(), teacher.width, key)

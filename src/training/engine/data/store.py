@@ -34,7 +34,8 @@ class TeacherStore:
         folder: of the store; made by :meth:`create`.
         offsets: int64 ``[N + 1]``, image i has the rows ``offsets[i]:offsets[i + 1]``.
         width: D, numbers of an answer.
-        key: everything that the answers depend on, as plain values (see :func:`annotations_key`).
+        key: everything that the answers depend on, as plain values (see :func:`annotations_key`,
+            :func:`images_key`).
         unit: ``"region"`` (a row answers for a region) or ``"image"`` (all rows of an image are one answer, a map).
         shard_images: images of a shard.
         flag: the option that names the folder, for messages.
@@ -182,8 +183,17 @@ class TeacherStore:
 
 def annotations_key(annotations: Annotations, indices: np.ndarray) -> str:
     """Hash of the regions: file names and boxes of all images, and which of the images are used."""
+    a = annotations
+    return _hash(a.name_bytes, a.name_offsets, a.offsets, a.boxes, indices)
+
+
+def images_key(annotations: Annotations, indices: np.ndarray) -> str:
+    """Hash of the images, whatever their regions: file names, and which of them are used."""
+    return _hash(annotations.name_bytes, annotations.name_offsets, indices)
+
+
+def _hash(*arrays: np.ndarray) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    arrays = (annotations.name_bytes, annotations.name_offsets, annotations.offsets, annotations.boxes, indices)
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
