@@ -135,6 +135,46 @@ def test_files_stay_short():
     assert not long, f"files of more than {MAX_LINES} lines: {long}"
 
 
+COLLECTIVES = ("all_reduce_sum", "all_reduce", "all_gather", "broadcast", "reduce")
+FACTORIES = ("tensor", "as_tensor", "zeros", "ones", "empty", "full", "arange")
+
+
+def made_on_the_host(function: ast.AST) -> list[int]:
+    """Lines of a function where a collective gets a tensor that was made there without a device."""
+
+    def hostly(node: ast.AST | None) -> bool:
+        made = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in FACTORIES
+        return made and ast.unparse(node.func.value) == "torch" and not any(k.arg == "device" for k in node.keywords)
+
+    values: dict[str, list[ast.AST]] = defaultdict(list)
+    for node in ast.walk(function):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            values[ast.unparse(target)].append(node.value)
+    calls = [n for n in ast.walk(function) if isinstance(n, ast.Call) and n.args]
+    calls = [n for n in calls if ast.unparse(n.func).split(".")[-1] in COLLECTIVES]
+    return [n.lineno for n in calls if any(map(hostly, [n.args[0], *values[ast.unparse(n.args[0])]]))]
+
+
+def test_collectives_get_tensors_of_a_device():
+    """NCCL has no collectives for tensors on the host: several GPUs would fail where several CPUs do not."""
+    faulty = (
+        "all_reduce_sum(torch.zeros(2))", "x = torch.tensor([1.0])\nall_reduce_sum(x)",
+        "x = torch.zeros(2)\nx += 1\ndist.all_reduce(x)",
+    )  # fmt: skip
+    sound = (
+        "all_reduce_sum(torch.zeros(2, device=d))", "x = torch.zeros(2)\nall_reduce_sum(x.to(d))",
+        "x = y.sum()\nall_reduce_sum(x)",
+    )  # fmt: skip
+    assert all(made_on_the_host(ast.parse(content)) for content in faulty)
+    assert not any(made_on_the_host(ast.parse(content)) for content in sound)
+    wrong = []
+    for name, file in modules().items():
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for function in (n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))):
+            wrong += [f"{name}:{line}" for line in made_on_the_host(function)]
+    assert not wrong, f"tensors without a device in a collective: {', '.join(sorted(set(wrong)))}"
+
+
 def code_lines(file: Path) -> list[tuple[int, str]]:
     """(number, text) of the lines that say something: no blank lines, comments, lone brackets or imports."""
     lines = []

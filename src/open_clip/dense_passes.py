@@ -152,7 +152,7 @@ class DensePasses:
         kept_table = None if table is None else kept.rows_of(table)
         x = self.run(
             partial_block, self.trunk.blocks[last - 1], x, kept.gather(x[:, prefix:]), table, kept_table, prefix,
-            kept.numbers, self.faster,
+            kept.numbers, self.faster, self.changing_kernels,
         )  # fmt: skip
         return BlockInputs(self, {}, {last: x}, inputs.table, inputs.grid, kept)
 

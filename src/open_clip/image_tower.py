@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from . import timm_blocks
 from .checks import check_images
 from .dense_passes import DensePasses
 from .mlp_widths import pad_mlps
-from .packed_blocks import packed_block
+from .packed_blocks import CHANGING, packed_block
 from .padding import Canvas, interleave, packed_rotary
 from .readouts import DEFAULT
 from .upstream_api import ImageTowerAPI
@@ -91,6 +92,8 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         self.drop_padding = False
         #: Exact and on: what of a block no caller reads is not computed. Off where a block may only be called whole.
         self.leave_unread = True
+        #: Kernels of attention whose shapes change from batch to batch; none: PyTorch chooses.
+        self.changing_kernels: Sequence[SDPBackend] = CHANGING
         #: Functions of a block that are compiled, by what they stand for.
         self.compiled: dict[Callable, Callable] = {}
         self._tables: dict[tuple, Tensor] = {}  # rotary tables that do not train, by grid and device
@@ -206,7 +209,7 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         rope = timm_blocks.block_rotary(self.trunk, rope, index)
         if canvas is not None and not canvas.uniform:
             numbers = [n + self.num_prefix_tokens for n in canvas.numbers]
-            return self.run(packed_block, block, x, rope, numbers, self.faster)
+            return self.run(packed_block, block, x, rope, numbers, self.faster, self.changing_kernels)
         kwargs = {name: t for name, t in (("rope", rope), ("attn_mask", attn_mask)) if t is not None}
         return self.run(block, x, **kwargs)
 

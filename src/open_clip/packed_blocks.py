@@ -11,16 +11,24 @@ Shapes: B images, T packed tokens, C token width, A = heads * d attention width.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import timm_blocks as tb
 
 Wrap = Callable[[Callable], Callable]
+
+#: Kernels for attention whose shapes change from batch to batch, the preferred one first. On recent GPUs PyTorch takes
+#: cuDNN, which builds a plan for every new shape and stride; the others have one for all.
+CHANGING = (
+    SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH,
+)  # fmt: skip
 
 
 def drops_at_random(trunk: nn.Module) -> bool:
@@ -41,36 +49,45 @@ def finish(block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
     return tb.finish_block(block, x, tb.finish_attention(block.attn, mixed, gate))
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, numbers: Sequence[int]) -> Tensor:
+def prefer(kernels: Sequence[SDPBackend]) -> AbstractContextManager:
+    """Attention within takes the first of some kernels that can do it; PyTorch chooses where none are given."""
+    return sdpa_kernel(list(kernels), set_priority=True) if kernels else nullcontext()
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, numbers: Sequence[int], kernels: Sequence[SDPBackend] = ()) -> Tensor:
     """Attention of each image over itself, of packed tokens.
 
     Args:
         q, k, v: ``[1, heads, T, d]``.
         numbers: tokens of each image.
+        kernels: see :func:`prefer`.
 
     Returns:
         ``[1, T, A]``.
     """
     mixed = []
-    for start, length, count in runs(numbers):
-        part = slice(start, start + length * count)
-        own = [t[0, :, part].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v)]
-        mixed.append(F.scaled_dot_product_attention(*own).transpose(1, 2).flatten(2).flatten(0, 1))
+    with prefer(kernels):
+        for start, length, count in runs(numbers):
+            part = slice(start, start + length * count)
+            own = [t[0, :, part].unflatten(1, (count, length)).transpose(0, 1) for t in (q, k, v)]
+            mixed.append(F.scaled_dot_product_attention(*own).transpose(1, 2).flatten(2).flatten(0, 1))
     return torch.cat(mixed)[None]
 
 
 def packed_block(
-    block: nn.Module, x: Tensor, table: Tensor | None, numbers: Sequence[int], wrap: Wrap = lambda f: f
-) -> Tensor:
+    block: nn.Module, x: Tensor, table: Tensor | None, numbers: Sequence[int], wrap: Wrap = lambda f: f,
+    kernels: Sequence[SDPBackend] = (),
+) -> Tensor:  # fmt: skip
     """A block on packed tokens ``[1, T, C]``.
 
     Args:
         table: rotary table of all tokens, see :func:`open_clip.padding.packed_rotary`.
         numbers: tokens of each image.
         wrap: what to call in place of the parts around the attention: the compiled ones.
+        kernels: of the attention, see :func:`prefer`.
     """
     q, k, v = wrap(heads_of)(block, x, table, 0)
-    return wrap(finish)(block, x, attend(q, k, v, numbers))
+    return wrap(finish)(block, x, attend(q, k, v, numbers, kernels))
 
 
 def partial_heads(
@@ -91,6 +108,7 @@ def partial_block(
     prefix: int,
     numbers: Sequence[int],
     wrap: Wrap = lambda f: f,
+    kernels: Sequence[SDPBackend] = (),
 ) -> Tensor:
     """A block's outputs for some of the cells, which attend to all tokens of their image.
 
@@ -99,14 +117,16 @@ def partial_block(
         kept: the cells asked for: ``[B, n, C]``, or packed ``[1, T, C]`` where images have different numbers.
         table, kept_table: rotary tables of all cells, and of those asked for.
         numbers: cells asked for, of each image.
+        wrap, kernels: see :func:`packed_block`.
     """
     q, k, v = wrap(partial_heads)(block, x, kept, table, kept_table, prefix)
-    if len(q) == len(k):
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-    else:
-        images = zip(q.split(list(numbers), dim=2), k.split(1), v.split(1), strict=True)
-        parts = [F.scaled_dot_product_attention(*one).transpose(1, 2).flatten(2) for one in images]
-        mixed = torch.cat(parts, dim=1)
+    with prefer(kernels):
+        if len(q) == len(k):
+            mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        else:
+            images = zip(q.split(list(numbers), dim=2), k.split(1), v.split(1), strict=True)
+            parts = [F.scaled_dot_product_attention(*one).transpose(1, 2).flatten(2) for one in images]
+            mixed = torch.cat(parts, dim=1)
     return wrap(finish)(block, kept, mixed)
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.ops import roi_align
 
-from open_clip import build_readout, image_tower
+from open_clip import build_readout, image_tower, packed_blocks
 from open_clip.packed_blocks import runs
 from open_clip.padding import Canvas
 from open_clip.readouts import SPEC_KEY
@@ -200,6 +201,34 @@ def test_what_nobody_reads_is_left_out_and_changes_nothing(tiny, kind, which, mo
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5 * max(1.0, theirs.abs().max().item()))
     kept = {"mixed": 7 * 8 + 8 * 6 + 64 + 7 * 8, "equal": 2 * 7 * 8, "one": 8 * 4, "square": None}[which]
     assert called == ([] if kept is None else [kept])
+
+
+@pytest.mark.parametrize("dropped", [True, False])
+def test_attention_of_changing_shapes_does_not_take_the_kernel_that_is_built_for_each(tiny, dropped, monkeypatch):
+    """Also where it is computed again in the backward pass; the caller's own choice stands."""
+    model, sizes = tiny("eva02"), SIZES["mixed"]
+    model.visual.set_drop_padding(dropped)
+    model.set_grad_checkpointing(True)
+    seen, original = [], F.scaled_dot_product_attention
+
+    def noted(q, k, v, *args, **kwargs):
+        order = torch._C._get_sdp_priority_order()
+        rank = {kernel: order.index(int(kernel)) for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)}
+        seen.append((len(q) == 1 or q.shape[2] != k.shape[2], min(rank, key=rank.get)))
+        return original(q, k, v, *args, **kwargs)
+
+    image = torch.randn(len(sizes), 3, SIDE, SIDE)
+    boxes = [b / SIDE for b in regions(sizes)[0]]
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    for kernels in (packed_blocks.CHANGING, ()):
+        seen.clear()
+        model.visual.changing_kernels = kernels
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *packed_blocks.CHANGING], set_priority=True):
+            model.encode_pseudo_boxes(image, boxes, sizes=sizes).sum().backward()
+        changing = {kernel for changes, kernel in seen if changes}
+        assert changing == {SDPBackend.FLASH_ATTENTION if kernels else SDPBackend.CUDNN_ATTENTION}
+        assert {kernel for changes, kernel in seen if not changes} <= {SDPBackend.CUDNN_ATTENTION}
+        assert torch._C._get_sdp_priority_order()[0] == int(SDPBackend.FLASH_ATTENTION)  # as it was
 
 
 def test_the_choice_travels_with_the_weights(tiny):

@@ -12,6 +12,7 @@ import torch
 from open_clip.factory import build_model
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import build_detector
+from ovdet.glip.head import GroundingHead, HeadOptions, Text
 from ovdet.parts import boxes as box_ops
 
 _spec = importlib.util.spec_from_file_location(
@@ -62,3 +63,22 @@ def test_host_waits_of_a_training_forward(masks: bool, monkeypatch: pytest.Monke
     assert waits.count <= 5, waits.places
     sum(losses.values()).backward()
     assert all(p.grad is not None for p in detector.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("half", [True, False])
+def test_host_waits_of_deep_fusion(half: bool):
+    """None in bfloat16, GLIP's own precision; else one in each block, for whether a limit acts."""
+    torch.manual_seed(0)
+    options = HeadOptions(
+        channels=16, text_width=8, blocks=2, fusion_width=16, fusion_heads=2, text_heads=2, text_hidden=16, groups=4,
+        deform=False,
+    )  # fmt: skip
+    head = GroundingHead(options).train()
+    maps = [torch.randn(2, 16, h, w, requires_grad=True) for h, w in ((8, 6), (4, 3), (2, 2), (1, 1), (1, 1))]
+    text = Text(torch.randn(2, 7, 8), torch.arange(7) < torch.tensor([[4], [7]]))
+    with host_waits.HostWaits() as waits:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            output = head(maps, text)
+    assert waits.count == (0 if half else options.blocks), waits.places
+    (output.tokens.sum() + output.boxes.sum()).backward()
+    assert all(x.grad.isfinite().all() for x in maps)

@@ -31,7 +31,7 @@ class Detector(TwoStageDetector):
 
     See :class:`~ovdet.two_stage.TwoStageDetector`. The trainable parts are everything but
     ``backbone``; the ViT is frozen and stays in eval mode whatever :meth:`train` is told. Batch norms are
-    ``BatchNorm2d``: convert them with ``nn.SyncBatchNorm.convert_sync_batchnorm`` to train on several GPUs.
+    ``BatchNorm2d``: convert them with ``timm.layers.convert_sync_batchnorm`` to train on several GPUs.
 
     Args:
         config: sections ``model`` and ``test`` are read.

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip.packed_blocks import CHANGING, prefer
+
 LIMIT = 50_000.0  # logits are kept within it, so that half precision cannot overflow
 MASKED = -9e15  # logit of a padding token
 
@@ -68,10 +70,11 @@ class BiAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         allowed = mask[:, None, None].expand(-1, 1, query.shape[2], -1)
         attention = F.scaled_dot_product_attention
-        return (
-            attention(query, key, values_l, attn_mask=allowed, dropout_p=dropout, scale=1.0),
-            attention(key, query, values_v, dropout_p=dropout, scale=1.0),
-        )
+        with prefer(CHANGING):  # cells and tokens are as many as pictures and prompts have them
+            return (
+                attention(query, key, values_l, attn_mask=allowed, dropout_p=dropout, scale=1.0),
+                attention(key, query, values_v, dropout_p=dropout, scale=1.0),
+            )
 
     def _plain(
         self, query: Tensor, key: Tensor, values_v: Tensor, values_l: Tensor, mask: Tensor
@@ -92,7 +95,13 @@ class BiAttention(nn.Module):
 
 @torch.no_grad()
 def _limits_act(query: Tensor, key: Tensor) -> bool:
-    """Whether any logit, or difference of two, may reach the limit: their products are bounded by their lengths."""
+    """Whether any logit, or difference of two, may reach the limit: their products are bounded by their lengths.
+
+    bfloat16 has no need of the limit: it reaches as far as float32, and numbers of that size are 256 apart in it. There
+    the answer is no without a look at the numbers, as each look makes the host wait for its GPU.
+    """
+    if query.dtype == torch.bfloat16:
+        return False
     bound = query.float().norm(dim=-1).max() * key.float().norm(dim=-1).max()
     return not bool(bound < LIMIT / 2)  # also for NaN
 

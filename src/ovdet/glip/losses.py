@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,8 @@ ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 _EPS = 1e-7
 
 
-@dataclass
-class GroundTruth:
-    """The boxes of one image, and what each is called.
+class GroundTruth(NamedTuple):
+    """The boxes of one image, and what each is called. A tuple: loaders pin the tensors of no other kind of class.
 
     Attributes:
         boxes: ``[M, 4]``, inclusive ends, pixels of the network's input; M may be 0.

@@ -15,6 +15,7 @@ from ovdet.glip.image import ImageEncoder
 from ovdet.glip.losses import GroundTruth, glip_losses
 from ovdet.glip.text import BertText, ClipText
 from ovdet.glip.tokens import Encoded, Tokenizer, pad
+from ovdet.parts.boxes import to_device
 
 PROMPT_ROWS = 1000  # of the published table; a text uses the first of them
 
@@ -85,7 +86,7 @@ class GLIP(nn.Module):
             UserError: a text of more tokens than the encoder takes.
         """
         self.encoded_texts += len(texts)
-        ids, mask = (t.to(self.head.bias0.device) for t in pad(texts, self.tokenizer))
+        ids, mask = (to_device(t, self.head.bias0.device) for t in pad(texts, self.tokenizer))
         hidden = self.text(ids, mask)
         if self.prompt is not None:
             hidden = hidden + self.prompt[: hidden.shape[1]]

@@ -22,6 +22,7 @@ from ovdet.glip.data.sources import DetectionSource
 from ovdet.glip.losses import GroundTruth
 from ovdet.glip.model import GLIP
 from ovdet.glip.testing import Test, format_metrics
+from ovdet.parts.boxes import to_device
 from training.engine.checkpoint import save_atomically
 from training.engine.data.records import log_left_out
 from training.engine.data.sampler import EpochBatchSampler
@@ -123,8 +124,8 @@ class Grounding(Task):
         for batch in self.loader:
             if batch["images"] is None:
                 batch |= self._nothing()
-            batch["images"] = batch["images"].to(device, non_blocking=True)
-            batch["truth"] = [GroundTruth(t.boxes.to(device), t.tokens.to(device)) for t in batch["truth"]]
+            batch["images"] = to_device(batch["images"], device)
+            batch["truth"] = [GroundTruth(*(to_device(part, device) for part in truth)) for truth in batch["truth"]]
             yield batch
 
     def _nothing(self) -> Batch:

@@ -41,7 +41,7 @@ class SimplePyramid(nn.Module):
 def conv_norm(inputs: int, outputs: int, kernel: int, norm: Norm | None = nn.BatchNorm2d) -> nn.Module:
     """Convolution of equal size, without bias, and a norm; without a norm, a convolution with bias.
 
-    Batch norm becomes synchronised by torch's ``nn.SyncBatchNorm.convert_sync_batchnorm``.
+    Batch norm becomes synchronised by ``timm.layers.convert_sync_batchnorm``.
     """
     conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=norm is None)
     return conv if norm is None else nn.Sequential(conv, norm(outputs))

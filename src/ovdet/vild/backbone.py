@@ -54,26 +54,27 @@ class Trunk(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.eps, module.momentum = eps, momentum
         self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
+        # Names, as a module may be replaced: a batch norm by a synchronised one.
         self.frozen = self._first_stages(frozen)
-        for part in self.frozen:
-            part.requires_grad_(False)
+        for name in self.frozen:
+            self.body.get_submodule(name).requires_grad_(False)
         self.train()
 
-    def _first_stages(self, number: int) -> list[nn.Module]:
-        """Parts of the body up to the end of stage ``number``; none for 0."""
+    def _first_stages(self, number: int) -> list[str]:
+        """Names of the body's parts up to the end of stage ``number``; none for 0."""
         if not number:
             return []
         last = self.body.feature_info.get_dicts()[self.chosen[number - 1]]["module"].replace(".", "_")
         names = [name for name, _ in self.body.named_children()]
         if last not in names:
             raise ValueError(f"model.trunk_frozen is {number}, but the trunk's parts are not in a row: use 0")
-        return [part for _, part in list(self.body.named_children())[: names.index(last) + 1]]
+        return names[: names.index(last) + 1]
 
     def train(self, mode: bool = True) -> Trunk:
         """Frozen stages stay in eval mode."""
         super().train(mode)
-        for part in self.frozen:
-            part.eval()
+        for name in self.frozen:
+            self.body.get_submodule(name).eval()
         return self
 
     def forward(self, images: Tensor) -> list[Tensor]:

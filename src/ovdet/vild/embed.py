@@ -208,7 +208,7 @@ def fill(
             most = int(np.diff(proposals.offsets).max(initial=0)) * len(embedder.options.crop_scales)
             check_shared_memory(
                 most * 3 * embedder.size**2, workers=workers, flags="data.workers, or the number of proposals",
-                batches=AHEAD,
+                world_size=dist.world_size, batches=AHEAD,
             )  # fmt: skip
     policy = SkipPolicy(store.where, max_skipped, "data.max_skipped")
     rows = 0
@@ -218,12 +218,14 @@ def fill(
         for shard, array, number in _shards(store, shards, source, embedder, policy, dist, workers):
             store.write(shard, array)
             rows += number
-    counts = all_reduce_sum(torch.tensor([policy.usable, policy.skipped, rows], dtype=torch.float64))
+    # On the device: NCCL sums nothing that lies on the host.
+    counts = torch.tensor([policy.usable, policy.skipped, rows], dtype=torch.float64, device=dist.device)
+    usable, skipped, everywhere = all_reduce_sum(counts).tolist()
     policy.reset()
-    policy.count(*counts[:2].tolist())
+    policy.count(usable, skipped)
     policy.judge(at_end=True)
     if dist.is_master:
-        log.info("%s: %d rows embedded now", store.where, counts[2])
+        log.info("%s: %d rows embedded now", store.where, everywhere)
     return rows
 
 

@@ -242,3 +242,14 @@ def test_frozen_stages_stay_as_they_are():
     }
     assert "layers.0.downsample.reduction.weight" in published
     assert swin.train() is swin and not swin.body["layers_0"].training and swin.body["layers_1"].blocks.training
+
+
+def test_swin_writes_its_attention_out(monkeypatch: pytest.MonkeyPatch):
+    """No fused kernel: cuDNN's gives the bias of positions no gradient, and plans anew for each number of windows."""
+    from ovdet.glip.swin import Swin
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *_, **__: pytest.fail("attention is fused"))
+    swin = Swin(16, [2, 2, 2, 2], [1, 2, 2, 4], 4).eval()  # no stochastic depth
+    sum(x.sin().sum() for x in swin(torch.randn(1, 3, 64, 96))).backward()
+    biases = [p.grad for n, p in swin.named_parameters() if n.endswith("relative_position_bias_table")]
+    assert len(biases) == 8 and all(grad.any() for grad in biases)

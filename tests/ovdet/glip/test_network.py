@@ -139,6 +139,22 @@ def test_fused_attention_is_the_plain_one():
     assert _limits_act(large, large) and not _limits_act(large, large / 10) and _limits_act(large * torch.nan, large)
 
 
+def test_logits_beyond_the_limit_do_no_harm_in_bfloat16():
+    """Of one huge logit the softmax is a choice of one: the token, and the cell, of the largest product."""
+    block = BiAttention(4, 4, 4, heads=1).eval()
+    identity, zero = torch.eye(4), torch.zeros(4)
+    for linear in block.children():
+        linear.weight.data, linear.bias.data = identity.clone(), zero.clone()
+    block.v_proj.weight.data *= 1e4
+    block.l_proj.weight.data *= 1e4
+    visual, text = torch.eye(4)[None, :3].requires_grad_(), torch.eye(4)[None, [2, 0, 1]].requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        seen, read = block(visual, text, torch.ones(1, 3, dtype=torch.bool))
+    assert torch.equal(seen.float(), torch.eye(4)[None, :3]) and torch.equal(read.float(), text)
+    (seen.sum() + read.sum()).backward()
+    assert visual.grad.isfinite().all() and text.grad.isfinite().all()
+
+
 def test_padding_tokens_are_read_by_nobody():
     """So that texts need no padding beyond the longest of a batch."""
     torch.manual_seed(0)

@@ -15,15 +15,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from ovdet.config import format_config
 from ovdet.glip import tuning
+from ovdet.glip.assemble import read_config
 from ovdet.glip.commands import test as test_command
 from ovdet.glip.commands import train as train_command
 from ovdet.glip.config import TUNING, GlipConfig, TrainConfig
 from ovdet.glip.model import GLIP
 from ovdet.glip.names import to_glip
+from ovdet.glip.run import make_task
 from ovdet.glip.task import Grounding
+from training.engine.distributed import Dist
 from training.engine.errors import UserError
 
 # -- modes and rates --------------------------------------------------------------------------------------------------
@@ -206,6 +210,28 @@ def test_a_run_learns_writes_and_is_tested(config_file: Path, tmp_path: Path, ca
     options = ["--device", "cpu", "--out", str(tmp_path / "four"), "test.batch_size=4"]
     assert test_command.run([str(folder / "model_last.pt"), *options]) == 0
     assert json.loads((tmp_path / "four" / "metrics.json").read_text())["AP"] == pytest.approx(metrics["AP"], abs=1e-4)
+
+
+def test_batches_are_pinned_and_sent_without_waiting(config_file: Path, tmp_path: Path, monkeypatch):
+    config = read_config(config_file)
+    task = make_task(config, Dist(0, 1, 0, torch.device("cpu"), False), tmp_path)
+    pinned, waits, to = [], [], torch.Tensor.to
+
+    def send(tensor: torch.Tensor, *places: object, **options: object) -> torch.Tensor:
+        if places and isinstance(places[0], torch.device):
+            waits.append(not options.get("non_blocking"))
+        return to(tensor, *places, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", lambda tensor, *_: pinned.append(tensor) or tensor)
+        batch = next(iter(task.loader))
+        pin_memory(batch)  # as a loader does for a GPU
+    own = [batch["images"], *(part for truth in batch["truth"] for part in truth)]
+    assert len(batch["truth"]) == 2 and {id(t) for t in own} <= {id(t) for t in pinned}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "to", send)
+        task.module(next(task.batches(0, 0)))
+    assert len(waits) >= len(own) + 2 and not any(waits)  # and the tokens of the texts
 
 
 @pytest.mark.parametrize("place", ["inside an epoch", "before an evaluation"])

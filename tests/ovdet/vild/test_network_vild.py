@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ovdet import task
 from ovdet.parts.scores import class_probabilities, fuse
+from ovdet.sections import DataConfig, TrainConfig
+from ovdet.task import DetectionTask
 from ovdet.vild.assemble import build_detector
-from ovdet.vild.backbone import load_trunk
+from ovdet.vild.backbone import Trunk, load_trunk
 from ovdet.vild.config import VARIANTS, VildConfig
 from ovdet.vild.detector import Detector
 from ovdet.vild.scores import cosine_logits, plain_probabilities, with_background
+from training.engine.distributed import Dist
 from training.engine.errors import UserError
 
 WIDTH, CLASSES, SIDE = 24, 5, 96
@@ -219,6 +228,50 @@ def test_trunks_from_a_file_and_what_does_not_fit(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             load_trunk(name, weights, **settings)
         assert "\n" not in str(error.value)
+
+
+def trunk_of_several_gpus(name: str, monkeypatch: pytest.MonkeyPatch, **settings: object) -> tuple[Trunk, Trunk]:
+    """A trunk with norms of any statistics, and what a task on the first of two GPUs makes of a copy of it."""
+    options = {"norm": "batch", "frozen": 0, "eps": 1e-5, "momentum": 0.1, "seed": 0, **settings}
+    trunk = load_trunk(name, "random", **options)
+    draws = generator(6)
+    for module in trunk.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for value in (module.weight.data, module.bias.data, module.running_mean, module.running_var):
+                value.copy_(torch.rand(value.shape, generator=draws) + 0.5)
+    monkeypatch.setattr(task, "many", lambda: True)
+    dataset = SimpleNamespace(annotations=SimpleNamespace(file=""), higher_than_wide=lambda: np.zeros(4, bool))
+    made = DetectionTask(
+        copy.deepcopy(trunk), dataset, data=DataConfig(workers=0), train=TrainConfig(batch_size=2),
+        dist=Dist(0, 2, 0, torch.device("cuda"), True), content=dict, validate=None, folder=Path(), identity={},
+        options={},
+    )  # fmt: skip
+    return trunk, made.detector
+
+
+@pytest.mark.parametrize("name", ["regnetx_002", "test_efficientnet", "test_resnet"])
+def test_synchronised_norms_change_nothing_else(name, monkeypatch):
+    """Also not the activation that norms of timm may end with."""
+    trunk, synchronised = trunk_of_several_gpus(name, monkeypatch)
+    norms = sum(isinstance(m, nn.BatchNorm2d) for m in trunk.modules())
+    assert sum(isinstance(m, nn.SyncBatchNorm) for m in synchronised.modules()) == norms > 0
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in synchronised.modules())
+    x = torch.randn(1, 3, SIDE, SIDE, generator=generator(0))
+    for before, after in zip(trunk.eval()(x), synchronised.eval()(x), strict=True):
+        assert before.any() and torch.equal(before, after)
+
+
+def test_norms_of_frozen_stages_stay_frozen_when_they_are_synchronised(monkeypatch):
+    """The stem's norm is a part of the trunk by itself, which is replaced as a whole."""
+    _, trunk = trunk_of_several_gpus("test_resnet", monkeypatch, frozen=1)
+    trunk.train()
+    norms = {n: m for n, m in trunk.body.named_modules() if isinstance(m, nn.SyncBatchNorm)}
+    frozen = {n for n in norms if n.startswith(("conv1.", "bn1", "layer1."))}
+    assert "bn1" in frozen and len(frozen) > 3
+    assert {n for n, m in norms.items() if not m.training} == frozen
+    before = {n: m.running_mean.clone() for n, m in norms.items()}
+    trunk(torch.randn(2, 3, SIDE, SIDE, generator=generator(0)))
+    assert {n for n, m in norms.items() if torch.equal(before[n], m.running_mean)} == frozen
 
 
 def test_embeddings_and_labels_that_do_not_fit_are_refused():

@@ -209,6 +209,19 @@ def test_unreadable_images_are_rows_of_nan_and_too_many_are_an_error(scenes, tea
         fill_folder(scenes, teacher, tmp_path / "other", root=str(images), max_skipped=0.01)
 
 
+def test_counts_are_summed_where_the_processes_compute(scenes, teacher, tmp_path, monkeypatch):
+    """NCCL sums nothing on the host. A device without memory stands for the GPU."""
+    places = []
+
+    def all_reduce_sum(counts: torch.Tensor) -> torch.Tensor:
+        places.append(counts.device.type)
+        return torch.tensor([12.0, 0.0, 60.0])
+
+    monkeypatch.setattr(embedding, "all_reduce_sum", all_reduce_sum)
+    fill_folder(scenes, teacher, tmp_path / "store", Dist(0, 1, 0, torch.device("meta"), True))
+    assert places == ["meta"]
+
+
 def test_several_processes_fill_one_store(scenes, teacher, tmp_path, monkeypatch):
     """Each takes its own shards; together they make what one makes."""
     monkeypatch.setattr(embedding, "SHARD_IMAGES", 5)
