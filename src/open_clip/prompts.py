@@ -41,6 +41,7 @@ def average_prompts(features: Tensor) -> Tensor:
     return F.normalize(F.normalize(features, dim=-1).mean(1), dim=-1)
 
 
+@torch.inference_mode(False)  # a tower that is moved in inference mode would never get a gradient again
 @torch.no_grad()
 def embed_texts(
     model: nn.Module,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from ovdet.data.dataset import TrainDataset
@@ -38,11 +38,6 @@ FLAGS = Flags(
     max_skipped="data.max_skipped",
     precision="train.precision",
 )
-
-
-def _on_this_machine() -> int:
-    """Training processes of this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class Trainable(Protocol):
@@ -105,7 +100,8 @@ class DetectionTask(Task):
         options: dict[str, Any],
     ) -> None:
         if train.sync_batch_norm and many() and dist.device.type == "cuda":
-            detector = nn.SyncBatchNorm.convert_sync_batchnorm(detector)
+            # Not torch's conversion, which drops the activation that many of timm's batch norms end with.
+            detector = convert_sync_batchnorm(detector)
         self.detector, self.module = detector, _Step(detector)
         self.dataset, self.data, self.train, self.dist = dataset, data, train, dist
         self.content, self.validate, self.folder = content, validate, folder
@@ -117,7 +113,7 @@ class DetectionTask(Task):
             batch_size=train.batch_size, rank=dist.rank, world_size=dist.world_size, seed=train.seed
         )
         check_shared_memory(
-            train.batch_size * 3 * data.image_size**2, workers=data.workers * min(dist.world_size, _on_this_machine()),
+            train.batch_size * 3 * data.image_size**2, workers=data.workers, world_size=dist.world_size,
             flags="data.workers or train.batch_size",
         )  # fmt: skip
         self.loader = train_loader(

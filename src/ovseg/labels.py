@@ -10,9 +10,10 @@ from torch import Tensor
 
 from ovseg.pamr import BUDGET as PAMR_BUDGET
 from ovseg.pamr import bands, refine_rows
-from ovseg.windows import Windows, interpolation, spread
+from ovseg.windows import AxisMap, Windows, interpolation, spread
 
 BUDGET = 32 * 2**20  # bytes of the scores of a band; larger ones leave the caches of a CPU and are slower
+CUDA_BUDGET = 512 * 2**20  # on a GPU each band is some dozen kernels, whose launches would take longer than small ones
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class ScoreMap:
 
     Attributes:
         cells: float32 ``[W, a, b]``, the cells of all windows side by side.
-        rows, columns: float32 ``[H, a]`` and ``[W, b]``, see :meth:`ovseg.windows.Axis.matrix`.
+        rows, columns: maps ``[H, a]`` and ``[W, b]`` to the pixels, see :meth:`ovseg.windows.Axis.matrix`.
         probability: whether the scores are probabilities (after key smoothing) instead of cosines.
     """
 
     cells: Tensor
-    rows: Tensor
-    columns: Tensor
+    rows: AxisMap
+    columns: AxisMap
     probability: bool = False
 
     @classmethod
@@ -35,7 +36,7 @@ class ScoreMap:
         """Scores ``[windows, W, h, w]`` of one image whose labels are to be ``height`` x ``width`` pixels."""
         h, w = maps.shape[-2:]
         rows, columns = windows.rows.matrix(height, h), windows.columns.matrix(width, w)
-        return cls(windows.join(maps), rows.to(maps.device), columns.to(maps.device), probability)
+        return cls(windows.join(maps), AxisMap.of(rows, maps.device), AxisMap.of(columns, maps.device), probability)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -68,7 +69,7 @@ class Smoothing:
         """(first row, end, refined scores) of every band."""
         height, width = scores.size
         rows, columns = (
-            interpolation(source, target).float().to(self.image.device)
+            AxisMap.of(interpolation(source, target).float(), self.image.device)
             for source, target in zip(self.image.shape[-2:], scores.size, strict=True)
         )
         for start, stop, low, high in bands(height, width, self.dilations, self.steps, budget):
@@ -119,7 +120,7 @@ def label_pixels(
     *,
     smoothing: Smoothing | None = None,
     confidence: bool = False,
-    budget: int = BUDGET,
+    budget: int | None = None,
 ) -> Labels:
     """The label of every pixel.
 
@@ -130,18 +131,22 @@ def label_pixels(
     Args:
         word_classes: int64 ``[words]``, ascending: the class of each word.
         confidence: return the probability as well.
-        budget: bytes of the largest tensors.
+        budget: bytes of the largest tensors; by default what suits the device of the scores.
     """
     height, width = scores.size
     device = scores.cells.device
+    if budget is None:
+        budget = CUDA_BUDGET if device.type == "cuda" else BUDGET
     labels = torch.empty(height, width, dtype=torch.uint8, device=device)
     kept = torch.empty(height, width, device=device) if confidence else None
     allowed = None
-    merge = _WordMerge(word_classes, num_classes)
+    merge = _WordMerge(word_classes, num_classes, device)
     if rule.area is not None:
         areas = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        one = areas.new_ones(())
         for _, _, band in _bands(scores, smoothing, budget):
-            areas += torch.bincount(merge(band).argmax(0).flatten(), minlength=num_classes)
+            found = merge(band).max(0).indices.flatten()
+            areas.index_add_(0, found, one.expand_as(found))  # unlike bincount, which waits for the largest label
         areas[rule.background] = 0
         allowed = areas > rule.area * areas.sum()
         allowed[rule.background] = True
@@ -150,7 +155,7 @@ def label_pixels(
             total = _total(band, scores.probability, rule.scale)
         classes = merge(band)
         if allowed is not None:
-            classes[~allowed] = float("-inf")
+            classes.masked_fill_(~allowed[:, None, None], float("-inf"))
         best, label = classes.max(0)
         if confidence or rule.threshold:
             probability = best / total if scores.probability else (rule.scale * best - total).exp()
@@ -183,18 +188,20 @@ def _total(band: Tensor, probability: bool, scale: float) -> Tensor:
 class _WordMerge:
     """Scores of words to scores of classes: the largest of each class's words."""
 
-    def __init__(self, word_classes: Tensor, num_classes: int) -> None:
+    def __init__(self, word_classes: Tensor, num_classes: int, device: torch.device) -> None:
         counts = torch.bincount(word_classes, minlength=num_classes)
         if (word_classes.diff() < 0).any() or (counts == 0).any():
             raise ValueError("words must stand in the order of their classes, at least one for each")
-        self.first = (counts.cumsum(0) - counts).tolist()
-        self.several = [(label, n) for label, n in enumerate(counts.tolist()) if n > 1]
+        first = counts.cumsum(0) - counts
+        words = zip(first.tolist(), counts.tolist(), strict=True)
+        self.several = [(label, start, start + n) for label, (start, n) in enumerate(words) if n > 1]
+        self.first = first.to(device, non_blocking=True)
 
     def __call__(self, band: Tensor) -> Tensor:
         """``[words, ...] -> [classes, ...]``; the same tensor where no class has synonyms."""
         if not self.several:
             return band
         merged = band[self.first]
-        for label, count in self.several:
-            torch.amax(band[self.first[label] : self.first[label] + count], 0, out=merged[label])
+        for label, start, end in self.several:
+            torch.amax(band[start:end], 0, out=merged[label])
         return merged

@@ -22,7 +22,7 @@ from ovseg.external import ExternalModel
 from ovseg.labels import LabelRule, Labels, ScoreMap, Smoothing, label_pixels
 from ovseg.protocols import OWN, Protocol
 from ovseg.refine import key_smoothing, prompt_denoising
-from ovseg.windows import Windows, fit_within, plan_windows, spread
+from ovseg.windows import AxisMap, Windows, fit_within, plan_windows, spread
 from training.engine.data.images import read_image
 from training.engine.errors import UserError
 
@@ -285,7 +285,7 @@ Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in 0..1
 def at_pixels(maps: Tensor, plan: Windows, size: tuple[int, int]) -> np.ndarray:
     """Cells ``[C, h, w]`` of a whole image (:meth:`Segmenter.dense`) at the pixels of the photograph ``[C, H, W]``."""
     rows, columns = plan.rows.matrix(size[0], maps.shape[1]), plan.columns.matrix(size[1], maps.shape[2])
-    return spread(maps, rows.to(maps.device), columns.to(maps.device)).cpu().numpy()
+    return spread(maps, AxisMap.of(rows, maps.device), AxisMap.of(columns, maps.device)).cpu().numpy()
 
 
 def on_input(box: Box, plan: Windows) -> Box:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -182,17 +183,46 @@ def plan_windows(
     return Windows(axis(height), axis(width))
 
 
-def spread(cells: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Part of a merged map: ``[C, a, b]`` cells, ``[H, a]`` rows and ``[W, b]`` columns to ``[C, H, W]``.
+@dataclass(frozen=True)
+class AxisMap:
+    """A map from the cells of an axis to its pixels, on the device that uses it.
+
+    Attributes:
+        matrix: float32 ``[pixels, cells]``.
+        first, end: int64 ``[pixels]``, on the host: a pixel is made of the cells from ``first`` to before ``end``.
+    """
+
+    matrix: Tensor
+    first: np.ndarray
+    end: np.ndarray
+
+    @classmethod
+    def of(cls, matrix: Tensor, device: torch.device | str) -> AxisMap:
+        """From a matrix on the CPU, such as :meth:`Axis.matrix`."""
+        used, cells = matrix.numpy() != 0, matrix.shape[1]
+        some = used.any(1)
+        first = np.where(some, used.argmax(1), cells)
+        end = np.where(some, cells - used[:, ::-1].argmax(1), 0)
+        return cls(matrix.to(device, non_blocking=True), first, end)
+
+    def __len__(self) -> int:
+        return len(self.matrix)
+
+    def __getitem__(self, pixels: slice) -> AxisMap:
+        """The map to some of the pixels."""
+        return AxisMap(self.matrix[pixels], self.first[pixels], self.end[pixels])
+
+    @property
+    def touched(self) -> slice:
+        """The range of cells that all its pixels together are made of. Known without asking the device."""
+        first, end = int(self.first.min(initial=self.matrix.shape[1])), int(self.end.max(initial=0))
+        return slice(first, end) if first < end else slice(0, 0)
+
+
+def spread(cells: Tensor, rows: AxisMap, columns: AxisMap) -> Tensor:
+    """Part of a merged map: ``[C, a, b]`` cells to ``[C, H, W]``, the pixels of ``rows`` and ``columns``.
 
     Only the cells that the given rows and columns touch are read.
     """
-    a, b = _touched(rows), _touched(columns)
-    cells, rows, columns = cells[:, a, b], rows[:, a], columns[:, b]
-    return rows @ (cells @ columns.T)
-
-
-def _touched(matrix: Tensor) -> slice:
-    """The range of columns of a matrix that are not all zero."""
-    used = matrix.any(0).nonzero().flatten()
-    return slice(int(used[0]), int(used[-1]) + 1) if len(used) else slice(0, 0)
+    a, b = rows.touched, columns.touched
+    return rows.matrix[:, a] @ (cells[:, a, b] @ columns.matrix[:, b].T)

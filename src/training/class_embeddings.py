@@ -153,16 +153,14 @@ def _compute_or_cached(
             logger.info("class embeddings of %d classes from %s", len(class_names), file)
             return cached
     logger.info("computing class embeddings of %d classes", len(class_names))
-    with torch.inference_mode():
-        embeddings = compute_class_embeddings(
-            model,
-            _without_padding(tokenizer, model.text),
-            list(class_names),
-            device=device,
-            progress=progress,
-            prompts=prompts,
-        )
-    embeddings = embeddings.float().cpu().clone()
+    embeddings = compute_class_embeddings(
+        model,
+        _without_padding(tokenizer, model.text),
+        list(class_names),
+        device=device,
+        progress=progress,
+        prompts=prompts,
+    )
     if file is not None:
         _save(file, embeddings.numpy())
     return embeddings

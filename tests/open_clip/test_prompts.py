@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from open_clip.prompts import PROMPT_TEMPLATES, article, average_prompts, class_embeddings, class_prompts, process_name
 from open_clip.text_tower import TextTower
@@ -84,3 +85,33 @@ def test_own_templates_and_nothing_to_embed():
     with pytest.raises(ValueError, match="0 names"):
         class_embeddings(model, letters, [])
     assert len(PROMPT_TEMPLATES) == 63
+
+
+class Mover(nn.Module):
+    """A text tower whose parameters are new ones wherever it is moved to, as between a CPU and a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.EmbeddingBag(300, 8, mode="sum")
+        self.moves = 0
+
+    def forward(self, tokens):
+        return self.embedding(tokens)
+
+    def to(self, device):
+        self.moves += 1
+        return self.double() if self.embedding.weight.dtype == torch.float32 else self.float()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_text_tower_that_is_moved_can_still_be_trained(inference):
+    """Whatever mode the caller is in: parameters made in inference mode get no gradient, and nothing says so."""
+    model = Model(False)
+    model.text = Mover()
+    with torch.inference_mode(inference):
+        class_embeddings(model, letters, ["dog", "cat"])
+        assert torch.is_inference_mode_enabled() is inference
+    weight = model.text.embedding.weight
+    assert model.text.moves == 2 and not weight.is_inference() and weight.requires_grad
+    model.text(letters(["dog"])).sum().backward()
+    assert weight.grad.count_nonzero() > 0

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+import ovseg.labels
 from ovseg.labels import LabelRule, ScoreMap, Smoothing, label_pixels
 from ovseg.pamr import pamr
 from ovseg.windows import plan_windows
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from host_waits import HostWaits  # noqa: E402
 
 WORDS = torch.tensor([0, 0, 0, 1, 2, 2, 3])
 SIZE = (37, 53)
@@ -72,6 +80,24 @@ def test_probabilities_are_divided_by_their_sum():
     found = label_pixels(scores, torch.tensor([0, 1]), 2, LabelRule(1, background=1, threshold=0.8), confidence=True)
     assert found.confidence[0, 0] == pytest.approx(0.75) and found.labels[0, 0] == 1
     assert found.confidence[0, -1] == pytest.approx(1.0) and found.labels[0, -1] == 1
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("smoothed", [False, True])
+def test_no_band_waits_for_the_device(rule, smoothed, monkeypatch):
+    """What is read, of the words' classes and of matrices on the host, is read as often for few bands as for many."""
+    monkeypatch.setattr(ovseg.labels, "PAMR_BUDGET", 0)  # bands as small as the budget says
+    scores = score_map()
+    smoothing = Smoothing(torch.rand(3, 32, 48), 1, (1, 2)) if smoothed else None
+    read, bands = [], Counter()
+    original = ScoreMap.band
+    monkeypatch.setattr(ScoreMap, "band", lambda *args: bands.update([len(read)]) or original(*args))
+    for budget in (2**25, 1):
+        with HostWaits() as waits:
+            label_pixels(scores, WORDS, 4, rule, smoothing=smoothing, confidence=True, budget=budget)
+        read.append(waits.places)
+    assert bands[0] in (1, 2) and bands[1] > 4 * bands[0]  # twice for the area rule
+    assert read[0] == read[1] and sum(read[0].values()) <= 9, read
 
 
 def test_wrong_arguments():

@@ -8,12 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ovseg.windows import REMAINDERS, fit_within, plan_windows, spread, window_boxes
+from ovseg.windows import REMAINDERS, AxisMap, fit_within, interpolation, plan_windows, spread, window_boxes
 
 
 def cut(windows, image):
     """All windows of an image, padded."""
     return windows.pad(torch.stack([windows.crop(image, i) for i in range(windows.count)]))
+
+
+def maps_of(windows, height, width):
+    """Maps to the pixels of rows and columns."""
+    return [AxisMap.of(axis.matrix(size), "cpu") for axis, size in ((windows.rows, height), (windows.columns, width))]
 
 
 def test_published_windows_and_padding(golden):
@@ -50,7 +55,7 @@ def test_golden_merge(golden, recorded):
     for name in ("rule.merged_input_size", "rule.merged_original_size"):
         expected = arrays[name][0]
         height, width = expected.shape[1:]
-        merged = spread(cells, windows.rows.matrix(height), windows.columns.matrix(width))
+        merged = spread(cells, *maps_of(windows, height, width))
         torch.testing.assert_close(merged, expected, atol=3e-6, rtol=0)
 
 
@@ -81,7 +86,7 @@ def test_one_matrix_per_axis_is_the_sum_of_upsampled_windows(remainder, shape, c
     image = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
     windows = plan_windows(*shape, 8, crop, stride, remainder)
     cells = windows.join(F.avg_pool2d(cut(windows, image), 8))
-    rows, columns = windows.rows.matrix(71), windows.columns.matrix(40)
+    rows, columns = maps_of(windows, 71, 40)
     expected = conventional(image, (71, 40), 8, crop, stride, remainder)
     torch.testing.assert_close(spread(cells, rows, columns), expected, atol=1e-5, rtol=0)
     # A band is a part of the whole.
@@ -106,3 +111,24 @@ def test_wrong_arguments():
         window_boxes(10, 10, 4, 0)
     with pytest.raises(ValueError, match="patch size 16"):
         plan_windows(100, 100, 16, multiple=56)
+
+
+@pytest.mark.parametrize("remainder", REMAINDERS)
+def test_cells_that_pixels_touch_are_those_of_the_matrix(remainder):
+    """For every band of rows the first and the last column of the matrix that is not zero throughout."""
+    matrix = plan_windows(50, 83, 8, 24, 10, remainder).columns.matrix(40)
+    for whole in (matrix, interpolation(5, 31).float(), torch.zeros(4, 6), matrix.flip(1), matrix * float("nan")):
+        axis = AxisMap.of(whole, "cpu")
+        assert len(axis) == len(whole) and axis.matrix is whole
+        for start in range(len(whole)):
+            for stop in range(start + 1, len(whole) + 1):
+                used = whole[start:stop].any(0).nonzero().flatten().tolist()
+                expected = slice(used[0], used[-1] + 1) if used else slice(0, 0)
+                assert axis[start:stop].touched == expected
+
+
+def test_pixels_of_no_cell_are_zero():
+    axis = AxisMap.of(torch.tensor([[0.0, 0.0], [0.0, 2.0]]), "cpu")
+    cells = torch.ones(3, 2, 2)
+    assert torch.equal(spread(cells, axis, axis), torch.tensor([[0.0, 0.0], [0.0, 4.0]]).expand(3, 2, 2))
+    assert torch.equal(spread(cells, axis[:1], axis), torch.zeros(3, 1, 2))

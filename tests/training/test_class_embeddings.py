@@ -116,3 +116,20 @@ def test_computed_once_and_cached(tmp_path, caplog):
     for _ in range(2):  # a text tower that trains
         load_or_compute(args, model, tokenize, NAMES, cache_folder=None)
     assert model.texts == texts + 2 * 3 * 63 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_text_tower_that_was_moved_still_trains(tmp_path, monkeypatch):
+    """A move between devices makes new parameters; those made in inference mode would get no gradient any more."""
+    model, moves = Letters(), []
+
+    def to(device):
+        moves.append(device)
+        return model.text.double() if len(moves) == 1 else model.text.float()
+
+    monkeypatch.setattr(model.text, "to", to)
+    computed = load_or_compute(Namespace(embed_path=""), model, tokenize, NAMES, device="cpu", cache_folder=tmp_path)
+    weight = model.text.weight
+    assert len(moves) == 2 and weight.dtype == torch.float32
+    assert not weight.is_inference() and not computed.is_inference() and not computed.requires_grad
+    model.encode_text(tokenize(["cat"])).sum().backward()
+    assert weight.grad.count_nonzero() > 0

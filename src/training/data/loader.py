@@ -16,12 +16,13 @@ from training.data.collate import Collate
 from training.data.datasets import ImageText, RegionDataset
 from training.data.extras import make_extras
 from training.data.options import DataOptions, RegionOptions, SampleOptions
+from training.data.proposals import eligible
 from training.data.regions import GridCells, Labelled, Mixed, Proposals, RegionSource
 from training.engine.data.annotations import Annotations, Strings, load_annotations, parse, read_captions, read_json
 from training.engine.data.folder import folder_annotations
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.data.samples import check_image_root
-from training.engine.data.workers import Loader
+from training.engine.data.workers import Loader, check_shared_memory
 from training.engine.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ REGION_SOURCES: dict[str, type[RegionSource]] = {
     "grid_distill": GridCells, "proposals_distill": Proposals, "mixed_distill": Mixed, "region_clip": Labelled,
 }  # fmt: skip
 _PROBES = 16  # files looked for before training starts
+MANY = 0.1  # share of the boxes outside the limits of sizes from which on that is worth a warning
 
 
 class TrainData:
@@ -42,6 +44,7 @@ class TrainData:
         class_names: of annotations with categories, by label; None otherwise.
         num_images, num_regions: images, and annotations of them.
         skipped: bad annotation entries that were left out, by reason.
+        unannotated: whether nobody annotated the boxes.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class TrainData:
         self.num_images = len(dataset)
         self.num_regions = int(np.diff(annotations.offsets)[dataset.indices].sum())
         self.skipped = annotations.skipped
+        self.unannotated = annotations.unannotated
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
         """Choose what the next iteration over ``loader`` gives."""
@@ -93,7 +97,7 @@ def build_train_data(
         pin_memory: for a training process that copies to a GPU.
 
     Raises:
-        UserError: annotation file or images missing, or nothing to train on.
+        UserError: annotation file or images missing, nothing to train on, or too little shared memory for batches.
     """
     sample = SampleOptions(image_size=image_size, crop_size=crop_size, crop_on=options.crop_on, seed=seed)
     empty: dict[str, Tensor] = {}
@@ -116,6 +120,11 @@ def build_train_data(
     sampler = EpochBatchSampler(
         size=len(dataset), batch_size=options.batch_size, rank=rank, world_size=world_size, seed=seed
     )
+    check_shared_memory(
+        options.batch_size * _image_bytes(options, regions, sample, dataset, crops="crops" in fields),
+        workers=options.workers, world_size=world_size, in_all=sampler.batches_per_epoch,
+        flags="--workers or --batch-size",
+    )  # fmt: skip
     collate = Collate(
         image_size=image_size, crop_size=crop_size, crop_on=options.crop_on, empty=empty, units=units,
         regions=options.dataset_type != "contrastive",
@@ -132,8 +141,8 @@ def _annotations(options: DataOptions) -> Annotations:
     """Those of the json, or of a folder of images (none)."""
     if Path(options.train_data).is_dir():
         return folder_annotations(options.train_data, "--train-data")
-    needed = REGION_SOURCES[options.dataset_type].needs_annotations
-    return load_annotations(options.train_data, cache_dir=options.annotation_cache, images_only=not needed)
+    read = REGION_SOURCES[options.dataset_type].reads_annotations
+    return load_annotations(options.train_data, cache_dir=options.annotation_cache, images_only=not read)
 
 
 def _image_root(options: DataOptions) -> str:
@@ -155,7 +164,7 @@ def _region_dataset(
 ) -> RegionDataset:  # fmt: skip
     source = REGION_SOURCES[options.dataset_type](annotations, regions)
     rows = np.arange(len(annotations))
-    if source.needs_annotations:
+    if source.reads_annotations:
         rows = _with_annotations(options, regions, source, annotations)
     rows = rows[_share(len(rows), options.train_ratio, sample.seed)]
     extras = make_extras(fields, annotations, captions_file=options.captions, tokenize=tokenize)
@@ -173,16 +182,20 @@ def _with_annotations(
         if not usable.any() or not annotations.names:
             raise UserError(f"{where}: no annotation with a category; region_clip needs labels")
         return np.flatnonzero(usable)
+    limits = f"--min-size {regions.min_size:g} to --max-size {regions.max_size:g} pixels"
     if not usable.any():
         raise UserError(
-            f"{where}: not one of its {len(annotations)} images has a box of --min-size {regions.min_size:g} to "
-            f"--max-size {regions.max_size:g} pixels: give a file with annotations, or use --dataset-type grid_distill"
+            f"{where}: not one of its {len(annotations)} images has a box of {limits} (sides of squares of equal "
+            "area): give a file with annotations or other limits, or use --dataset-type grid_distill"
         )
+    left_out = int((~eligible(annotations.boxes, regions.min_size, regions.max_size)).sum())
+    if left_out > MANY * len(annotations.boxes):
+        log.warning("%s: %d of its %d boxes are not of %s and are left out", where, left_out, len(annotations.boxes),
+                    limits)  # fmt: skip
     if missing := int((~usable).sum()):
-        log.warning(
-            "%s: %d of %d images have no usable box; the top-left quarter of each stands in", options.train_data,
-            missing, len(annotations),
-        )  # fmt: skip
+        stands_in = "the top-left quarter of each stands in" if source.needs_annotations else "they have cells alone"
+        level = logging.WARNING if source.needs_annotations else logging.INFO
+        log.log(level, "%s: %d of %d images have no usable box; %s", where, missing, len(annotations), stands_in)
     return np.arange(len(annotations))
 
 
@@ -207,6 +220,27 @@ def _image_text(
         seed=sample.seed,
     )
     return annotations, dataset
+
+
+def _image_bytes(
+    options: DataOptions, regions: RegionOptions, sample: SampleOptions, dataset: RegionDataset | ImageText, *,
+    crops: bool,
+) -> float:  # fmt: skip
+    """Bytes of shared memory for an image and its crops, on average; all else of a batch is small beside them."""
+    square = float(3 * sample.image_size**2)
+    if options.dataset_type == "contrastive":
+        return square
+    annotations, rows = dataset.annotations, dataset.indices
+    if options.crop_on == "device":  # the original travels
+        areas = annotations.sizes[rows].astype(np.float64).prod(1)
+        known = areas[areas > 0]  # the median: one file of sizes that cannot be would spoil a mean
+        return 3 * float(np.median(known)) if len(known) else square
+    if not crops or options.cache_teacher:  # crops are made once, to fill the cache
+        return square
+    source = REGION_SOURCES[options.dataset_type]
+    cells = 0 if source.needs_annotations else regions.max_split**2
+    boxes = np.diff(annotations.offsets)[rows] if source.reads_annotations else 0
+    return square + 3 * sample.crop_size**2 * float(np.minimum(boxes + cells, regions.max_boxes).mean())
 
 
 def _some_names(dataset: Dataset) -> list[str]:

@@ -38,11 +38,13 @@ class RegionSource:
 
     Attributes:
         repeats: whether an image has one finite set of regions over all epochs, so that answers can be kept.
+        reads_annotations: whether annotations become regions.
         needs_annotations: whether an image without a usable annotation teaches nothing.
         depends_on: options that decide which regions those are.
     """
 
     repeats = False
+    reads_annotations = False
     needs_annotations = False
     depends_on: tuple[str, ...] = ("max_boxes", "max_split", "grid", "crop_scale")
 
@@ -94,6 +96,7 @@ class Proposals(RegionSource):
     """Random annotations with enlarged crops; where none is usable, the top-left quarter of the image stands in."""
 
     repeats = True
+    reads_annotations = True
     needs_annotations = True
     depends_on = ("min_size", "max_size")
 
@@ -133,6 +136,7 @@ class Proposals(RegionSource):
 class Mixed(GridCells):
     """Annotated boxes and grid cells of one image: boxes for ``proposal_share`` of the regions, cells for the rest."""
 
+    reads_annotations = True
     depends_on = (*GridCells.depends_on, *Proposals.depends_on, "proposal_share")
 
     def __init__(self, annotations: Annotations, options: RegionOptions) -> None:
@@ -150,12 +154,14 @@ class Mixed(GridCells):
         return Drawn(**{**found, "answers": np.arange(len(found["boxes"]))})
 
     def usable(self) -> np.ndarray:
-        return np.ones(len(self.annotations), bool)
+        """bool ``[N]``: images with a box among their regions; the others have cells alone."""
+        return self.proposals.usable()
 
 
 class Labelled(RegionSource):
     """The first annotations of an image that have a category (RegionCLIP); crops are not made."""
 
+    reads_annotations = True
     needs_annotations = True
     repeats = True
 

@@ -39,4 +39,19 @@ def adamw(
 def sgd(groups: list[dict], *, lr: float, momentum: float = 0.9, nesterov: bool = False) -> torch.optim.SGD:
     """SGD with momentum, in one fused pass where the devices have it."""
     fusable = all(p.device.type in ("cuda", "cpu") for group in groups for p in group["params"])
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fusable)
+    optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=nesterov, fused=fusable)
+    if fusable and momentum:
+        optimizer.register_step_pre_hook(_begin_momentum)
+    return optimizer
+
+
+def _begin_momentum(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Zeros as the momentum of what has none yet; the first step with them is the published one (0 + gradient).
+
+    PyTorch's fused step makes it of memory as it is found, and leaves it so where the kernel skips the step; and it
+    fails where parameters get their first gradients in different steps.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

@@ -18,7 +18,7 @@ from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
 from training.engine.data.masks import read_segment_ids, tight_box
 from training.engine.data.samples import Skipped, black, check_image_root, reach, stack_padded
-from training.engine.data.workers import Loader
+from training.engine.data.workers import Loader, check_shared_memory
 from training.engine.errors import UserError
 from training.evaluation.grid_masks import grid_masks
 from training.evaluation.options import EvalOptions
@@ -204,6 +204,12 @@ class PanopticDataset(Dataset):
         """Names of the photograph and of the PNG of an image, relative to their roots."""
         return self.annotations.image_files[index].decode(), self.annotations.segment_files[index].decode()
 
+    def image_bytes(self) -> float:
+        """Bytes of what a batch holds of an image with all its segments within the area limits, on average."""
+        segments = np.minimum(np.diff(self.annotations.offsets), MAX_SEGMENTS).mean()
+        masks = sum((size // self.patch_size) ** 2 for size in self.image_sizes)
+        return sum(3 * size**2 for size in self.image_sizes) + float(segments) * (masks + 3 * self.crop_size**2)
+
     def _segments(self, index: int, ids: np.ndarray) -> tuple[list[tuple], int]:
         """Segments to evaluate, each (id, label, is thing, box, crop box, area), and how many have no pixel."""
         annotations, (height, width) = self.annotations, ids.shape
@@ -322,7 +328,8 @@ def build_eval_data(
         rank, world_size: this process and how many there are.
 
     Raises:
-        UserError: a wrong annotation file, folders without its images, or a size that the patch size does not divide.
+        UserError: a wrong annotation file, folders without its images, a size that the patch size does not divide, or
+            too little shared memory for batches.
     """
     for size in image_sizes:
         if size < patch_size or size % patch_size:
@@ -350,6 +357,10 @@ def build_eval_data(
     ):
         check_image_root(root, names, annotations.file, flag)
     share = range(rank, len(dataset), world_size)
+    check_shared_memory(
+        batch_size * dataset.image_bytes(), workers=min(workers, len(share)), world_size=world_size,
+        in_all=-(-len(share) // batch_size), flags="--workers, --batch-size or --eval-image-sizes",
+    )  # fmt: skip
     loader = Loader(
         dataset,
         workers=min(workers, len(share)),

@@ -6,12 +6,14 @@ import json
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import training.engine.data.workers as workers
 from training.data import DataOptions, RegionOptions, View, build_train_data, prepare_batch
 from training.engine.data.sampler import EpochBatchSampler
 from training.engine.errors import UserError
@@ -216,3 +218,40 @@ def test_a_killed_worker_is_an_error_and_no_hang(root):
         for _ in range(2):  # the first pass may be served by what they had ready
             list(batches)
             batches = iter(data.loader)
+
+
+def test_too_little_shared_memory_is_said_before_the_workers_die_of_it(root, monkeypatch, tmp_path):
+    """The 64 MB of a container against what the workers will hold: here the images of a batch 2 x 3 x 64 x 64 bytes."""
+    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    for kind in ("grid_distill", "proposals_distill", "mixed_distill", "region_clip", "contrastive"):
+        for crop_on in ("worker", "device"):
+            build(root, kind, crop_on=crop_on, workers=4, batch_size=1)
+    build(root, workers=0, batch_size=10_000)
+    with pytest.raises(UserError) as error:
+        build(root, workers=2, batch_size=10_000)
+    assert "\n" not in str(error.value) and "lower --workers or --batch-size" in str(error.value)
+    assert "64 MB free" in str(error.value) and "--shm-size" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["grid_distill", "proposals_distill", "mixed_distill", "region_clip", "contrastive"])
+@pytest.mark.parametrize("crop_on", ["worker", "device"])
+def test_what_is_said_of_a_batch_is_what_it_holds(root, monkeypatch, kind, crop_on):
+    """The pixels of an epoch, on average: within a third for the sources that draw how many regions they give."""
+    asked = []
+    monkeypatch.setattr("training.data.loader.check_shared_memory", lambda size, **settings: asked.append(size))
+    data = build(root, kind, crop_on=crop_on, max_boxes=9)
+    held = [
+        sum(p.numel() for name in ("images", "crops") if name in batch for p in batch[name])
+        for number in range(20)
+        for batch in epoch(data, number)
+    ]
+    mean = sum(held) / len(held)
+    assert mean * 0.8 < asked[0] < mean * 1.6
+
+
+def test_a_run_with_kept_answers_needs_no_room_for_crops(root, monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr("training.data.loader.check_shared_memory", lambda size, **settings: asked.append(size))
+    build(root, cache_teacher=str(tmp_path / "answers"))
+    assert asked == [2 * 3 * 64 * 64]

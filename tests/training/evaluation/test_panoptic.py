@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import training.engine.data.workers as workers
 from training.engine.data.masks import read_segment_ids, tight_box
 from training.engine.errors import UserError
 from training.evaluation.grid_masks import grid_masks
@@ -239,6 +241,27 @@ def test_wrong_files_get_one_line(golden, tmp_path):
     assert "--val-segm-root" in message(val_segm_root=str(tmp_path))
     with pytest.raises(UserError, match="patch size 16"):
         build_eval_data(eval_args(golden / "data"), image_sizes=[100], patch_size=16, crop_size=32)
+
+
+def test_too_little_shared_memory_is_said_before_the_workers_die_of_it(golden, monkeypatch, tmp_path):
+    """And what is said of an image is what it holds; here every segment is within the area limits, or nearly."""
+    asked, args = [], eval_args(golden / "data")
+    sizes = {"image_sizes": [128, 64], "patch_size": 16, "crop_size": 32}
+    with monkeypatch.context() as patch:
+        patch.setattr("training.evaluation.panoptic.check_shared_memory", lambda size, **more: asked.append(size))
+        batches = list(build_eval_data(args, **sizes, batch_size=1).loader)
+    held = [sum(p.numel() for p in [*b["images"].values(), *b["masks"].values(), b["crops"]]) for b in batches]
+    mean = sum(held) / len(held)
+    assert mean <= asked[0] < mean * 1.2
+
+    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    build_eval_data(args, **sizes, workers=4)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=mean * len(batches) / 2))
+    build_eval_data(args, **sizes, workers=0)
+    with pytest.raises(UserError, match="MB free: lower --workers, --batch-size or .*--shm-size") as error:
+        build_eval_data(args, **sizes, workers=4, batch_size=1)
+    assert "\n" not in str(error.value)
 
 
 def test_segment_ids_use_all_channels(tmp_path):

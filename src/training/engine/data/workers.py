@@ -56,24 +56,35 @@ def start_worker(_: int) -> None:
     let_through()
 
 
-def check_shared_memory(batch_bytes: int, *, workers: int, flags: str, batches: int = PREFETCH) -> None:
+def check_shared_memory(
+    batch_bytes: float, *, workers: int, flags: str, world_size: int = 1, batches: int = PREFETCH,
+    in_all: int | None = None,
+) -> None:  # fmt: skip
     """See that the batches which workers hold ready fit into shared memory; a worker dies of a bus error otherwise.
 
     Args:
         batch_bytes: size of one batch.
-        workers: processes of this machine, of all its training processes.
+        workers: processes of one loader.
         flags: the options to lower, for messages.
+        world_size: training processes with such a loader; those of this machine share its memory.
         batches: that each worker holds; one more is being made.
+        in_all: batches that a loader makes in a pass, where they may be fewer than its workers could hold.
 
     Raises:
         UserError: they do not fit.
     """
     if not workers or not _SHARED_MEMORY.is_dir() or not os.access(_SHARED_MEMORY, os.W_OK):
         return
-    needed, free = batch_bytes * workers * (batches + 1), shutil.disk_usage(_SHARED_MEMORY).free
+    held, here = workers * (batches + 1), min(world_size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    needed = batch_bytes * here * (held if in_all is None else min(held, in_all))
+    free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > free:
         raise UserError(
-            f"batches of {batch_bytes / 2**20:.0f} MB from {workers} loader workers need {needed / 2**30:.1f} GB of "
-            f"shared memory, and {_SHARED_MEMORY} has {free / 2**30:.1f} GB free: lower {flags}, or give the container "
-            "more (docker run --shm-size)"
+            f"batches of {_size(batch_bytes)} from {workers * here} loader workers need {_size(needed)} of shared "
+            f"memory, and {_SHARED_MEMORY} has {_size(free)} free: lower {flags}, or give the container more "
+            "(docker run --shm-size)"
         )
+
+
+def _size(number: float) -> str:
+    return f"{number / 2**30:.1f} GB" if number >= 2**30 else f"{number / 2**20:.0f} MB"

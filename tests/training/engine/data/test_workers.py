@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,8 +86,24 @@ def test_signals_wait_until_the_workers_are_there():
 
 def test_batches_that_do_not_fit_into_shared_memory_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 2**30))
     workers.check_shared_memory(100 * 2**20, workers=4, flags="--workers")  # 4 x 5 x 100 MB
     workers.check_shared_memory(2**40, workers=0, flags="--workers")
     with pytest.raises(UserError, match="200 MB from 4 loader workers need 3.9 GB .* 2.0 GB free: lower --workers"):
         workers.check_shared_memory(200 * 2**20, workers=4, flags="--workers")
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    with pytest.raises(UserError, match="20 MB from 1 loader workers need 100 MB of shared memory, .* 64 MB free"):
+        workers.check_shared_memory(20 * 2**20, workers=1, flags="--workers")
+    workers.check_shared_memory(20 * 2**20, workers=1, in_all=3, flags="--workers")  # there are no more in an epoch
+
+
+def test_training_processes_of_a_machine_share_its_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(workers, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**30))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    check = partial(workers.check_shared_memory, 20 * 2**20, workers=4, flags="--workers")
+    check(world_size=2)  # 2 x 4 x 5 x 20 MB = 800 MB
+    with pytest.raises(UserError, match="from 16 loader workers need 1.6 GB .* 1.0 GB free"):
+        check(world_size=16)  # of which 4 are here
+    check(world_size=16, in_all=10)
