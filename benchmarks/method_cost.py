@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
 
@@ -128,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     raise SystemExit(f"error: {name}\n{done.stderr[-2000:]}")
                 seen[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{name}: {json.dumps(seen[name][-1])}", file=sys.stderr, flush=True)
-    rows = {n: {k: sorted(r[k] for r in found)[len(found) // 2] for k in found[0]} for n, found in seen.items()}
+    rows = {n: {k: median(r[k] for r in found) for k in found[0]} for n, found in seen.items()}
     base = rows["clipself"]
     print(f"A step of {args.model} at {args.size}, batch {args.batch}, {args.crops} regions an image, on {args.device}")
     print(f"{'method':<20}{'seconds':>9}{'':>8}{'memory':>10}{'':>8}{'TFLOP':>8}")

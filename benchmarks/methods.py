@@ -7,13 +7,13 @@
 
 On generated scenes whose colours are exchanged (``training.scenes --exchange-colors``): every method starts from a tiny
 CLIP that was trained on pairs of their pictures and captions and is kept here (``ranking_start.safetensors``; ``--start
-train`` trains it anew). The seed fixes the order of images, and the regions of rows
-that draw from the same ones, so differences are paired. Each method's learning rate is chosen from three on a seed and
-on validation scenes of their own; variants of a method take its rate. Classes listed as unseen are in no scene and no
-caption that a method trains on. What comes out: ``table.md``, ``picture.png`` and ``results.json`` in the folder, written after every run. A ranking may be
-spread over machines and days: ``--known`` takes another's ``results.json``, if it was made by the same plan. If that
-one had another start model (one trained anew is rarely the same to the last bit), its choice of rates and its whole
-seeds are taken, since differences are paired within a seed.
+train`` trains it anew). The seed fixes the order of images, and the regions of rows that draw from the same ones, so
+differences are paired. Each method's learning rate is chosen from three on a seed and on validation scenes of their
+own; variants of a method take its rate. Classes listed as unseen are in no scene and no caption that a method trains
+on. What comes out: ``table.md``, ``picture.png`` and ``results.json`` in the folder, written after every run. A ranking
+may be spread over machines and days: ``--known`` takes another's ``results.json``, if it was made by the same plan. If
+that one had another start model (one trained anew is rarely the same to the last bit), its choice of rates and its
+whole seeds are taken, since differences are paired within a seed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,12 @@ from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
-import torch  # noqa: E402
 from foundation import TRUNK, find_package, weights_file  # noqa: E402
 from program_runs import claim_folder, run_python, without  # noqa: E402
 from ranking import Scores, metrics, picture, runs_of, scores_of, summary, table, usable  # noqa: E402
 from ranking_rows import BASE, LARGER, METHODS, MODEL, SIZE, kept_answers, needs_trunk, row_name, shared_answers, tuned  # noqa: E402
-from ranking_start import FILE, write_start  # noqa: E402
+from ranking_start import FILE, weights_of, write_start  # noqa: E402
 from segments import by_colour, by_trunk, same_segment  # noqa: E402
-
-from training.engine.checkpoint import weights_hash  # noqa: E402
 
 GROUPS = "8"
 RATES = (3e-4, 1e-3, 3e-3)
@@ -184,15 +181,11 @@ class Ranking:
         pairs, words = read["captions_pairs"], read["split"]["novel"]
         self.write("pairs.json", pairs)  # of all classes: the start model stands for a CLIP that knows them
         told = [a for a in pairs["annotations"] if not any(word in a["caption"] for word in words)]
-        of = {a["image_id"] for a in told}
-        seen = [i for i in pairs["images"] if i["id"] in of]
-        self.write("base_pairs.json", {**pairs, "images": seen, "annotations": told})
+        self.write("base_pairs.json", _part(pairs, told))
         self.write("names.json", panoptic["categories"])
         for name, tuning in (("tuning", True), ("rows", False)):  # a quarter, and the rest
             chosen = [a for i, a in enumerate(panoptic["annotations"]) if (i % 4 == 0) == tuning]
-            of = {a["image_id"] for a in chosen}
-            listed = [i for i in panoptic["images"] if i["id"] in of]
-            self.write(f"{name}.json", {**panoptic, "images": listed, "annotations": chosen})
+            self.write(f"{name}.json", _part(panoptic, chosen))
 
     def write(self, name: str, content: object) -> None:
         """A file of the data folder."""
@@ -363,9 +356,9 @@ class Ranking:
         picture(runs, names, BASE, self.out / "picture.png")
 
 
-def weights_of(file: Path) -> str:
-    """Fingerprint of released weights."""
-    return weights_hash(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])[:16]
+def _part(content: dict, annotations: list[dict]) -> dict:
+    of = {a["image_id"] for a in annotations}
+    return {**content, "images": [i for i in content["images"] if i["id"] in of], "annotations": annotations}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

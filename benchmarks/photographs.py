@@ -7,11 +7,11 @@
 The model is the trunk with a linear head into the space of the class embeddings (a real CLIP's, float ``[C, D]`` in the
 order of the panoptic file's categories; tools/generate_text_embeddings.py writes them), learned from labelled crops of
 the training photographs (photo_head.py). Each method then trains on these photographs without their labels, with the
-same rate, steps and photographs and several seeds, and classifies boxes and masks of the validation photographs at two sizes,
-before and after. Errors are over seeds, and by resampling the validation photographs (bootstrap). Besides, the AUC of
-patch pairs of one object, before and after context distillation. Methods that ask a text tower are not among the rows,
-as this model has none: SynCLIP, DenseVLM, RegionCLIP, FineCLIP, CLIM. Rows called "proposed" train on regions that the
-trunk holds together as well (training.propose). Goes on where it was interrupted.
+same rate, steps and photographs and several seeds, and classifies boxes and masks of the validation photographs at two
+sizes, before and after. Errors are over seeds, and by resampling the validation photographs (bootstrap). Besides, the
+AUC of patch pairs of one object, before and after context distillation. Methods that ask a text tower are not among the
+rows, as this model has none: SynCLIP, DenseVLM, RegionCLIP, FineCLIP, CLIM. Rows called "proposed" train on regions
+that the trunk holds together as well (training.propose). Goes on where it was interrupted.
 """
 
 from __future__ import annotations

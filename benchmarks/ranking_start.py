@@ -23,6 +23,7 @@ from torch import Tensor  # noqa: E402
 
 from open_clip import get_tokenizer  # noqa: E402
 from open_clip.prompts import class_prompts  # noqa: E402
+from training.engine.checkpoint import weights_hash  # noqa: E402
 
 FILE = Path(__file__).resolve().parent / "ranking_start.safetensors"
 ROWS = "rows"  # how many tokens there are, then the numbers of those that were kept
@@ -33,6 +34,11 @@ def texts_of(data: Path) -> list[str]:
     captions = json.loads((data / "pairs.json").read_text())["annotations"]
     names = [c["name"] for c in json.loads((data / "names.json").read_text())]
     return [c["caption"] for c in captions] + [prompt for name in names for prompt in class_prompts(name)]
+
+
+def weights_of(file: Path) -> str:
+    """Fingerprint of released weights."""
+    return weights_hash(torch.load(file, map_location="cpu", weights_only=True)["state_dict"])[:16]
 
 
 def tokens_of(state: dict[str, Tensor]) -> str:

@@ -9,6 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 use_vitb16
 recipe_args
 salient_regions "$@"
-run_training --dataset-type mixed_distill --name clipself_coco_salient_regions_eva_vitb16 --alpha 0.7 \
+run_training --dataset-type mixed_distill --max-size 10000 --name clipself_coco_salient_regions_eva_vitb16 --alpha 0.7 \
     --train-data "$REGIONS" --train-image-root "$DATA/train2017" \
     "${MODEL_ARGS[@]}" "${RECIPE_ARGS[@]}" "${VAL_ARGS[@]}" "$@"

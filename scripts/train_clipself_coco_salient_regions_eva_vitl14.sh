@@ -9,6 +9,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 use_vitl14
 recipe_args
 salient_regions "$@"
-run_training --dataset-type mixed_distill --name clipself_coco_salient_regions_eva_vitl14 --alpha 0.95 \
+run_training --dataset-type mixed_distill --max-size 10000 --name clipself_coco_salient_regions_eva_vitl14 --alpha 0.95 \
     --train-data "$REGIONS" --train-image-root "$DATA/train2017" \
     "${MODEL_ARGS[@]}" "${RECIPE_ARGS[@]}" "${VAL_ARGS[@]}" "$@"

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -61,12 +62,14 @@ class Evaluation:
         )  # fmt: skip
 
     def __call__(
-        self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student", alpha: float = 1.0
-    ) -> dict:
+        self, model: CLIP, journal: Journal, *, epoch: int, step: int, kind: str = "student", alpha: float = 1.0,
+        trained: dict[str, Any] | None = None,
+    ) -> dict:  # fmt: skip
         """Evaluate, show the table, and keep the numbers.
 
         Args:
             alpha: share of the student in the weights; below 1 they are recorded as an ensemble.
+            trained: how and on what the model trained, to be recorded with the numbers.
         """
         kind = kind if alpha == 1 else "ensemble"
         embeddings = self._embed(model) if self.embeddings is None else self.embeddings
@@ -97,8 +100,7 @@ class Evaluation:
             read = {"readout": reading.name, "cells_normalized": reading.normalized, "sizes": self.data.image_sizes}
             read |= {"drop_padding": True} if model.visual.drop_padding else {}
             read |= {"alpha": alpha} if alpha < 1 else {}
-            trained = {"method": options.entry.name, "learned_from": options.learned_from} if options.trains else {}
-            journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **trained, **results})
+            journal.result({"epoch": epoch, "step": step, "kind": kind, **read, **(trained or {}), **results})
         return results
 
 

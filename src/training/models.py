@@ -125,12 +125,21 @@ def ensemble_loaded(options: Options, model: CLIP) -> float:
 
 
 def prepare_teachers(options: Options, model: CLIP, dist: Dist, precision: Precision) -> dict[str, Teacher]:
-    """The method's teachers by name, on the device."""
+    """The method's teachers by name, on the device.
+
+    Raises:
+        UserError: a teacher cannot be had, or its embeddings of crops are not of the student's width.
+    """
     teachers = {}
     for spec in options.entry.teachers(options.own):
-        teachers[spec.name] = build_teacher(
+        teacher = teachers[spec.name] = build_teacher(
             spec, model, image_size=options.data.det_image_size, device=dist.device, dtype=precision.input_dtype
         )
+        if spec.emits == "embedding" and teacher.width != model.embed_dim:
+            raise UserError(
+                f"--crop-teacher {spec.model}: its embeddings have {teacher.width} numbers, those of "
+                f"{options.model.model} {model.embed_dim}: give a model of the same joint space"
+            )
         if spec.source == "crops":
             teachers[spec.name].attention = attention_for_crops(options.machine.attention)
         if options.machine.compile:
@@ -144,6 +153,8 @@ def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precis
         as_user_error(model.visual.set_drop_padding, True)
     student = model.to(dtype=precision.param_dtype)
     student.visual.to(dist.device)
+    if options.machine.attention != "auto":  # asked for, for all of the student's attention
+        student.visual.changing_kernels = ()
     student.logit_scale.data = student.logit_scale.data.to(dist.device)
     if options.entry.texts:
         student.to(dist.device)
@@ -185,7 +196,8 @@ def compile_blocks(model: nn.Module, *, sides_change: bool = False, **options: A
         if not sides_change:
             block._compiled_call_impl = _fixed_tokens(block._compiled_call_impl)
     if isinstance(tower, ImageTower):
-        tower.compiled = {f: torch.compile(f, **options) for f in (value_block, prefix_block, *PIECES)}
+        changing = (value_block, *PIECES) if torch.__version__ >= (2, 12) else ()  # their tokens: see _fixed_tokens
+        tower.compiled = {f: torch.compile(f, **options) for f in (prefix_block, *changing)}
 
 
 def _fixed_tokens(call: Callable[..., Tensor]) -> Callable[..., Tensor]:

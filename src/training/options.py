@@ -7,7 +7,6 @@ from typing import Any
 
 from training.data.loader import REGION_SOURCES
 from training.data.options import DataOptions, RegionOptions
-from training.data.regions import GridCells
 from training.engine.attention import ATTENTIONS
 from training.engine.flags import COUNT, NATURAL, NOT_NEGATIVE, POSITIVE, SHARE, flag
 from training.engine.journal import REPORTS
@@ -136,11 +135,14 @@ class Options:
         """Whether there is anything to train on."""
         return bool(self.data.train_data)
 
-    @property
-    def learned_from(self) -> list[str]:
-        """What people made for the training data, besides the images: of what kind a row of results is."""
-        boxes = ["boxes"] if REGION_SOURCES.get(self.data.dataset_type, GridCells) is not GridCells else []
-        return [*boxes, *self.entry.learns_from(self.own)] if self.trains else []
+    def learned_from(self, *, unannotated: bool = False) -> list[str]:
+        """What people made for the training data, besides the images: of what kind a row of results is.
+
+        Args:
+            unannotated: no boxes, as nobody annotated them.
+        """
+        reads = self.data.dataset_type in REGION_SOURCES and REGION_SOURCES[self.data.dataset_type].reads_annotations
+        return [*(["boxes"] if reads and not unannotated else []), *self.entry.learns_from(self.own)]
 
     @property
     def readout(self) -> str | None:

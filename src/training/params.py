@@ -189,7 +189,7 @@ def _check(options: Options) -> None:
 # Flags of the regions that a dataset type reads.
 _READ = {
     "grid_distill": {"max_boxes", "max_split", "grid", "crop_scale", "fixed_regions"},
-    "proposals_distill": {"max_boxes", "min_size", "max_size"},
+    "proposals_distill": {"max_boxes", "min_size", "max_size", "fixed_regions"},
     "mixed_distill": {"max_boxes", "max_split", "grid", "crop_scale", "fixed_regions", "min_size", "max_size",
                       "proposal_share"},
     "region_clip": {"max_boxes"},

@@ -270,7 +270,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if parts is None:
         return
     found = sorted((image for part in parts for image in part), key=lambda image: image["index"])
-    content = boxes_file(found, ids, names, ["object"])
+    content = boxes_file(found, ids, names, ["object"], unannotated=True)
     write_json(args.out, content)
     print(f"{args.out}: {len(content['images'])} images, {len(content['annotations'])} boxes")
     if args.pictures:

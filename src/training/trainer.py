@@ -73,7 +73,7 @@ class Distillation(Task):
         options: the program's.
         model: the start model on the CPU; becomes the student.
         dist, precision: where and how to compute.
-        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=, alpha=)``; None for none.
+        evaluation: called as ``evaluation(model, journal, epoch=, step=, kind=, alpha=, trained=)``; None for none.
 
     Raises:
         UserError: wrong data, embeddings or options.
@@ -227,7 +227,7 @@ class Distillation(Task):
     def scalars(self, totals: dict[str, float]) -> dict[str, float]:
         """Means of the method's quantities over their items, the items' numbers, and the temperature."""
         logged = self.method.logged()
-        means = {name: totals[f"{name}_sum"] / max(totals[group], 1) for name, group in logged.items()}
+        means = {name: totals[f"{name}_sum"] / (totals[group] or 1) for name, group in logged.items()}
         items = {f"train/{group}": totals[group] for group in dict.fromkeys(logged.values())}
         return {**means, **items, "train/logit_scale": self.student.logit_scale.exp().item()}
 
@@ -235,7 +235,11 @@ class Distillation(Task):
         """Evaluate the start model, or the ensemble of start model and student."""
         if self.evaluation is None:
             return
-        run = partial(self.evaluation, self.student, journal, epoch=progress.begun, step=progress.step)
+        learned_from = self.choices.learned_from(unannotated=self.data.unannotated)
+        trained = {"method": self.choices.entry.name, "learned_from": learned_from}
+        run = partial(
+            self.evaluation, self.student, journal, epoch=progress.begun, step=progress.step, trained=trained
+        )  # fmt: skip
         if start:
             self.inside(partial(run, kind="start"))
             return

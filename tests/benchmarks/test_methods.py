@@ -20,6 +20,7 @@ import open_clip
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import methods  # noqa: E402
+import program_runs  # noqa: E402
 import ranking  # noqa: E402
 import ranking_rows  # noqa: E402
 import ranking_start  # noqa: E402
@@ -116,6 +117,41 @@ def test_flags_that_are_given_replace_the_common_ones():
     assert kept == ["--a", 1, "--c", 4]
 
 
+def test_a_folder_keeps_its_settings(tmp_path):
+    """Runs that are complete are not repeated, so other settings need another folder."""
+    (tmp_path / "r").mkdir()
+    for _ in range(2):
+        program_runs.claim_folder(tmp_path / "r", methods.Plan().settings())
+        (tmp_path / "r/run").touch()
+    with pytest.raises(SystemExit, match=r"was made with other steps \(steps: 1000, now 200\)"):
+        program_runs.claim_folder(tmp_path / "r", methods.Plan(steps=200).settings())
+    with pytest.raises(SystemExit, match="was made with other start"):
+        methods.main(["--out", str(tmp_path / "r")])
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else/file").touch()
+    with pytest.raises(SystemExit, match="holds something else"):
+        program_runs.claim_folder(tmp_path / "else", {})
+
+
+def test_no_method_is_told_of_the_unseen_classes(tmp_path):
+    """Neither by a scene that shows one nor by a caption that names one; the start model knows them."""
+    from training.scenes.generate import main as generate
+
+    generate(["--out", str(tmp_path / "scenes"), "--train", "24", "--val", "4", "--pairs", "8", "--size", "64",
+              "--things", "8", "--stuff", "3", "--novel", "2"])  # fmt: skip
+    made = methods.Ranking(tmp_path, methods.SMOKE, ["clipself"], None, 1)
+    made.data.mkdir()
+    made.split(tmp_path / "scenes/annotations")
+    unseen = json.loads((tmp_path / "scenes/annotations/split.json").read_text())["novel"]
+    every = (made.data / "pairs.json").read_text()
+    assert any(name in every for name in unseen)
+    for file in ("base_pairs", "base", "captioned"):
+        content = json.loads((made.data / f"{file}.json").read_text())
+        assert 0 < len(content["images"]) < (60 if file == "base_pairs" else 24)
+        assert {a["image_id"] for a in content["annotations"]} <= {i["id"] for i in content["images"]}
+        assert not any(name in json.dumps(content["annotations"]) for name in unseen)
+
+
 def test_rows_are_command_lines_of_the_program(tmp_path):
     from training.params import parse_args
 
@@ -132,6 +168,8 @@ def test_rows_share_answers_where_they_ask_the_same(tmp_path):
     assert rows["clipself"] == rows["clipself, v"] == {"crops": "crops-grid-3"}
     assert rows["declip"] == {"crops": "crops-grid-3", "vfm": "vfm"} and rows["densevlm"] == {"dense": "dense"}
     assert rows["clipself, boxes"] == {"crops": "crops-boxes-3"}
+    fewer = rows["clipself, proposed, as many"]["crops"]
+    assert fewer != rows["clipself, proposed"]["crops"] == rows["mixrc, proposed"]["crops"] == "crops-proposed-3"
     assert rows["mixrc"]["crops"] == rows["clipself, mixed"]["crops"] == "crops-mixed-3"
     assert rows["synclip, free"]["start"] != rows["mixrc, names"]["start"]  # by other readings
     for _ in range(2):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.torch_version import TorchVersion
 
 from open_clip.factory import build_model
 from training.models import compile_blocks, report_compiling
@@ -52,6 +53,14 @@ def test_two_sizes_multiscale_and_odd_batches_need_few_graphs(program, counter, 
     assert program("--multiscale", "--compile", "--eval-image-sizes", "64", "32", *extra, name="many", **flags) == 0
     assert 0 < counter.frame_count <= 12
     assert "limit of compilations" not in caplog.text
+
+
+@pytest.mark.parametrize(("version", "parts"), [("2.11.0", 1), ("2.12.0", 5)])
+def test_parts_whose_tokens_change_wait_for_a_compiler_that_can(tiny_config, monkeypatch, version, parts):
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    model = build_model(json.loads(tiny_config.read_text()))
+    compile_blocks(model)
+    assert len(model.visual.compiled) == parts
 
 
 @pytest.mark.parametrize("changing", [False, True])

@@ -20,6 +20,7 @@ from training.engine.step import Stepper
 from training.evaluation.evaluate import evaluate
 from training.evaluation.options import EvalOptions
 from training.evaluation.panoptic import build_eval_data
+from training.methods import Method
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from host_waits import HostWaits  # noqa: E402
@@ -46,6 +47,18 @@ def test_a_training_step_waits_for_nothing(program, as_on_a_gpu, monkeypatch, ex
     monkeypatch.setattr(Stepper, "__call__", counted)
     assert program(*extra, name="waits", max_steps=4) == 0
     assert steps == [True] * 4 and not places
+    # As one of two processes: what all count comes back to the device.
+    begin, scales = Method.begin_step, []
+
+    def as_one_of_two(self, *args, **kwargs):
+        self.world_size = 2
+        begin(self, *args, **kwargs)
+        scales.append(self.scale["regions"])
+
+    monkeypatch.setattr(Method, "begin_step", as_one_of_two)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.mul_(2))
+    assert program(*extra, name="two", max_steps=4) == 0
+    assert len(scales) == 4 and all(isinstance(s, torch.Tensor) for s in scales) and not places
 
 
 def test_an_evaluation_waits_once_a_batch(scenes, tiny_config, as_on_a_gpu):

@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,8 +198,17 @@ def average_batch_norm(model: nn.Module) -> None:
                 value /= dist.get_world_size()
 
 
+def send_numbers(values: Sequence[float], device: torch.device) -> Tensor:
+    """float64 numbers on a device, without waiting for its queue."""
+    on_gpu = device.type == "cuda"
+    return torch.tensor(values, dtype=torch.float64, pin_memory=on_gpu).to(device, non_blocking=on_gpu)
+
+
 def wrap(module: nn.Module, where: Dist) -> nn.Module:
-    """A module under data parallelism; frozen parts and buffers are left alone: not broadcast, not waited for."""
+    """A module under data parallelism; frozen parts and buffers are left alone: not broadcast, not waited for.
+
+    A module whose loss does not reach all that trains says so by an attribute ``reaches_all``, false.
+    """
     if not where.distributed:
         return module
     trainable = {n for n, p in module.named_parameters() if p.requires_grad}
@@ -208,7 +217,8 @@ def wrap(module: nn.Module, where: Dist) -> nn.Module:
         module, [n for n in names if n not in trainable]
     )
     # Without device_ids: with them each batch's CPU tensors (counts, ids) would be copied to the GPU, one by one.
-    return DistributedDataParallel(module, gradient_as_bucket_view=True)
+    unused = not getattr(module, "reaches_all", True)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
 def barrier() -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from training.engine.distributed import Dist, all_reduce_sum
+from training.engine.distributed import Dist, all_reduce_sum, send_numbers
 from training.engine.precision import Precision
 from training.engine.sharding import Sharded, total_norm
 from training.engine.task import Batch, Task
@@ -117,7 +117,7 @@ class Stepper:
         names = sorted(outputs[0])
         sums = torch.stack([torch.stack([o[n].double() for o in outputs]).sum() for n in names])
         counts = [sum(b["samples"] for b in micro), sum(len(b["skipped"]) for b in micro), float(stop)]
-        totals = all_reduce_sum(torch.cat([sums, _to_device(counts, sums.device)]))
+        totals = all_reduce_sum(torch.cat([sums, send_numbers(counts, sums.device)]))
         totals[names.index("loss")] /= self.dist.world_size
         return [*names, "samples", "skipped", "stop"], totals
 
@@ -168,9 +168,3 @@ class Stepper:
         arrived = torch.cuda.Event()
         arrived.record()
         return host, arrived
-
-
-def _to_device(values: list[float], device: torch.device) -> Tensor:
-    """float64 numbers on a device, without waiting for its queue."""
-    on_gpu = device.type == "cuda"
-    return torch.tensor(values, dtype=torch.float64, pin_memory=on_gpu).to(device, non_blocking=on_gpu)

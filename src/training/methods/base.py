@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from open_clip import CLIP
 from open_clip.readouts import Unread, build_readout, freeze_unread
 from open_clip.regions import roi_features
+from training.engine.distributed import send_numbers
 from training.engine.flags import flag
 from training.teachers.build import Teacher
 
@@ -71,7 +72,7 @@ class Method(nn.Module):
             teacher.eval().requires_grad_(False)
         self.weights = dict(weights or {})
         self.world_size = world_size
-        self.scale: dict[str, float] = {}  # group -> world_size / its items of the step, everywhere
+        self.scale: dict[str, float | Tensor] = {}  # group -> world_size / its items of the step, everywhere
 
     def train(self, mode: bool = True) -> Method:
         """Training mode for the student only: teachers stay in eval mode."""
@@ -94,6 +95,11 @@ class Method(nn.Module):
         """Parameters of the student's image tower, or parts of them, that no loss reaches; they do not decay either."""
         return []
 
+    @property
+    def reaches_all(self) -> bool:
+        """Whether the losses that count reach every parameter that trains: data parallelism waits for all of them."""
+        return True
+
     def prepare(self, batches: list[dict], *, seed: int) -> None:
         """Ahead of the counts of a step: what all its micro-batches have in common, or teachers' answers that the
         counts hinge on (kept as entries of the batches)."""
@@ -110,11 +116,13 @@ class Method(nn.Module):
         self.prepare(batches, seed=seed)
         counts = [self.counts(b) for b in batches]
         totals = {group: sum(c[group] for c in counts) for group in counts[0]}
-        if self.world_size > 1:
-            device = batches[0]["images"].device
-            packed = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
-            totals = dict(zip(totals, self.sum_over_processes(packed).tolist(), strict=True))
-        self.scale = {group: self.world_size / max(total, 1) for group, total in totals.items()}
+        if self.world_size == 1:
+            self.scale = {group: 1 / (total or 1) for group, total in totals.items()}
+            return
+        # They stay on the device: to look at them here would be to wait for the whole of the last step.
+        packed = self.sum_over_processes(send_numbers(list(totals.values()), batches[0]["images"].device))
+        scales = self.world_size / torch.where(packed == 0, 1, packed)
+        self.scale = dict(zip(totals, scales.unbind(), strict=True))
 
     def forward(self, batch: dict) -> dict[str, Tensor]:
         """``loss`` (what the backward pass starts from) and, detached, this process's sums to log.

@@ -64,6 +64,11 @@ class DeCLIP(RegionMethod):
         super().__init__(student=student, teachers=teachers, weights=weights, readout=readout, **more)
         self.projections, self.as_released = CONTEXT[readout], as_released
 
+    @property
+    def reaches_all(self) -> bool:
+        """Not the context alone: it ends at the queries or keys of the last block."""
+        return set(self.weights) != {"context"}
+
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, and images: correlations are averaged over these."""
         regions = super().counts(batch)["regions"]

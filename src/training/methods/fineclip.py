@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from open_clip import CLIP
-from open_clip.readouts import Unread
+from open_clip.readouts import Unread, freeze_unread
 from training.engine.flags import COUNT, NOT_NEGATIVE, flag
 from training.methods.base import DenseFlags, RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
@@ -53,15 +53,16 @@ class FineCLIP(RegionMethod):
         self.padded_to, self.rank = padded_to, rank
 
     def freeze_unreached(self) -> None:
-        """The text tower only: the global reading reaches every parameter of the image tower."""
+        """The text tower, and what no loss that counts reads of the image tower."""
         self.student.lock_text_tower()
+        freeze_unread(self.unread())
         if self.student.logit_bias is not None:
             self.student.logit_bias.requires_grad_(False)
         self.student.logit_scale.requires_grad_({"captions", "region_captions"} & set(self.weights) != set())
 
     def unread(self) -> list[Unread]:
-        """Nothing."""
-        return []
+        """Nothing where a global reading takes part, of crops or images; else what the dense one leaves out."""
+        return [] if {"distance", "captions"} & set(self.weights) else super().unread()
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, captions and region captions (with the released code's rows of zeros)."""

@@ -69,8 +69,7 @@ class MixRC(DenseVLM):
         else:
             super(DenseVLM, self).prepare(batches, seed=seed)
         for batch in batches if "semantics" in self.weights else []:
-            batch["answers"] = {**batch.get("answers", {}), "crops": self.ask("crops", batch)}
-            choose_classes(batch, self.label_texts)
+            choose_classes(self, batch, self.label_texts)
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, images, and what the parts in use count."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from training.engine.data.images import ImageError, first_line, read_bytes
 from training.engine.errors import UserError
+from training.methods.base import Method
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +86,16 @@ def read_texts(path: str, names: Sequence[str], flag: str = "--rich-texts") -> l
     return [texts.get(n, n) for n in names]
 
 
-def choose_classes(batch: dict, names: Tensor) -> None:
+def choose_classes(method: Method, batch: dict, names: Tensor) -> None:
     """Give a batch ``classes [M]`` and their images ``classes_of [M]``: the nearest name of each crop, once an image.
 
     Args:
-        batch: with the teacher's answers to ``crops``.
+        method: its teacher of ``crops`` is asked, once for the batch; not where there is no region.
+        batch: of the method's loop.
         names: text features ``[C, D]``.
     """
+    some = any(map(len, batch["boxes"]))
+    batch["answers"] = {**batch.get("answers", {}), "crops": method.ask("crops", batch) if some else names[:0]}
     chosen = (batch["answers"]["crops"].float() @ F.normalize(names, dim=-1).T).argmax(1)
     owner = torch.repeat_interleave(
         torch.arange(len(batch["boxes"]), device=chosen.device),

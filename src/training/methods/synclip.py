@@ -58,8 +58,7 @@ class SynCLIP(DeCLIP):
         """The names of each image, which the counts hinge on: ids ``classes [M]`` and their images ``classes_of``."""
         super().prepare(batches, seed=seed)
         for batch in batches if self.choose else []:
-            batch["answers"] = {**batch.get("answers", {}), "crops": self.ask("crops", batch)}
-            choose_classes(batch, self.label_texts)
+            choose_classes(self, batch, self.label_texts)
 
     def counts(self, batch: dict) -> dict[str, float]:
         """Regions, images and names."""

@@ -80,6 +80,7 @@ CASES = {
     "contrastive": Case("contrastive", [[4], [1]], vit=True, bias=True),
     "contrastive accumulated, a batch without pairs": Case("contrastive", [[3, 2], [0, 4]]),
     "declip": Case("declip", SPREAD, {"readout": "qq", "context_weight": 0.1}),
+    "declip, context alone": Case("declip", SPREAD, {"readout": "qq", "context_weight": 0.1, "cosine_weight": 0.0}),
     "declip csa": Case("declip", SPREAD, {"readout": "csa", "context_weight": 0.1}, lock=3, vit=True),
     "synclip": Case("synclip", SPREAD, {"readout": "csa", "context_weight": 0.1}),
     "synclip without annotations": Case(
@@ -89,6 +90,7 @@ CASES = {
     "sc": Case("sc", SPREAD),
     "denserc": Case("denserc", SPREAD),
     "fineclip": Case("fineclip", SPREAD),
+    "fineclip, regions alone": Case("fineclip", SPREAD, {"cosine_weight": 0.0, "caption_weight": 0.0}),
     "mixrc": Case("mixrc", SPREAD, {"names": "names.json", "alignment_weight": 0.5, "semantic_weight": 0.2,
                                     "threshold": 0.01, "logit_temperature": 0.2}),
     "clim": Case("clim", [[4], [3]], {"mosaics": (2,), "mosaic_size": SIZE}),
@@ -200,7 +202,7 @@ def train(case: Case, process: int | None, folder: Path) -> tuple[dict[str, torc
             dist.all_reduce(loss)
         losses.append(loss.item() / world)
         trainable = [p for p in student.parameters() if p.requires_grad]
-        assert all(p.grad is not None for p in trainable)
+        assert all(p.grad is not None for p in trainable) == method.reaches_all
         if case.clip is not None:
             assert torch.nn.utils.clip_grad_norm_(trainable, case.clip) > case.clip
         optimizer.step()

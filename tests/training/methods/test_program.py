@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -119,9 +120,30 @@ def test_kept_answers_of_all_teachers(program, files, tmp_path, monkeypatch, cap
     ]
     assert len(losses[0]) == 24 and losses[1] == losses[2]
     np.testing.assert_allclose(losses[1], losses[0], atol=2e-3)
+    # What is said of whole images stays true with other boxes.
+    (cache / "crops").rename(tmp_path / "crops")
+    kept = {f.name: f.stat().st_mtime_ns for f in (cache / "vfm").glob("shard*")}
+    boxes = {"train_data": files["captioned"], "cache_teacher": cache, "epochs": 1}
+    assert program(*arguments("declip", files), *fixed, train="mixed_distill", name="boxes", **boxes) == 0
+    assert kept and kept == {f.name: f.stat().st_mtime_ns for f in (cache / "vfm").glob("shard*")}
+    shutil.rmtree(cache / "crops")
+    (tmp_path / "crops").rename(cache / "crops")
     for change, word in (("max-boxes=5", "max_boxes"), ("seed=3", "seed"), ("vfm-size=96", "view")):
         assert run(program, "declip", files, *fixed, f"--{change}", name="other", cache_teacher=cache) == 2
         assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["synclip free", "densevlm", "mixrc"])
+def test_kept_answers_and_a_batch_without_a_readable_image(program, scenes, files, tmp_path, name):
+    """The teacher has left, and the counts hinge on what it says."""
+    images = tmp_path / "images"
+    shutil.copytree(scenes / "train2017", images)
+    victim = sorted(images.iterdir())[2]
+    victim.write_bytes(victim.read_bytes()[:100])
+    flags = {"train_image_root": images, "cache_teacher": tmp_path / "cache", "epochs": 1, "batch_size": 1}
+    assert run(program, name, files, "--fixed-regions", name="run", **flags) == 0
+    log = (program.logs / "run/out.log").read_text()
+    assert victim.name in log and "training runs without the teacher" in log
 
 
 def test_bad_entries_are_counted_and_named(program, files, caplog):
@@ -149,9 +171,10 @@ def test_what_a_method_cannot_do_without_is_said(program, scenes, files, tmp_pat
         ("declip", *VFM, "--readout", "value"): ["no context to distil"],
         ("declip", *VFM, "--vfm-size", "50"): ["50"],
         ("denserc", *VFM, "--readout", "nonsense"): ["nonsense"],
+        ("sc", "--crop-teacher", "ViT-Ti-8-64", "--crop-teacher-weights", "random"): ["ViT-Ti-8-64", "128", "24"],
     }
     for (method, *flags), words in cases.items():
-        kind = "grid_distill" if method in ("densevlm", "declip", "denserc") else "proposals_distill"
+        kind = "grid_distill" if method in ("densevlm", "declip", "denserc", "sc") else "proposals_distill"
         assert program("--method", method, *flags, train=kind, name="run") == 2, (method, flags)
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         assert len(error) == 1 and all(w in error[0] for w in words), error
@@ -171,3 +194,20 @@ def test_proposals_that_are_not_there(program, scenes, tmp_path, capsys, caplog)
     assert program(train="proposals_distill", name="none", train_data=tmp_path / "none.json") == 2
     assert "not one of its 24 images has a box" in capsys.readouterr().err
     assert program(train="grid_distill", name="grid", epochs=1, train_data=tmp_path / "none.json") == 0
+    # Boxes beside cells: as many as there are, but not none at all.
+    assert program(train="mixed_distill", name="none", train_data=tmp_path / "none.json") == 2
+    assert "not one of its 24 images has a box" in capsys.readouterr().err
+    caplog.clear()
+    flags = {"epochs": 1, "train_data": tmp_path / "some.json", "max_size": 16}
+    assert program(train="mixed_distill", name="mixed", **flags) == 0
+    assert "boxes are not of --min-size 8 to --max-size 16 pixels" in caplog.text
+
+
+@pytest.mark.parametrize(("unannotated", "learned_from"), [(True, []), (False, ["boxes"])])
+def test_results_say_what_people_made(program, scenes, tmp_path, unannotated, learned_from):
+    content = json.loads((scenes / "annotations/instances_train2017.json").read_text())
+    (tmp_path / "boxes.json").write_text(json.dumps({**content, "info": {"unannotated": unannotated}}))
+    flags = {"train_data": tmp_path / "boxes.json", "epochs": 1, "max_steps": 1}
+    assert program(train="mixed_distill", val=True, name="run", **flags) == 0
+    last = json.loads((program.logs / "run/results.json").read_text())[-1]
+    assert (last["method"], last["learned_from"]) == ("clipself", learned_from)

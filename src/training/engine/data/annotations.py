@@ -36,7 +36,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-FORMAT = 5  # of the cache; older ones are built anew
+FORMAT = 6  # of the cache; older ones are built anew
 CACHE_FOLDER = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "open_clip" / "annotations"
 CACHED_FROM = 16 * 2**20  # bytes; smaller files are read as fast as a cache of them
 MOST_LEFT_OUT = 0.5  # share of a file's annotations; a file of which more cannot be used is not what it seems
@@ -138,7 +138,7 @@ def _check_share(annotations: Annotations, path: str, flag: str) -> None:
 
 # -- cache ------------------------------------------------------------------------------------------------------------
 
-_LISTS = ("names", "frequencies", "skipped")
+_LISTS = ("names", "frequencies", "skipped", "unannotated")
 _ARRAYS = tuple(f.name for f in fields(Annotations) if f.name not in (*_LISTS, "file"))
 
 

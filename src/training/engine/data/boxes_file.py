@@ -9,8 +9,9 @@ import numpy as np
 
 
 def boxes_file(
-    found: Iterable[dict[str, Any]], ids: Sequence[int], names: Sequence[str], categories: Sequence[str]
-) -> dict[str, Any]:
+    found: Iterable[dict[str, Any]], ids: Sequence[int], names: Sequence[str], categories: Sequence[str], *,
+    unannotated: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Content of a COCO file of boxes.
 
     Args:
@@ -19,6 +20,8 @@ def boxes_file(
             ``categories``).
         ids, names: of all images.
         categories: their names, numbered from 1.
+        unannotated: whether they were found without learning from any annotation, see
+            :class:`~training.engine.data.records.Annotations`.
     """
     images, annotations = [], []
     for image in found:
@@ -37,6 +40,7 @@ def boxes_file(
                 }
             )
     return {
+        "info": {"unannotated": unannotated},
         "images": images,
         "annotations": annotations,
         "categories": [{"id": i, "name": name} for i, name in enumerate(categories, 1)],

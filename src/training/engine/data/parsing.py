@@ -96,6 +96,7 @@ def parse(
         names=class_names,
         frequencies=frequencies,
         skipped=dict(skipped),
+        unannotated=isinstance(content.get("info"), dict) and content["info"].get("unannotated") is True,
         file=path,
     )
 

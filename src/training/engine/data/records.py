@@ -64,6 +64,7 @@ class Annotations:
         names: class names by label.
         frequencies: by label, LVIS's "r", "c" or "f" of a class (rare, common, frequent); "" where the file has none.
         skipped: bad entries that were left out, by reason.
+        unannotated: nobody annotated the boxes: a program found them that had learned from no annotation.
         file: where they come from, for messages.
     """
 
@@ -82,6 +83,7 @@ class Annotations:
     names: list[str]
     frequencies: list[str]
     skipped: dict[str, int]
+    unannotated: bool = False
     file: str = ""
 
     def __len__(self) -> int:
