@@ -28,9 +28,10 @@ METHODS: dict[str, list[str]] = {
     "clipself, v": ["--readout", "value_bare", *CROPS],
     "clipself, 3 v": ["--readout", "multi-v:3", *CROPS],
     "clipself, windows": ["--readout", "window:4", *CROPS],
+    "clipself, more cells": ["--max-split", "5", *CROPS],  # as many regions as the next two rows have: 8.3 an image
     "clipself, mixed": ["--dataset-type", "mixed_distill", *CROPS],
     "clipself, proposed": [*PROPOSED, *CROPS],
-    "clipself, proposed, as many": [*PROPOSED, *CROPS, "--max-boxes", "8"],  # regions in all as those of plain grids
+    "clipself, proposed, as many": [*PROPOSED, *CROPS, "--max-boxes", "8"],  # as plain grids have: 6.8
     "sc": ["--method", "sc", *CROPS],
     "declip": ["--method", "declip", *VFM, "--context-weight", "0.1"],
     "synclip, free": ["--method", "synclip", *VFM, "--classes-from", "teacher", "--names", "{data}/names.json",
@@ -49,8 +50,9 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 
 # Rows that add one thing to another, whose learning rate they take: they differ in nothing else.
-VARIANTS = {"clipself, mixed": BASE, "clipself, proposed": BASE, "clipself, proposed, as many": BASE,
-            "mixrc, proposed": "mixrc", "mixrc, teacher": BASE, "mixrc, names": BASE}  # fmt: skip
+VARIANTS = {"clipself, more cells": BASE, "clipself, mixed": BASE, "clipself, proposed": BASE,
+            "clipself, proposed, as many": BASE, "mixrc, proposed": "mixrc", "mixrc, teacher": BASE,
+            "mixrc, names": BASE}  # fmt: skip
 
 
 def needs_trunk(row: str) -> bool:
@@ -73,8 +75,8 @@ def shared_answers(flags: Sequence[str], seed: int) -> dict[str, str]:
     regions = "boxes" if "proposals_distill" in flags else "grid"
     if "mixed_distill" in flags or (method == "mixrc" and "grid_distill" not in flags):
         regions = "proposed" if "{data}/proposed.json" in flags else "mixed"
-    if "--max-boxes" in flags:
-        regions += f"-of-{flags[flags.index('--max-boxes') + 1]}"
+    for flag in {"--max-boxes", "--max-split"}.intersection(flags):
+        regions += f"-of-{flags[flags.index(flag) + 1]}"
     shared = {"crops": f"crops-{regions}-{seed}"} if method != "densevlm" else {}
     shared |= {"vfm": "vfm"} if "--vfm" in flags else {}
     shared |= {"dense": "dense"} if "--dense-teacher" in flags else {}

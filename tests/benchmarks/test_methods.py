@@ -168,6 +168,7 @@ def test_rows_share_answers_where_they_ask_the_same(tmp_path):
     assert rows["clipself"] == rows["clipself, v"] == {"crops": "crops-grid-3"}
     assert rows["declip"] == {"crops": "crops-grid-3", "vfm": "vfm"} and rows["densevlm"] == {"dense": "dense"}
     assert rows["clipself, boxes"] == {"crops": "crops-boxes-3"}
+    assert rows["clipself, more cells"]["crops"] == "crops-grid-of-5-3"
     fewer = rows["clipself, proposed, as many"]["crops"]
     assert fewer != rows["clipself, proposed"]["crops"] == rows["mixrc, proposed"]["crops"] == "crops-proposed-3"
     assert rows["mixrc"]["crops"] == rows["clipself, mixed"]["crops"] == "crops-mixed-3"
