@@ -94,10 +94,20 @@ def adopt_slurm() -> None:
         return
     environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], str(tasks)
     environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    here = tasks_of_node(environment.get("SLURM_STEP_TASKS_PER_NODE", ""), int(environment.get("SLURM_NODEID", "0")))
+    environment.setdefault("LOCAL_WORLD_SIZE", str(here or 1))
     environment.setdefault("MASTER_ADDR", first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")))
     # The same for all tasks of a step, another one for another step on the machine.
     number = int(environment.get("SLURM_JOB_ID", "0")) * 7 + int(environment.get("SLURM_STEP_ID", "0"))
     environment.setdefault("MASTER_PORT", str(20_000 + number % 10_000))
+
+
+def tasks_of_node(tasks: str, node: int) -> int | None:
+    """Tasks of a machine by SLURM's notation: ``4(x2),3`` are 4, 4 and 3. None where it does not say."""
+    counts: list[int] = []
+    for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
+        counts += [int(number)] * int(times or 1)
+    return counts[node] if node < len(counts) else None
 
 
 def first_host(nodes: str) -> str:

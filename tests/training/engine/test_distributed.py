@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from training.engine.distributed import adopt_slurm, first_host, init_distributed
+from training.engine.distributed import adopt_slurm, first_host, init_distributed, tasks_of_node
 from training.engine.errors import UserError
 
 SRC = Path(__file__).parents[3] / "src"
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "3", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1",
          "SLURM_LOCALID": "0", "SLURM_STEP_NODELIST": "gpu[07-09,12],login", "SLURM_NTASKS": "2"}  # fmt: skip
-OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+OURS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
 
 
 @pytest.fixture
@@ -38,10 +38,20 @@ def test_first_host_of_slurms_lists(nodes, first):
         first_host("")
 
 
+@pytest.mark.parametrize(
+    ("tasks", "node", "number"), [("4(x2),3", 0, 4), ("4(x2),3", 1, 4), ("4(x2),3", 2, 3), ("8", 0, 8), ("8", 1, None)]
+)
+def test_tasks_of_a_machine_by_slurms_counts(tasks, node, number):
+    assert tasks_of_node(tasks, node) == number and tasks_of_node("", node) is None
+
+
 def test_tasks_of_srun_find_each_other(bare):
     for name, value in SLURM.items():
         bare.setenv(name, value)
+    bare.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2),3")
+    bare.setenv("SLURM_NODEID", "2")
     adopt_slurm()
+    assert os.environ["LOCAL_WORLD_SIZE"] == "3"
     assert [os.environ[name] for name in OURS[:4]] == ["1", "2", "0", "gpu07"]
     assert 20_000 <= int(os.environ["MASTER_PORT"]) < 30_000
 
