@@ -57,6 +57,8 @@ def load_model(options: Options) -> CLIP:
         open_clip.create_model, model_options.model, pretrained=model_options.pretrained or None,
         cache_dir=model_options.cache_dir, force_quick_gelu=model_options.force_quick_gelu,
     )  # fmt: skip
+    if options.machine.attention != "auto":  # asked for, for all of the model's attention
+        model.visual.changing_kernels = ()
     if options.readout is not None:
         as_user_error(build_readout, options.readout, model.visual)
     name, size, patch = model_options.model, options.data.det_image_size, model.visual.patch_size
@@ -153,8 +155,6 @@ def prepare_student(options: Options, model: CLIP, dist: Dist, precision: Precis
         as_user_error(model.visual.set_drop_padding, True)
     student = model.to(dtype=precision.param_dtype)
     student.visual.to(dist.device)
-    if options.machine.attention != "auto":  # asked for, for all of the student's attention
-        student.visual.changing_kernels = ()
     student.logit_scale.data = student.logit_scale.data.to(dist.device)
     if options.entry.texts:
         student.to(dist.device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from open_clip import CLIP
+from open_clip.packed_blocks import prefer
 from open_clip.readouts import Unread, freeze_unread
 from training.engine.flags import COUNT, NOT_NEGATIVE, flag
 from training.methods.base import DenseFlags, RegionMethod
@@ -84,17 +85,22 @@ class FineCLIP(RegionMethod):
         regions = self.pool_regions(self.read(images, sizes=self.sizes(batch))[0], batch)
         out = {}
         if "distance" in self.weights:
-            crops = self.student.encode_image(batch["crops"], normalize=True).float() if len(regions) else regions
+            crops = self.embed_images(batch["crops"]).float() if len(regions) else regions
             out["distance"] = (1 - (regions * crops).sum(-1)).sum()
         if "captions" in self.weights:
             chosen = images[batch["captions_of"]]
-            features = self.student.encode_image(chosen, normalize=True) if len(chosen) else self.no_rows()
+            features = self.embed_images(chosen) if len(chosen) else self.no_rows()
             out["captions"] = self._contrast(features, batch["captions"])
         if "region_captions" in self.weights:
             chosen = regions[batch["region_captions_of"]] if len(batch["region_captions_of"]) else self.no_rows()
             padding = self.padded_to * len(batch["boxes"]) - len(chosen) if self.padded_to else 0
             out["region_captions"] = self._contrast(chosen, batch["region_captions"], padding)
         return out
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """The student's embeddings ``[n, D]`` of crops or images, whose number changes from step to step."""
+        with prefer(self.student.visual.changing_kernels):
+            return self.student.encode_image(images, normalize=True)
 
     def no_rows(self) -> Tensor:
         """Embeddings ``[0, D]`` of nothing, with a gradient: this process gathers with the others."""

@@ -10,8 +10,11 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import open_clip
+from open_clip import CLIP
+from open_clip.packed_blocks import CHANGING
 from training.engine.checkpoint import read_checkpoint
 from training.engine.data.annotations import load_annotations
 from training.engine.errors import EXIT_INTERRUPTED
@@ -156,6 +159,24 @@ def test_bad_entries_are_counted_and_named(program, files, caplog):
     assert "3 entries are no new class (left out), e.g. {'isthing': 1}" in caplog.text
     assert run(program, "synclip", files, name="rich") == 0
     assert "the texts of 1 names are no texts" in caplog.text and "their names stand in" in caplog.text
+
+
+@pytest.mark.parametrize(("asked", "flash_first"), [("auto", True), ("math", False)])
+def test_crops_whose_number_changes_do_not_take_the_kernel_that_is_built_for_each(
+    program, files, monkeypatch, asked, flash_first
+):  # fmt: skip
+    """By the student that trains; what was asked for stands."""
+    seen, original = set(), CLIP.encode_image
+
+    def noted(*args, **kwargs):
+        order = torch._C._get_sdp_priority_order()
+        seen.add(order.index(int(SDPBackend.FLASH_ATTENTION)) < order.index(int(SDPBackend.CUDNN_ATTENTION)))
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(CLIP, "encode_image", noted)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *CHANGING], set_priority=True):
+        assert run(program, "fineclip", files, "--attention", asked, name="run", max_steps=1) == 0
+    assert seen == {flash_first}
 
 
 def test_what_a_method_cannot_do_without_is_said(program, scenes, files, tmp_path, capsys):
