@@ -28,6 +28,7 @@ METHODS: dict[str, list[str]] = {
     "clipself, v": ["--readout", "value_bare", *CROPS],
     "clipself, 3 v": ["--readout", "multi-v:3", *CROPS],
     "clipself, windows": ["--readout", "window:4", *CROPS],
+    "clipself, fewer cells": ["--max-split", "3", *CROPS],  # 4.3 regions an image, in place of 6.8
     "clipself, more cells": ["--max-split", "5", *CROPS],  # as many regions as the next two rows have: 8.3 an image
     "clipself, mixed": ["--dataset-type", "mixed_distill", *CROPS],
     "clipself, proposed": [*PROPOSED, *CROPS],
@@ -50,9 +51,9 @@ METHODS: dict[str, list[str]] = {
 }  # fmt: skip
 
 # Rows that add one thing to another, whose learning rate they take: they differ in nothing else.
-VARIANTS = {"clipself, more cells": BASE, "clipself, mixed": BASE, "clipself, proposed": BASE,
-            "clipself, proposed, as many": BASE, "mixrc, proposed": "mixrc", "mixrc, teacher": BASE,
-            "mixrc, names": BASE}  # fmt: skip
+VARIANTS = {"clipself, fewer cells": BASE, "clipself, more cells": BASE, "clipself, mixed": BASE,
+            "clipself, proposed": BASE, "clipself, proposed, as many": BASE, "mixrc, proposed": "mixrc",
+            "mixrc, teacher": BASE, "mixrc, names": BASE}  # fmt: skip
 
 
 def needs_trunk(row: str) -> bool:
