@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import Clock, print_table  # noqa: E402
+from program_runs import claim_folder  # noqa: E402
 
 MODEL = "ViT-Ti-8-64"
 READOUTS = ["value", "value_bare", "vanilla", "sclip", "sclip_bare", "clearclip", "clearclip_full", "kk_bare", "naclip"]
@@ -246,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, value in small.items():
             setattr(args, name, value)
         args.seeds = args.seeds[:1]
+    free = ("out", "seeds", "smoke", "no_students", "no_readings", "workers", "device")  # may differ from run to run
+    claim_folder(Path(args.out), {n: v for n, v in vars(args).items() if n not in free})
     study = Study(args)
     study.stage("data", study.generate)
     for seed in args.seeds:

@@ -25,6 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "src")]
 from common import print_table, run_self  # noqa: E402
+from program_runs import claim_folder  # noqa: E402
 
 ARMS = {"padded": [], "dropped": ["--drop-padding"]}
 MODEL = "ViT-Ti-8-64"
@@ -98,6 +99,7 @@ def study(args: argparse.Namespace) -> dict:
     """Equal training with and without padding, and the accuracy of either."""
     out, data = Path(args.out), Path(args.out) / "data"
     train = data / "annotations" / "instances_train2017.json"
+    claim_folder(out, {n: getattr(args, n) for n in ("train", "val", "pairs", "start_steps", "distil_steps", "start")})
     if not (out / "drawn").is_file():
         program(
             "training.scenes", "--out", data, "--train", args.train, "--val", args.val, "--pairs", args.pairs, "--size",

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ovdet.glip.dyconv import DyConv, DynamicReLU, deformable
 from ovdet.glip.fusion import BiAttention, FusionBlock, _limits_act
@@ -137,6 +138,21 @@ def test_fused_attention_is_the_plain_one():
         assert torch.allclose(a, b, atol=1e-12)
     large = torch.full((1, 1, 2, 4), 200.0)
     assert _limits_act(large, large) and not _limits_act(large, large / 10) and _limits_act(large * torch.nan, large)
+
+
+def test_fused_attention_does_not_take_the_kernel_that_is_built_for_each_shape(monkeypatch):
+    """Cells and tokens are as many as the pictures and prompts of a batch have."""
+    first, original = [], F.scaled_dot_product_attention
+
+    def noted(*args, **kwargs):
+        first.append(torch._C._get_sdp_priority_order()[0])
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    block = BiAttention(12, 10, 16, heads=4).eval()
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+        block(torch.randn(2, 9, 12), torch.randn(2, 5, 10), torch.ones(2, 5, dtype=torch.bool))
+    assert first == [int(SDPBackend.FLASH_ATTENTION)] * 2
 
 
 def test_logits_beyond_the_limit_do_no_harm_in_bfloat16():
