@@ -54,6 +54,7 @@ setup(
         "open_clip": ["model_configs/*.json", "*.txt.gz", "*.json", "*.txt"],
         "ovseg": ["*.json", "class_lists/*.json"],
         "ovdet": ["fvit/*.json"],
+        "training": ["methods/*.json"],
     },
     python_requires=">=3.10",
     install_requires=requirements,

@@ -20,6 +20,7 @@ from torch import Tensor
 from .factory import create_model_from_pretrained, get_tokenizer
 from .hub import CONFIG_NAME
 from .model import CLIP
+from .readouts import SPEC_KEY
 from .tokenizer import HFTokenizer
 from .upstream_api import ImageSize
 from .weights import export_state_dict
@@ -156,6 +157,11 @@ def save_pretrained(
         _say_other_size(model, upstream_config(_config_of(model, model_config)))
         if not skip_weights:
             state = upstream_state_dict(model, _config_of(model, model_config))
+            if SPEC_KEY in state:
+                log.warning(
+                    "the weights name their dense reading, %s: they load here, but OpenCLIP refuses the entry; for it, "
+                    'save again after model.visual.set_readout("value")', model.visual.readout.name,
+                )  # fmt: skip
             state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
             if safe_serialization:
                 save_file(state, made / SAFE_NAME, metadata={"format": "pt"})

@@ -23,6 +23,7 @@ from timm.models.eva import Eva
 from torch import Tensor, nn
 
 from .image_tower import resize_positions
+from .readouts import SPEC_KEY
 from .text_tower import QuickGELU
 from .weight_files import load_state_dict_file, without_wrappers
 from .weight_files import load_torch_file as load_torch_file
@@ -193,8 +194,7 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
         if state[k].shape != own[k].shape
     ]
     if missing or unexpected or shapes:
-        model.visual.set_readout(readout)
-        model.visual.set_drop_padding(drops)
+        _restore_reading(model.visual, readout, drops)
         parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
         text = "; ".join(f"{len(p)} {what}: {_some(p)}" for p, what in parts if p)
         raise ValueError(f"{source} does not fit the model (another architecture?): {text}")
@@ -216,13 +216,25 @@ def load_tower(model: nn.Module, tower: str, path: str | Path) -> None:
     elif tower == "visual" and not any(k.startswith("trunk.") for k in state):
         state = {f"trunk.{k}": v for k, v in state.items()}
     module = getattr(model, tower)
+    before = (module.readout, module.drop_padding) if tower == "visual" else None
+    if before:
+        whole = {f"visual.{k}": v for k, v in state.items()}
+        module.adopt_readout(whole, str(path))
+        state = {k[len("visual.") :]: v for k, v in whole.items()}
     own = module.state_dict()
     optional = {k for k in own if k.startswith("trunk.head.")}
     wrong = sorted((set(own) - set(state) - optional) | (set(state) - set(own)))
     wrong += sorted(k for k in set(own) & set(state) if own[k].shape != state[k].shape)
     if wrong:
+        if before:
+            _restore_reading(module, *before)
         raise ValueError(f"{path} does not fit the {tower} tower: {len(wrong)} names or shapes differ: {_some(wrong)}")
     module.load_state_dict(state, strict=False)
+
+
+def _restore_reading(tower: nn.Module, readout: nn.Module, drops: bool) -> None:
+    tower.set_readout(readout)
+    tower.set_drop_padding(drops)
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -308,6 +320,15 @@ def export_state_dict(
     if layout == "eva" and complete:
         out |= _rotary_tables(model)
     return out
+
+
+def without_reading(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(a state dict of any layout without the dense reading's entry and its weights, their names).
+
+    For programs that know no dense readings and load strictly.
+    """
+    lost = [name for name in state if name == SPEC_KEY or name.startswith("visual.readout.")]
+    return {name: value for name, value in state.items() if name not in lost}, lost
 
 
 def _vit_shape_out(name: str, value: Tensor) -> Tensor:

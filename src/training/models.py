@@ -335,13 +335,13 @@ class StartWeights:
                     p.copy_(before[n])
 
 
-def separable_blocks(model: nn.Module) -> list[nn.Module]:
+def separable_blocks(model: nn.Module, readout: str | None = None) -> list[nn.Module]:
     """Blocks of a CLIP, an image tower or a trunk that are only ever called as modules.
 
-    The last one, and those that the dense reading enters, are read from inside.
+    The last one, and those that the dense reading (``readout``; None for the model's own) enters, are read from inside.
     """
     tower = model.visual if isinstance(model, CLIP) else model
     blocks = list(getattr(tower, "trunk", tower).blocks)
-    inside = tower.readout.blocks(tower) if isinstance(tower, ImageTower) else ()
+    inside = tower.resolve_readout(readout).blocks(tower) if isinstance(tower, ImageTower) else ()
     entered = {len(blocks) - 1, *(i % len(blocks) for i in inside)}
     return [block for i, block in enumerate(blocks) if i not in entered]

@@ -186,8 +186,8 @@ class Distillation(Task):
     def blocks(self) -> list[nn.Module]:
         """Blocks of the student and of teachers that are called as modules only."""
         stored = self.stores.keys()
-        models = [self.student, *(t.model for name, t in self.teachers.items() if name not in stored)]
-        return [block for model in models for block in separable_blocks(model)]
+        asked = [(t.model, t.spec.readout) for name, t in self.teachers.items() if name not in stored]
+        return [b for model, readout in [(self.student, None), *asked] for b in separable_blocks(model, readout)]
 
     def whole_parts(self) -> list[nn.Module]:
         """Teachers that go when their answers are stored."""

@@ -149,6 +149,16 @@ def test_a_saved_model_comes_back(names, tmp_path, name):
         open_clip.create_model(f"local-dir:{folder}")
 
 
+def test_a_model_with_a_reading_of_its_own_comes_back_and_says_that_openclip_refuses_it(names, tmp_path, caplog):
+    model = open_clip.create_model("small-vit", load_weights=False)
+    open_clip.save_pretrained(model, tmp_path / "saved")
+    assert not caplog.text
+    model.visual.set_readout("csa")
+    open_clip.save_pretrained(model, tmp_path / "saved")
+    assert 'set_readout("value")' in caplog.text
+    assert open_clip.create_model(f"local-dir:{tmp_path / 'saved'}").visual.readout.name == "csa"
+
+
 def test_eva_models_are_saved_by_timms_names(tmp_path):
     for name, other in (("EVA02-CLIP-B-16", "EVA02-B-16"), ("EVA01-CLIP-g-14", "EVA01-g-14"),
                         ("EVA02-CLIP-bigE-14", "EVA02-E-14"), ("EVA02-CLIP-L-14-336", "EVA02-L-14-336")):  # fmt: skip

@@ -17,7 +17,14 @@ from torch import nn
 import open_clip
 from open_clip.factory import build_model
 from open_clip.jit_archive import is_jit_archive, read_jit_archive
-from open_clip.weights import export_state_dict, load_state, load_state_dict_file, load_weights, uses_quick_gelu
+from open_clip.weights import (
+    export_state_dict,
+    load_state,
+    load_state_dict_file,
+    load_tower,
+    load_weights,
+    uses_quick_gelu,
+)
 
 CONFIG = {
     "embed_dim": 16,
@@ -239,3 +246,15 @@ def test_one_tower_from_a_file(tmp_path):
     torch.save({"blocks.0.norm1.weight": torch.zeros(3)}, trunk)
     with pytest.raises(ValueError, match="does not fit the visual tower"):
         open_clip.create_model("tiny-tower", pretrained_image_path=trunk)
+    # With its dense reading, and the reading's weights.
+    source.visual.set_readout("gated:2")
+    source.visual.readout.gate.bias.data.fill_(0.25)
+    torch.save(export_state_dict(source, "openai"), whole)
+    made = open_clip.create_model("tiny-tower", pretrained_image_path=whole)
+    assert made.visual.readout.name == "gated:2" and (made.visual.readout.gate.bias == 0.25).all()
+    narrow = {k: v for k, v in export_state_dict(source, "openai").items() if "ln_post" not in k}
+    torch.save(narrow, whole)
+    made = model(seed=3)
+    with pytest.raises(ValueError, match="does not fit the visual tower"):
+        load_tower(made, "visual", whole)
+    assert made.visual.readout.name == "value"

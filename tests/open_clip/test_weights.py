@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import open_clip
 from open_clip.factory import build_model
+from open_clip.weight_files import save_weights
 from open_clip.weights import detect_layout, export_state_dict, load_state, load_state_dict_file, load_weights
 
 ROOT = Path(__file__).parents[2]
@@ -172,3 +173,16 @@ def test_convert_weights_tool(golden, tmp_path, capsys, as_module):
     assert status == 2 and "exists" in error
     status, error = run(there, tmp_path / "x.pt", "--layout", "eva")
     assert status == 2 and 'no "eva" layout' in error and not (tmp_path / "x.pt").exists()
+    # A file that does not say how it is read gets to say so, and for others it need not.
+    named, plain = tmp_path / "named.safetensors", tmp_path / "plain.safetensors"
+    assert run(there, named, "--readout", "csa")[0] == 0
+    made = build_model(json.loads(config.read_text()))
+    load_weights(made, named)
+    assert made.visual.readout.name == "csa"
+    made.visual.set_readout("gated:2")
+    save_weights(export_state_dict(made), named, "golden-vit")
+    assert set(load_file(named)) > set(expected)
+    assert run(named, plain, "--readout", "none")[0] == 0
+    assert set(load_file(plain)) == set(expected)
+    status, error = run(named, tmp_path / "x.pt", "--readout", "nonsense")
+    assert status == 2 and "nonsense" in error and not (tmp_path / "x.pt").exists()

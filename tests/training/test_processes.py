@@ -85,6 +85,23 @@ def test_two_processes_equal_one_with_the_doubled_batch(program, two, method):
         assert both[0][key] == (pytest.approx(value, abs=1e-12) if isinstance(value, float) else value), key
 
 
+@pytest.mark.parametrize("method", ["declip", "densevlm", "mixrc"])
+def test_full_sharding_with_teachers_equals_whole_models(program, two, scenes, method):
+    """Also where teachers are asked ahead of the forward pass, and read from other blocks than their own reading's."""
+    vfm = ["--vfm", "test_vit", "--vfm-weights", "random"]
+    named = ["--dense-teacher", "tiny-eva", "--dense-teacher-weights", "random", "--names",
+             str(scenes / "annotations/panoptic_val2017.json"), "--threshold", "0.01"]  # fmt: skip
+    flags = {"declip": vfm, "densevlm": named,
+             "mixrc": [*vfm, *named, "--alignment-weight", "0.5", "--semantic-weight", "0.2"]}[method]  # fmt: skip
+    states = []
+    for name, more in (("whole", []), ("divided", ["--fsdp"])):
+        two("--method", method, *flags, *more, "--precision", "fp32", name=name, max_steps=3, warmup=1, eps=1e-3)
+        states.append(torch.load(program.logs / name / "checkpoints/clipself.pt", weights_only=True)["state_dict"])
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=2e-6, msg=lambda text, name=name: name + text)
+
+
 def test_weights_are_identical_on_both_processes(two):
     two(name="run", max_steps=4, compare=True)
 

@@ -78,7 +78,7 @@ class Stepper:
             stop: says whether this process was asked to end; summed over processes.
         """
         running = [(b, b.detach().clone()) for b in self.task.running_buffers()]
-        self.task.begin_step(micro, step)
+        self._begin(micro, step)
         outputs = [self._forward_backward(batch, last=i + 1 == len(micro)) for i, batch in enumerate(micro)]
         if self.sharded:
             self.model.average_whole()
@@ -94,6 +94,13 @@ class Stepper:
             step + 1, [*names, "grad_norm", "good"], numbers, arrived,
             [i for batch in micro for i in batch["image_ids"]], [s for batch in micro for s in batch["skipped"]],
         )  # fmt: skip
+
+    def _begin(self, micro: list[Batch], step: int) -> None:
+        """The task's preparation, in which it may ask frozen parts of its module."""
+        if self.sharded:
+            self.model.inside(lambda: self.task.begin_step(micro, step))
+        else:
+            self.task.begin_step(micro, step)
 
     def _forward_backward(self, batch: Batch, *, last: bool) -> dict[str, Tensor]:
         """Gradients, added to those there are; exchanged between processes with the step's last micro-batch only."""

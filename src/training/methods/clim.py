@@ -115,6 +115,8 @@ def build(options: CLIMFlags, setting: Setting) -> CLIM:
     )
 
 
+_B16 = "--model ViT-B-16-quickgelu --lock-image --lock-image-unlocked-groups 6 --alpha 0.7 --batch-size 32"
+
 METHOD = Entry(
     name="clim",
     summary="cells of mosaics of captioned images against their captions (CLIM, AAAI 2024)",
@@ -124,8 +126,5 @@ METHOD = Entry(
     losses=("contrast",),
     texts=True,
     learns_from=lambda options: ("captions",),
-    recipes={
-        "clim-b16": "--model ViT-B-16-quickgelu --lock-image --lock-image-unlocked-groups 6 --alpha 0.7 "
-        "--batch-size 32 --epochs 100",
-    },
+    recipes={"clim-b16": f"{_B16} --epochs 100", "clim-b16-cc3m": f"{_B16} --epochs 3"},
 )

@@ -27,7 +27,7 @@ class DeCLIPFlags(DenseFlags, CropTeacherFlags, VisionTeacherFlags):
 
     cosine_weight: float = flag(1.0, "weight of the cosine of region and crop", type=NOT_NEGATIVE)
     context_weight: float = flag(0.25, "weight of the correlations with the foundation model", type=NOT_NEGATIVE)
-    as_released: bool = flag(False, "with the faults of the released code")
+    as_released: bool = flag(False, "with the fault of the released code: of grids that differ (--vfm-size)")
 
 
 def declip_teachers(options: DeCLIPFlags) -> tuple:
@@ -125,9 +125,7 @@ METHOD = Entry(
     readout="qq",
     recipes={
         "declip-b16": f"{_B16} {_SCRIPT} --batch-size 4",
-        "declip-b16-released": f"{_B16} {_SCRIPT} --batch-size 4 --as-released",
         "declip-b16-1024": f"{_B16} --det-image-size 1024 --context-weight 0.25 --batch-size 2",
         "declip-l14": f"{_L14} {_SCRIPT} --vfm vit_large_patch14_reg4_dinov2 --batch-size 2",
-        "declip-l14-released": f"{_L14} {_SCRIPT} --vfm vit_large_patch14_reg4_dinov2 --batch-size 2 --as-released",
     },
 )

@@ -15,7 +15,7 @@ from open_clip.regions import roi_features
 from training.engine.errors import UserError
 from training.engine.flags import NOT_NEGATIVE, POSITIVE, SHARE, flag
 from training.methods.base import RegionFlags, RegionMethod
-from training.methods.names import read_names
+from training.methods.names import LIST, NAMES_HELP, read_names
 from training.methods.registry import Entry, Setting
 from training.teachers.build import Teacher
 from training.teachers.describe import DenseTeacherFlags, dense_teacher
@@ -28,7 +28,7 @@ class DenseVLMFlags(RegionFlags, DenseTeacherFlags):
     alignment_weight: float = flag(1.0, "weight of the divergence of class probabilities", type=NOT_NEGATIVE)
     threshold: float = flag(0.3, "least probability of the teacher's class for a region to count", type=SHARE)
     logit_temperature: float = flag(0.01, "cosines are divided by it", type=POSITIVE)
-    names: str = flag("", "json list of class names, or of {name, isthing}", metavar="FILE")
+    names: str = flag("", NAMES_HELP, metavar="FILE")
     as_released: bool = flag(False, "with the faults of the released code")
 
 
@@ -104,7 +104,7 @@ class DenseVLM(RegionMethod):
 def build(options: DenseVLMFlags, setting: Setting) -> DenseVLM:
     """DenseVLM as the flags say."""
     if not options.names:
-        raise UserError("--method densevlm needs --names, a json list of {name, isthing} of the classes to tell apart")
+        raise UserError(f"--method densevlm needs --names, the classes to tell apart: a {NAMES_HELP}")
     names, things = read_names(options.names)
     return DenseVLM(
         **setting.common(), student_classes=setting.embed(names), teacher_classes=setting.embed(names, teacher="dense"),
@@ -116,7 +116,7 @@ def build(options: DenseVLMFlags, setting: Setting) -> DenseVLM:
 
 _B16 = (
     "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.9 --det-image-size 512 "
-    "--batch-size 16 --grid dense --max-boxes 36 --dense-teacher EVA02-CLIP-L-14-336"
+    "--batch-size 16 --grid dense --max-boxes 36 --dense-teacher EVA02-CLIP-L-14-336 --names coco-stuff-ade20k"
 )
 
 METHOD = Entry(
@@ -127,5 +127,6 @@ METHOD = Entry(
     sources=("grid_distill", "proposals_distill", "mixed_distill"),
     losses=("things", "stuff"),
     teachers=lambda options: (dense_teacher(options),),
+    learns_from=lambda options: (LIST,),
     recipes={"densevlm-b16": _B16, "densevlm-b16-released": f"{_B16} --as-released"},
 )

@@ -85,7 +85,7 @@ class FineCLIP(RegionMethod):
         regions = self.pool_regions(self.read(images, sizes=self.sizes(batch))[0], batch)
         out = {}
         if "distance" in self.weights:
-            crops = self.embed_images(batch["crops"]).float() if len(regions) else regions
+            crops = self.embed_images(batch["crops"]).float() if len(regions) else self.no_rows()
             out["distance"] = (1 - (regions * crops).sum(-1)).sum()
         if "captions" in self.weights:
             chosen = images[batch["captions_of"]]
@@ -133,6 +133,7 @@ def fineclip_fields(options: FineCLIPFlags) -> tuple[str, ...]:
 
 
 _B16 = "--model EVA02-CLIP-B-16 --det-image-size 224 --batch-size 32 --epochs 10"
+_L14 = "--model EVA02-CLIP-L-14-336 --det-image-size 336 --batch-size 10 --epochs 10"
 
 METHOD = Entry(
     name="fineclip",
@@ -144,5 +145,5 @@ METHOD = Entry(
     fields=fineclip_fields,
     texts=True,
     learns_from=lambda options: ("captions",),
-    recipes={"fineclip-b16": _B16, "fineclip-b16-released": f"{_B16} --as-released"},
+    recipes={"fineclip-b16": _B16, "fineclip-b16-released": f"{_B16} --as-released", "fineclip-l14": _L14},
 )

@@ -19,7 +19,7 @@ from training.engine.flags import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, flag
 from training.methods.correlation import batch_semantics, cells_of, correlation_loss
 from training.methods.denserc import DenseRCFlags
 from training.methods.densevlm import DenseVLM
-from training.methods.names import choose_classes, read_names
+from training.methods.names import LIST, NAMES_HELP, choose_classes, read_names
 from training.methods.registry import Entry, Setting
 from training.teachers.describe import DenseTeacherFlags, TeacherSpec, crop_teacher, dense_teacher, vision_teacher
 
@@ -35,7 +35,7 @@ class MixRCFlags(DenseRCFlags, DenseTeacherFlags):
     semantic_share: float = flag(0.7, "share of the teacher's similarities in their target", type=SHARE)
     spatial_share: float = flag(0.3, "share of the foundation model's correlations in it", type=SHARE)
     neighbours: int = flag(7, "cells that a name's correlations are averaged over", type=COUNT)
-    names: str = flag("", "json list of class names, or of {name, isthing}", metavar="FILE")
+    names: str = flag("", NAMES_HELP, metavar="FILE")
 
 
 class MixRC(DenseVLM):
@@ -131,6 +131,7 @@ METHOD = Entry(
     losses=("distance", "coherence", "things", "stuff", "semantics"),
     fields=lambda options: ("crops",) if options.cosine_weight or options.semantic_weight else (),
     teachers=mixrc_teachers,
+    learns_from=lambda options: (LIST,) if options.alignment_weight or options.semantic_weight else (),
     readout="gated:3",
     recipes={
         "mixrc-b16": "--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7 --batch-size 4",

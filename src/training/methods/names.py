@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from training.engine.errors import UserError
 from training.methods.base import Method
 
 log = logging.getLogger(__name__)
+
+LIST = "list of class names"  # what a method learns from that is given names, but not of which image
+KNOWN = {"coco-stuff-ade20k": Path(__file__).with_name("coco_stuff_ade20k.json")}  # lists that are here, by name
+NAMES_HELP = f"json list of class names, or of {{name, isthing}}; or the list {', '.join(KNOWN)}"
 
 
 def _read(path: str, flag: str) -> Any:
@@ -31,13 +36,13 @@ def read_names(path: str, flag: str = "--names") -> tuple[list[str], int]:
     """(class names, how many of them are things, which come first), in the file's order otherwise.
 
     The file is a json list of names, or of ``{"name": ..., "isthing": 0 or 1}`` (things where it does not say), or has
-    such a list under ``categories``. Entries without a name, and names that were there before, are left out, counted
-    in the log.
+    such a list under ``categories``; or it is the name of one of :data:`KNOWN`. Entries without a name, and names that
+    were there before, are left out, counted in the log.
 
     Raises:
         UserError: an unreadable file, or no name in it.
     """
-    content = _read(path, flag)
+    content = _read(str(KNOWN.get(path, path)), flag)
     entries = content.get("categories") if isinstance(content, dict) else content
     found: dict[str, bool] = {}
     bad: list[str] = []
@@ -57,10 +62,10 @@ def read_names(path: str, flag: str = "--names") -> tuple[list[str], int]:
 
 
 def read_texts(path: str, names: Sequence[str], flag: str = "--rich-texts") -> list[str]:
-    """A text about each class: its own name where the file has none.
+    """A text about each class: its name, then what the file says of it, if anything ("label, definition, synonyms").
 
-    The file is a json dictionary from a name to a text or a list of texts (joined by commas). Values that are neither
-    are left out, counted in the log.
+    The file is a json dictionary from a name to a text or a list of texts (joined by commas); a text that begins with
+    the name is taken as it is. Values that are neither are left out, counted in the log.
 
     Raises:
         UserError: an unreadable file, no dictionary, or one that knows none of the names.
@@ -72,7 +77,8 @@ def read_texts(path: str, names: Sequence[str], flag: str = "--rich-texts") -> l
     for name, value in content.items():
         parts = value if isinstance(value, list) else [value]
         if parts and all(isinstance(p, str) and p.strip() for p in parts):
-            texts[name] = ", ".join(parts)
+            text = ", ".join(parts)
+            texts[name] = text if text.lower().startswith(name.lower()) else f"{name}, {text}"
         else:
             bad.append(name)
     if bad:

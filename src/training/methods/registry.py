@@ -68,7 +68,8 @@ class Entry:
             is the value path unless its weights name another.
         texts: whether it runs the student's text tower in each step.
         trains_texts: whether that tower trains.
-        learns_from: options -> what people wrote about its data, besides boxes: ``class names``, ``captions``.
+        learns_from: options -> what people wrote about its data, besides boxes: ``class names`` (of each
+            image), a :data:`~training.methods.names.LIST` of them, ``captions``.
         recipes: name -> command line that it stands for.
     """
 

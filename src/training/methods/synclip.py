@@ -11,7 +11,7 @@ from training.engine.errors import UserError
 from training.engine.flags import COUNT, NOT_NEGATIVE, SHARE, flag
 from training.methods.correlation import batch_semantics
 from training.methods.declip import DeCLIP, DeCLIPFlags
-from training.methods.names import choose_classes, read_names, read_texts
+from training.methods.names import LIST, NAMES_HELP, choose_classes, read_names, read_texts
 from training.methods.registry import Entry, Setting
 from training.teachers.describe import TeacherSpec, crop_teacher, vision_teacher
 
@@ -29,8 +29,8 @@ class SynCLIPFlags(DeCLIPFlags):
         "annotations", "the names of an image: its annotations', or the teacher's choice for each crop among --names",
         choices=("annotations", "teacher"),
     )  # fmt: skip
-    names: str = flag("", "json list of class names, or of {name, isthing}", metavar="FILE")
-    rich_texts: str = flag("", "json from a name to its definition and synonyms, for the teacher", metavar="FILE")
+    names: str = flag("", NAMES_HELP, metavar="FILE")
+    rich_texts: str = flag("", "json from a name to definition and synonyms, to follow it in texts", metavar="FILE")
 
 
 class SynCLIP(DeCLIP):
@@ -104,8 +104,9 @@ def synclip_fields(options: SynCLIPFlags) -> tuple[str, ...]:
     return ("crops", "classes") if options.classes_from == "annotations" else ("crops",)
 
 
-_B16 = ("--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7 --det-image-size 560 "
-        "--vfm vit_large_patch14_reg4_dinov2 --dataset-type proposals_distill")  # fmt: skip
+_DATA = "--det-image-size 560 --vfm vit_large_patch14_reg4_dinov2 --dataset-type proposals_distill"
+_B16 = f"--model EVA02-CLIP-B-16 --lock-image --lock-image-unlocked-groups 12 --alpha 0.7 {_DATA}"
+_L14 = f"--model EVA02-CLIP-L-14-336 --lock-image --lock-image-unlocked-groups 24 --alpha 0.95 {_DATA}"
 _SCRIPT = "--semantic-loss huber_kl --semantic-weight 0.1 --semantic-share 0.7 --spatial-share 0.3"
 
 METHOD = Entry(
@@ -118,10 +119,12 @@ METHOD = Entry(
     fields=synclip_fields,
     teachers=synclip_teachers,
     readout="csa",
-    learns_from=lambda options: ("class names",) if options.classes_from == "annotations" else (),
+    learns_from=lambda options: ("class names",) if options.classes_from == "annotations" else (LIST,),
     recipes={
-        "synclip-b16": f"{_B16} --lr 2e-5 --batch-size 4",
+        "synclip-b16": f"{_B16} --lr 2e-5 --batch-size 8",  # 4 processes
         "synclip-b16-script": f"{_B16} {_SCRIPT}",
-        "synclip-b16-free": f"{_B16} {_SCRIPT} --classes-from teacher --dataset-type grid_distill",
+        "synclip-b16-free": f"{_B16} {_SCRIPT} --classes-from teacher --dataset-type grid_distill "
+        "--names coco-stuff-ade20k",
+        "synclip-l14-script": f"{_L14} {_SCRIPT} --cosine-weight 2 --context-weight 0.05",
     },
 )

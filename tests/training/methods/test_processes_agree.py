@@ -90,6 +90,7 @@ CASES = {
     "sc": Case("sc", SPREAD),
     "denserc": Case("denserc", SPREAD),
     "fineclip": Case("fineclip", SPREAD),
+    "fineclip, distance alone": Case("fineclip", SPREAD, {"caption_weight": 0.0, "region_caption_weight": 0.0}),
     "fineclip, regions alone": Case("fineclip", SPREAD, {"cosine_weight": 0.0, "caption_weight": 0.0}),
     "mixrc": Case("mixrc", SPREAD, {"names": "names.json", "alignment_weight": 0.5, "semantic_weight": 0.2,
                                     "threshold": 0.01, "logit_temperature": 0.2}),
