@@ -19,6 +19,8 @@ from ovdet.parts.boxes import Padded
 from ovdet.parts.fpn import Neck, level_strides
 from ovdet.parts.losses import box_loss, classification_loss, mask_loss, objectness_loss
 from ovdet.parts.masks import compress_runs, mask_targets, paste_masks
+from ovdet.parts.rois import sample_rois
+from ovdet.parts.rpn import RPN
 from ovdet.parts.scores import class_probabilities, fuse, select_detections
 
 
@@ -301,3 +303,22 @@ def test_pasting_is_bilinear_interpolation(repeat_edges: bool, threshold: float)
     # A pixel whose centre lies on the box's own edge, up to rounding.
     assert off <= (2 if repeat_edges else 0) and found.any()
     assert paste_masks(masks[:0], boxes[:0], (height, width)).shape == (0, height, width)
+
+
+def test_the_best_of_a_true_box_is_a_proposal_or_a_true_box():
+    """Not the whole image, which stands in where an image has neither: it would be the best of one that fills it."""
+    truth = torch.tensor([[0.0, 0, 72, 100], [0, 0, 100, 100]])
+    proposal = torch.tensor([[0.0, 0, 84, 100]])
+    samples = sample_rois(
+        [proposal], [(100, 100)], [truth], [torch.tensor([5, 7])], background=9, number=8, positive_share=1.0, iou=0.5,
+        low_quality=True,
+    )  # fmt: skip
+    found = {tuple(b): int(label) for b, label in zip(samples.boxes[0].tolist(), samples.labels, strict=True)}
+    assert found[tuple(proposal[0].tolist())] == 7  # the best proposal of both: the last
+
+
+def test_proposals_before_suppression_are_fewer_outside_of_training():
+    rpn = RPN(4, (8,), convs=0, pre_nms=50, pre_nms_test=5, nms=1.0, post_nms=1000, padding=True)
+    out = rpn([torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))])
+    numbers = [int(rpn.train(mode).propose(out, [(64, 64)])[0].valid.sum()) for mode in (True, False)]
+    assert numbers[1] == 5 < numbers[0] <= 50

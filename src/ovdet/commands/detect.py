@@ -104,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     detector = ovdet.load_detector(
         args.checkpoint, device=args.device, config=args.config, overrides=[*args.set, f"test.score={args.score}"]
     )  # fmt: skip
+    if not isinstance(detector, ovdet.LoadedDetector):
+        raise UserError(f"{args.checkpoint} is a GLIP: use GLIP/ground.py for it")
     detector.use_classes(names)
     if attributes:
         with as_user_error():

@@ -129,8 +129,11 @@ def load_clip(config: GlipConfig) -> open_clip.CLIP | None:
         if config.text.kind == "clip" and text_cfg.get("hf_tokenizer_name"):
             # Tokenizers of the hub do not say which characters of the text a token stands for.
             raise UserError(f'clip.name {name}: its tokenizer is not CLIP\'s own; use text.kind="bert" with it')
-        pretrained = None if clip.pretrained == RANDOM else config.locate(clip.pretrained)
-        return open_clip.create_model(name, pretrained, cache_dir=clip.cache_dir or None)
+        pretrained = None if clip.pretrained == RANDOM else clip.pretrained
+        if pretrained and Path(config.locate(pretrained)).is_file():
+            pretrained = config.locate(pretrained)
+        folder = config.locate(clip.cache_dir) if clip.cache_dir and pretrained == "eva" else clip.cache_dir or None
+        return open_clip.create_model(name, pretrained, cache_dir=folder)
 
 
 def _clip_name(config: GlipConfig) -> str:

@@ -24,7 +24,8 @@ from training.engine.errors import UserError
 log = logging.getLogger(__name__)
 
 FORMAT = "glip"
-_CLASSIFIER = ("head.cls_logits.weight", "head.cls_logits.bias")
+# What a whole file may lack: MMDetection's drop the classifier, and prompt tuning begins without a table.
+_OPTIONAL = ("head.cls_logits.weight", "head.cls_logits.bias", "prompt")
 
 
 def read_file(path: str | Path, key: str = "model.weights") -> dict[str, Any]:
@@ -95,9 +96,9 @@ def load_whole(model: nn.Module, path: str | Path, *, ema: bool = False, key: st
             f"{key} {path}: holds only what was trained; give it as the checkpoint, and its base as weights"
         )
     state = state_of(content, path, ema=ema)
-    shapes = {name: value.shape for name, value in model.state_dict().items() if name != "prompt"}
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
     try:
-        fitting, layout = names.read_state(state, shapes, fusion=model.head.options.fusion, optional=_CLASSIFIER)
+        fitting, layout = names.read_state(state, shapes, fusion=model.head.options.fusion, optional=_OPTIONAL)
     except ValueError as error:
         raise UserError(f"{key} {path}: {error}") from error
     model.load_state_dict(fitting, strict=False)

@@ -69,8 +69,9 @@ def sample_rois(
     proposals = proposals if isinstance(proposals, Padded) else Padded.of(proposals)
     own, device = Padded.of(truth), proposals.boxes.device
     sizes = box_ops.sizes_tensor(image_sizes, device)
-    whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)[:, None]
     nothing = ~(own.valid.any(1) | proposals.valid.any(1))[:, None]
+    # Where there is something it is no box: it would overlap true boxes, and be the best of one.
+    whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)[:, None] * nothing[..., None]
     boxes = torch.cat([own.boxes, proposals.boxes, whole], dim=1)
     valid = torch.cat([own.valid, proposals.valid, nothing], dim=1)
     first = own.boxes.shape[1] if truth_keeps_label else 0

@@ -42,6 +42,7 @@ class RPN(nn.Module):
         positive_iou, negative_iou: bounds of the assignment; from ``negative_iou`` on the best anchor of a true box is
             positive too.
         pre_nms: proposals per level before NMS at IoU ``nms``; post_nms: per image after it.
+        pre_nms_test: in place of ``pre_nms`` outside of training; 0: the same.
         padding: whether anchors centred in the padding are trained (as background) and proposed.
         empty_counts_one: whether an image without positives counts one sample more in the losses' divisor, as in
             MMDetection 2.
@@ -68,6 +69,7 @@ class RPN(nn.Module):
         padding: bool = True,
         empty_counts_one: bool = True,
         limit_below: bool = True,
+        pre_nms_test: int = 0,
     ) -> None:
         super().__init__()
         self.strides, self.anchor_scale = tuple(strides), anchor_scale
@@ -75,6 +77,7 @@ class RPN(nn.Module):
         self.samples, self.positive_share = samples, positive_share
         self.positive_iou, self.negative_iou = positive_iou, negative_iou
         self.pre_nms, self.post_nms, self.nms = pre_nms, post_nms, nms
+        self.pre_nms_test = pre_nms_test or pre_nms
         self.padding, self.empty_counts_one, self.limit_below = padding, empty_counts_one, limit_below
         self.convs = nn.Sequential(*conv_layers(channels, convs, norm))
         self.objectness = nn.Conv2d(channels, len(self.anchor_ratios), 1)
@@ -144,15 +147,15 @@ class RPN(nn.Module):
     def propose(self, out: RPNOutput, image_sizes: Sequence[tuple[int, int]] | Tensor) -> tuple[Padded, Tensor]:
         """(boxes ``[B, K, 4]``, scores ``[B, K]``): objectness by falling score, K at most ``post_nms``.
 
-        The best ``pre_nms`` of each level, NMS per level, then the best ``post_nms`` of the image. One host
-        synchronisation on a GPU.
+        The best ``pre_nms`` (``pre_nms_test``) of each level, NMS per level, then the best ``post_nms`` of the image.
+        One host synchronisation on a GPU.
         """
         sizes = box_ops.sizes_tensor(image_sizes, out.anchors.device)
         # Ranked by the logit: it tells apart what rounds to the same objectness.
         scores = out.logits.float()
         if not self.padding:  # what is never trained means nothing
             scores = scores.masked_fill(~_centred_inside(out.anchors, sizes), -torch.inf)
-        most = min(self.pre_nms, max(out.level_sizes))
+        most = min(self.pre_nms if self.training else self.pre_nms_test, max(out.level_sizes))
         chosen, best, start = [], [], 0
         for count in out.level_sizes:
             value, index = scores[:, start : start + count].topk(min(most, count))

@@ -27,7 +27,8 @@ class Trunk(nn.Module):
 
     Args:
         body: a feature extractor of timm (``features_only=True``).
-        norm: ``"batch"``: norms train, with the statistics of each batch; ``"frozen"``: they are constants.
+        norm: ``"batch"``: norms train, with the statistics of each batch; ``"fixed"``: scale and shift train, with the
+            stored statistics; ``"frozen"``: they are constants.
         frozen: stages that do not train, 0 to 4, from the stem on; their norms keep their statistics.
         eps, momentum: of batch norms.
 
@@ -54,6 +55,7 @@ class Trunk(nn.Module):
             if isinstance(module, nn.BatchNorm2d):
                 module.eps, module.momentum = eps, momentum
         self.body = freeze_batch_norm_2d(body) if norm == "frozen" else body
+        self.fixed = norm == "fixed"
         # Names, as a module may be replaced: a batch norm by a synchronised one.
         self.frozen = self._first_stages(frozen)
         for name in self.frozen:
@@ -71,8 +73,11 @@ class Trunk(nn.Module):
         return names[: names.index(last) + 1]
 
     def train(self, mode: bool = True) -> Trunk:
-        """Frozen stages stay in eval mode."""
+        """Frozen stages stay in eval mode, and norms whose statistics are fixed."""
         super().train(mode)
+        for module in self.body.modules() if self.fixed else ():
+            if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+                module.eval()
         for name in self.frozen:
             self.body.get_submodule(name).eval()
         return self

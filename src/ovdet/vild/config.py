@@ -20,7 +20,7 @@ VARIANTS = {
     "ensemble": (True, True),
     "supervised": (True, False),
 }
-NORMS = ("batch", "frozen")
+NORMS = ("batch", "fixed", "frozen")
 PROMPTS = ("ensemble", "synonyms", "single")
 
 
@@ -31,7 +31,8 @@ class ModelConfig:
     variant: str = "ensemble"  # "text", "image", "vild", "ensemble"; "supervised": a plain classifier, for comparison
     trunk: str = "resnet50.tv_in1k"  # a model of timm that gives maps of strides 4 to 32
     trunk_weights: str = ""  # a file; "": those of the trunk's tag, from the hub; "random": none
-    trunk_norm: str = "batch"  # its norms train ("batch"), or are constants ("frozen")
+    # Its norms train by each batch's statistics ("batch"), by the stored ones ("fixed"), or are constants ("frozen").
+    trunk_norm: str = "batch"
     trunk_frozen: int = 0  # so many of its four stages do not train, nor does the stem then
     start: str = ""  # a detector file whose weights are the start, as far as their names and shapes fit
     channels: int = 256  # of the feature pyramid
@@ -48,7 +49,8 @@ class ModelConfig:
     rpn_positive_iou: float = 0.7
     rpn_negative_iou: float = 0.3
     rpn_padding: bool = True  # anchors in the padding are trained (as background) and proposed
-    rpn_pre_nms: int = 2000  # per level
+    rpn_pre_nms: int = 2000  # per level, in training
+    rpn_pre_nms_test: int = 1000  # per level, otherwise; 0: the same
     rpn_post_nms: int = 1000  # per image
     rpn_nms: float = 0.7
     # Boxes and classes.
@@ -83,7 +85,7 @@ class ModelConfig:
     def rules(self) -> Iterator[Rule]:
         """What the types do not say."""
         yield "model.variant", self.variant, self.variant in VARIANTS, f"one of {', '.join(VARIANTS)}"
-        yield "model.trunk_norm", self.trunk_norm, self.trunk_norm in NORMS, '"batch" or "frozen"'
+        yield "model.trunk_norm", self.trunk_norm, self.trunk_norm in NORMS, f"one of {', '.join(NORMS)}"
         yield "model.trunk_frozen", self.trunk_frozen, 0 <= self.trunk_frozen <= 4, "0 to 4"
         yield from anchor_rules(self)
         yield from positive(
@@ -92,8 +94,8 @@ class ModelConfig:
                             "mask_size")
         )  # fmt: skip
         yield from not_negative(
-            "model", self, ("rpn_convs", "box_convs", "box_fcs", "roi_sampling", "background_weight", "image_weight",
-                            "mask_convs")
+            "model", self, ("rpn_convs", "rpn_pre_nms_test", "box_convs", "box_fcs", "roi_sampling",
+                            "background_weight", "image_weight", "mask_convs")
         )  # fmt: skip
         yield from shares(
             "model", self, ("norm_momentum", "rpn_positive_share", "rpn_positive_iou", "rpn_negative_iou", "rpn_nms",

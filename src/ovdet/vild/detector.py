@@ -67,7 +67,8 @@ class Detector(TwoStageDetector):
         pooling = {"sampling": model.roi_sampling, "finest": model.roi_finest, "norm": norm}
         self.backbone = trunk
         self.fpn = FeaturePyramid(trunk.widths, model.channels, norm)
-        self.rpn = RPN(model.channels, (*STRIDES, 2 * STRIDES[-1]), norm=norm, **rpn_settings(model))
+        self.rpn = RPN(model.channels, (*STRIDES, 2 * STRIDES[-1]), norm=norm, **rpn_settings(model),
+                       pre_nms_test=model.rpn_pre_nms_test)  # fmt: skip
         head = {"size": model.box_size, "convs": model.box_convs, "fcs": model.box_fcs, "width": model.box_width}
         supervised = model.variant == "supervised"
         # The fifth level is for proposals only, as in Mask R-CNN.

@@ -34,8 +34,8 @@ def proposal_key(config: VildConfig, weights: str, *, most: int, min_side: float
     data, test, model = config.data, config.test, config.model
     return {
         "detector": weights, "image_size": data.image_size, "resize": data.resize, "upright": data.exif,
-        "rank": test.rank, "nms": model.rpn_nms, "before_nms": model.rpn_pre_nms, "after_nms": model.rpn_post_nms,
-        "most": most, "min_side": min_side,
+        "rank": test.rank, "nms": model.rpn_nms, "before_nms": model.rpn_pre_nms_test or model.rpn_pre_nms,
+        "after_nms": model.rpn_post_nms, "most": most, "min_side": min_side,
     }  # fmt: skip
 
 

@@ -12,16 +12,19 @@ import torch
 from PIL import Image
 
 import ovdet
+from ovdet.commands import detect
 from ovdet.config import format_config
 from ovdet.glip import files
 from ovdet.glip.assemble import config_for, load_model, load_published
 from ovdet.glip.commands import ground, label, odinw
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.captions import load_captions
+from ovdet.glip.data.odinw import find_sets
 from ovdet.glip.draw import draw
 from ovdet.glip.model import GLIP
 from ovdet.glip.names import write_state
 from ovdet.glip.phrases import noun_phrases
+from training.engine.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +66,7 @@ def test_grounding_draws_and_lists(checkpoint: Path, photo: Path, tmp_path: Path
         assert run(checkpoint, photo, tmp_path / "b", *caption, *more, "--score", "0") == 0
         names = {r["name"] for r in json.loads((tmp_path / "b" / "results.json").read_text())}
         assert names <= {"red ball", "the small", "dog"} and names
-    for names in ("dog, cat", "dog . cat . dog .", str(tmp_path / "names.txt")):
+    for names in ("dog, cat", "dog . cat . dog .", "dog. cat", str(tmp_path / "names.txt")):
         (tmp_path / "names.txt").write_text("dog\n\ncat\n", encoding="utf-8-sig")
         assert run(checkpoint, photo, tmp_path / "c", "--classes", names, "--score", "0", "--aggregation", "max") == 0
         assert {r["name"] for r in json.loads((tmp_path / "c" / "results.json").read_text())} == {"dog", "cat"}
@@ -192,6 +195,11 @@ def test_labels_that_cannot_be(
     assert not (tmp_path / "b").exists()
 
 
+def test_the_other_detectors_command_refuses_it(checkpoint: Path, photo: Path):
+    with pytest.raises(UserError, match="use GLIP/ground.py"):
+        detect.main([str(photo), "--checkpoint", str(checkpoint), "--classes", "dog", "--device", "cpu"])
+
+
 # -- many data sets ---------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +221,30 @@ def wild(tmp_path: Path) -> Path:
             content = {"images": images, "annotations": annotations, "categories": categories}
             (folder / "annotations_without_background.json").write_text(json.dumps(content))
     return tmp_path / "odinw"
+
+
+def test_tuning_warms_up_shortly_and_freezes_as_published(wild: Path):
+    """Pre-training's 2000 steps are more than a whole run of few shots has; what is said by hand goes first."""
+    config, (pond, _) = GlipConfig(), find_sets(wild, None)
+    full = odinw.tuned_config(config, pond, "full", 1, 3, "glip.pt")
+    assert config.train.warmup_steps == 2000 and (full.train.warmup_steps, full.image.freeze_at) == (10, 2)
+    given = ["train.warmup_steps=50", "image.freeze_at=1"]
+    config.train.warmup_steps, config.image.freeze_at = 50, 1
+    full = odinw.tuned_config(config, pond, "full", 1, 3, "glip.pt", given)
+    assert (full.train.warmup_steps, full.image.freeze_at) == (50, 1)
+    assert odinw.tuned_config(config, pond, "linear_prob", 1, 3, "glip.pt").image.freeze_at == 1
+
+
+def test_prepared_choices_of_images_and_prompts_of_a_set_are_taken(wild: Path, tmp_path: Path):
+    pond, room = find_sets(wild, None)
+    prepared = wild / "Ponds" / "train" / "fewshot_train_shot1_seed30.json"
+    prepared.write_text((wild / "Ponds" / "train" / "annotations_without_background.json").read_text())
+    for seed, file, shots in ((30, prepared, 0), (3, pond.splits["train"][0], 1)):
+        tuned = odinw.tuned_config(GlipConfig(), pond, "full", 1, seed, "glip.pt")
+        assert (tuned.data.train_annotations, tuned.data.shots, tuned.data.copies) == (str(file), shots, 8)
+    (tmp_path / "Ponds.json").write_text("{}")
+    assert odinw.test_values(pond, "test", tmp_path)["data.prompts"] == str(tmp_path / "Ponds.json")
+    assert "data.prompts" not in odinw.test_values(room, "test", tmp_path)
 
 
 def test_many_data_sets_are_tested_and_tuned(

@@ -236,6 +236,16 @@ def test_sources_of_a_mixed_set(tmp_path: Path):
     assert records.skipped == {"image of the source 'z', which has no folder": 1}
 
 
+def test_captions_that_clips_tokenizer_would_change_are_skipped(tmp_path: Path):
+    builder, tokenizer = Builder("x"), tk.ClipPairs()
+    for i, text in enumerate(("a man  and a dog", "a man and a dog")):
+        builder.add(i, "a.png", text, [((0, 0, 9, 9), 1.0, [(2, 5)])])
+    picture(tmp_path / "a.png")
+    source = GroundingSource(builder.finish("set"), root=str(tmp_path), tokenizer=tokenizer)
+    dataset = TrainDataset([source], [1], tokenizer, sizes=[40], longest=1000, flip=0.0, seed=0)
+    assert "double spaces" in dataset[0, 0].reason and not isinstance(dataset[0, 1], Skipped)
+
+
 def test_samples_that_cannot_be(tmp_path: Path, words: tk.WordPieces):
     builder = Builder("x")
     builder.add(1, "a.png", "dog " * 70, [((0, 0, 9, 9), 1.0, [(0, 3)])])

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from ovdet.evaluation.arrays import Detections, Truth
+from ovdet.glip import testing
+from ovdet.glip.config import GlipConfig
 from ovdet.glip.evaluation import flickr, wild
 from ovdet.glip.evaluation.fixed_ap import best_per_class, fixed_ap
 from training.engine.errors import UserError
@@ -70,6 +75,20 @@ def test_answers_match_the_recorded_ones(glip_golden: Path):
     found = flickr.boxes_by_phrase(np.array(given["boxes"]) * factor, scores, labels, len(post["boxes"]))
     for got, wanted in zip(found, post["boxes"], strict=True):
         assert np.allclose(got, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize(("box", "expected"), [([10, 10, 20, 20], 1.0), ([10, 10, 17, 17], 0.0)])
+def test_phrases_are_judged_by_last_pixels(monkeypatch, box: list[int], expected: float):
+    """Detections end behind their last pixel, recall counts it: 7 of 10 pixels a side are 49 %, a miss."""
+    one = torch.ones(1)
+    result = {"boxes": torch.tensor([box]).float(), "scores": one, "labels": torch.zeros_like(one, dtype=torch.int64)}
+    monkeypatch.setattr(testing, "find_own", lambda *args: [result])
+    test = testing.PhraseTest.__new__(testing.PhraseTest)
+    test.config, test.prompts, test.keys = GlipConfig(), [SimpleNamespace(tokens=[[1]])], [("7", 0)]
+    test.images = [{"index": [0], "images": None, "sizes": [(64, 64)], "original": [(64, 64)]}]
+    test.sentences, test.boxes = {"7": ["[/EN#5/people A hand] waves ."]}, {"7": {"5": [[10, 10, 19, 19]]}}
+    precision = SimpleNamespace(autocast=contextlib.nullcontext)
+    assert test(None, precision)["R@1"] == expected
 
 
 def test_marked_sentences_and_their_files(tmp_path: Path):

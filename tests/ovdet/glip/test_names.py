@@ -114,6 +114,21 @@ def test_files_go_out_and_come_back(tmp_path: Path, tiny: Callable[..., GLIP], l
             assert torch.equal(other.state_dict()[name], value), name
 
 
+def test_whole_files_with_a_tuned_prompt(tmp_path: Path, tiny: Callable[..., GLIP]):
+    """The published layout's and our own; a model that is to be tuned takes one without, and keeps its zeros."""
+    tuned, other = tiny(seed=0), tiny(seed=1)
+    torch.save({"model": names.write_state(tuned.state_dict(), "glip", fusion=True)}, tmp_path / "plain.pth")
+    width = tuned.text.width
+    tuned.prompt, other.prompt = (nn.Parameter(torch.full((1000, width), v)) for v in (0.5, 0.0))
+    files.load_whole(other, tmp_path / "plain.pth")
+    assert not other.prompt.any()
+    for layout in ("glip", "own"):
+        other.prompt.data.zero_()
+        torch.save({"model": names.write_state(tuned.state_dict(), layout, fusion=True)}, tmp_path / "tuned.pth")
+        assert files.load_whole(other, tmp_path / "tuned.pth") == layout
+        assert (other.prompt == 0.5).all()
+
+
 def test_merging_in_unfolds_order():
     """MMDetection's merging unfolds 2 x 2 cells; timm's concatenates them: equal after the change of order."""
     from timm.models.swin_transformer import PatchMerging

@@ -194,7 +194,7 @@ def test_proposals_are_ranked_as_asked():
 
 
 def test_frozen_norms_and_stages_stay_as_they_are():
-    for settings in ({"trunk_norm": "frozen"}, {"trunk_frozen": 2}):
+    for settings in ({"trunk_norm": "frozen"}, {"trunk_norm": "fixed"}, {"trunk_frozen": 2}):
         detector = tiny("text", **settings)
         before = {n: v.clone() for n, v in detector.backbone.state_dict().items()}
         optimizer = torch.optim.SGD([p for p in detector.parameters() if p.requires_grad], lr=0.1)
@@ -203,7 +203,9 @@ def test_frozen_norms_and_stages_stay_as_they_are():
         sum(detector(*batch()).values()).backward()
         optimizer.step()
         changed = {n for n, v in detector.backbone.state_dict().items() if not torch.equal(before[n], v)}
-        if "trunk_norm" in settings:
+        if settings.get("trunk_norm") == "fixed":
+            assert any(".bn" in n for n in changed) and not any("running" in n or "tracked" in n for n in changed)
+        elif "trunk_norm" in settings:
             assert changed and not any("running" in n or ".bn" in n for n in changed)
             assert not any(isinstance(m, nn.BatchNorm2d) for m in detector.backbone.modules())
         else:

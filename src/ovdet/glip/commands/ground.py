@@ -29,6 +29,8 @@ from training.engine.files import write_json
 from training.engine.flags import PATH, Parser
 from training.engine.journal import setup_logging
 
+_STOP = re.compile(r"\s*\.\s+|\s+\.|\.$")  # a full stop between names: "cat . dog ." or "cat. dog", as GLIP's texts
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
@@ -67,8 +69,8 @@ def read_names(text: str) -> list[str]:
     Raises:
         UserError: none, or a file that is not there.
     """
-    if "," not in text and " ." in text and not Path(text).is_file():  # "cat . dog .", as GLIP's own texts are
-        return ph.split_list(text)
+    if "," not in text and _STOP.search(text) and not Path(text).is_file():
+        return ph.split_list(_STOP.sub(" . ", text))
     return listed_names(text, once=False)
 
 

@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # fmt: skip
         labeller.check_folder(write=False)
     with together():
-        labeller.check_folder(write=dist.is_master)
+        if dist.is_master:  # alone: others could see the folder half made
+            labeller.check_folder(write=True)
     model.to(dist.device)
     shards = -(-len(captions) // args.shard)
     with tqdm(total=len(captions), desc="captions", unit="", disable=not dist.is_master, dynamic_ncols=True) as bar:

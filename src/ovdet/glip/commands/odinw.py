@@ -30,6 +30,7 @@ EPOCHS = 200  # at most; patience ends most runs before
 COPIES = {1: 8, 3: 4, 5: 2}  # of a few-shot set in an epoch; other numbers of shots: 1
 #: Evaluations without gain after which the rate falls, and after which a run ends: with few shots, and with all data.
 PATIENCE, PATIENCE_ALL = (3, 8), (2, 4)
+WARMUP = 10  # steps; an epoch may have no more than four, and pre-training's 2000 would outlast most runs
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mode", choices=TUNING, help="tune in this mode; default: test as it is")
     parser.add_argument("--shots", type=int, nargs="+", default=[0], help="images of each class, 0: all data")
     parser.add_argument("--seeds", type=int, nargs="+", default=[3], help="of the choice of images (3 30 300)")
+    parser.add_argument("--prompts", type=PATH, help="folder with a SET.json for each set that has prompts of its own")
     parser.add_argument("--out", type=PATH, required=True, help="folder of runs, metrics and leader-board files")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     args = parser.parse_intermixed_args(argv)
@@ -62,8 +64,8 @@ def with_values(config: GlipConfig, values: dict[str, Any]) -> GlipConfig:
     return made
 
 
-def test_values(wild: WildSet, split: str) -> dict[str, Any]:
-    """Where a split's images and annotations are.
+def test_values(wild: WildSet, split: str, prompts: Path | None = None) -> dict[str, Any]:
+    """Where a split's images and annotations are, and the set's own prompts in a folder of them, if it has any.
 
     Raises:
         UserError: the set has no such split.
@@ -71,23 +73,41 @@ def test_values(wild: WildSet, split: str) -> dict[str, Any]:
     if split not in wild.splits:
         raise UserError(f"data set {wild.name} has no {split} split: unpack it again")
     annotations, images = wild.splits[split]
-    return {"data.val_annotations": str(annotations), "data.val_images": str(images), "data.protocol": "coco"}
+    values = {"data.val_annotations": str(annotations), "data.val_images": str(images), "data.protocol": "coco"}
+    own = prompts / f"{wild.name}.json" if prompts else None
+    return values | ({"data.prompts": str(own.resolve())} if own and own.is_file() else {})
 
 
-def tuned_config(config: GlipConfig, wild: WildSet, mode: str, shots: int, seed: int, checkpoint: str) -> GlipConfig:
-    """The config of a tuning run on a set: trained on its train split, watched on its valid one."""
+def tuned_config(
+    config: GlipConfig, wild: WildSet, mode: str, shots: int, seed: int, checkpoint: str, given: Sequence[str] = ()
+) -> GlipConfig:
+    """The config of a tuning run on a set: trained on its train split, watched on its valid one.
+
+    Args:
+        given: config values of the command line, ``section.key=value``; where the mode has values of its own (rate,
+            decay, warm-up, frozen stages), these go first.
+    """
     annotations, images = wild.splits.get("train", (None, None))
     if annotations is None:
         raise UserError(f"data set {wild.name} has no train split: unpack it again")
+    prepared = wild.few_shot(shots, seed)
+    if prepared:
+        log.info("%s: %s", wild.name, prepared)
+        annotations = prepared
     patience, stop = PATIENCE if shots else PATIENCE_ALL
     values: dict[str, Any] = {
         "model.weights": str(Path(checkpoint).resolve()), "train.mode": mode, "train.epochs": EPOCHS,
         "train.patience": patience, "train.stop_patience": stop, "train.eval_every": 1,
         "data.train_annotations": str(annotations), "data.train_images": str(images), "data.train_sets": [],
-        "data.shots": shots, "data.shot_seed": seed, "data.copies": COPIES.get(shots, 1),
+        "data.shots": 0 if prepared else shots, "data.shot_seed": seed, "data.copies": COPIES.get(shots, 1),
     }  # fmt: skip
+    usual: dict[str, Any] = {"train.warmup_steps": min(config.train.warmup_steps, WARMUP)}
     if mode in ("language_prompt_v2", "language_prompt_v4"):
-        values |= {"train.lr": 0.05, "train.weight_decay": 0.25}
+        usual |= {"train.lr": 0.05, "train.weight_decay": 0.25}
+    if mode == "full":  # patch embedding and first stage, as published for these sets
+        usual["image.freeze_at"] = max(config.image.freeze_at, 2)
+    chosen = {value.partition("=")[0].strip() for value in given}
+    values |= {name: value for name, value in usual.items() if name not in chosen}
     return with_values(config, values | test_values(wild, "valid" if "valid" in wild.splits else "test"))
 
 
@@ -98,15 +118,16 @@ def run_set(
     folder = args.out / wild.name / (f"{args.mode}_{shots}_{seed}" if args.mode else "zero_shot")
     if (folder / "test" / "metrics.json").is_file():
         return json.loads((folder / "test" / "metrics.json").read_text()), folder / "test"
-    checkpoint, test_config = args.checkpoint, with_values(config, test_values(wild, "test"))
+    own = test_values(wild, "test", args.prompts)
+    checkpoint, test_config = args.checkpoint, with_values(config, own)
     if args.mode:
-        run = tuned_config(config, wild, args.mode, shots, seed, args.checkpoint)
+        run = tuned_config(test_config, wild, args.mode, shots, seed, args.checkpoint, args.overrides)
         started = (folder / "run" / "checkpoints").is_dir()
         status = train(run, dist, folder / "run", save_every_steps=1000, resume=started)
         if status:
             raise SystemExit(status)
         checkpoint = str(folder / "run" / BEST)
-        test_config = with_values(run, test_values(wild, "test"))
+        test_config = with_values(run, own)
     with together():
         model = load_model(test_config, checkpoint).to(dist.device)
         test = open_test(test_config, model.tokenizer, model.image.divisor, dist)

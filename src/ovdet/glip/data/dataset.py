@@ -17,6 +17,7 @@ from ovdet.glip.data.transforms import names_a_side, resized_view, target_size, 
 from ovdet.glip.losses import GroundTruth
 from ovdet.glip.tokens import Tokenizer, positive_map, tokens_of_spans
 from training.engine.data.images import ImageError, decode
+from training.engine.errors import UserError
 
 
 class TrainDataset(Dataset):
@@ -64,11 +65,11 @@ class TrainDataset(Dataset):
             example = source.read(row, rng)
             name = example.name
             image = self._pixels(example.image, name)
+            encoded = self.tokenizer.encode(example.text)
         except ImageError as error:
             return Skipped(error.file, error.reason)
-        except ValueError as error:
+        except (ValueError, UserError) as error:  # of the tokenizer: a text that it would change
             return Skipped(name, str(error))
-        encoded = self.tokenizer.encode(example.text)
         if len(encoded.ids) > self.tokenizer.limit:
             return Skipped(
                 name, f"its text has {len(encoded.ids)} tokens, but the text encoder takes {self.tokenizer.limit}"

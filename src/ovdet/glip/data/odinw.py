@@ -23,6 +23,13 @@ class WildSet:
     name: str
     splits: dict[str, tuple[Path, Path]]
 
+    def few_shot(self, shots: int, seed: int) -> Path | None:
+        """The published choice of so many images of each class, beside the training annotations; None: not there."""
+        if not shots or "train" not in self.splits:
+            return None
+        file = self.splits["train"][0].with_name(f"fewshot_train_shot{shots}_seed{seed}.json")
+        return file if file.is_file() else None
+
 
 def find_sets(root: str | Path, names: list[str] | None = None) -> list[WildSet]:
     """Data sets below a folder, by name.
