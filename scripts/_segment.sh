@@ -3,8 +3,9 @@
 #   MODEL, PRETRAINED   the model and its weights (default EVA02-CLIP-B-16 with checkpoints/EVA02_CLIP_B_psz16_s8B.pt)
 #   DATA                folder that the data set was unpacked into (default data)
 #   PROTOCOL            own, maskclip, sclip, naclip, clearclip or proxyclip (default sclip)
-#   READOUTS            dense readings (default: eight that need nothing but the model)
-#   OUT                 folder of results (default logs/segment); a run that was cut short goes on there
+#   READOUTS            dense readings (default: the model's own, which its weights name, as "own", and eight by name)
+#   OUT                 folder of results (default logs/segment); a run that was cut short goes on there. Of
+#                       logs/my_run/checkpoints/clipself.pt they are in OUT/DATASET-PROTOCOL-my_run-clipself
 #   NPROC, PYTHON       as for the training recipes
 # Further arguments go to "python -m ovseg.evaluate".
 
@@ -13,10 +14,23 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
 MODEL="${MODEL:-EVA02-CLIP-B-16}"
 PROTOCOL="${PROTOCOL:-sclip}"
-READOUTS="${READOUTS:-value value_bare vanilla sclip sclip_bare clearclip kk_bare naclip}"
+READOUTS="${READOUTS:-own value value_bare vanilla sclip sclip_bare clearclip kk_bare naclip}"
 OUT="${OUT:-logs/segment}"
 WEIGHTS=(--pretrained "${PRETRAINED:-eva}")
 if [ -z "${PRETRAINED:-}" ]; then WEIGHTS+=(--cache-dir "$CHECKPOINTS/EVA02_CLIP_B_psz16_s8B.pt"); fi
+
+# weights_name: what PRETRAINED is called in OUT: the file, behind the folder of the run (or whichever it lies in).
+weights_name() {
+    local file="${PRETRAINED:-start}" folder=""
+    if [[ "$file" == */* ]]; then
+        folder="${file%/*}"
+        folder="${folder%/checkpoints}"
+        folder="${folder##*/}"
+        if [ "$folder" = . ]; then folder=""; fi
+    fi
+    file="${file##*/}"
+    echo "${folder:+$folder-}${file%.*}"
+}
 
 # segment DATASET ARGUMENTS...
 segment() {
@@ -25,8 +39,7 @@ segment() {
     if [ "$processes" -gt 1 ]; then
         launch=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" -m --)
     fi
-    local name; name="$(basename "${PRETRAINED:-start}")"
     # shellcheck disable=SC2086 (readings are words)
     "${launch[@]}" ovseg.evaluate --model "$MODEL" "${WEIGHTS[@]}" --dataset "$dataset" --data-root "$DATA" \
-        --protocol "$PROTOCOL" --readouts $READOUTS --output "$OUT/$dataset-$PROTOCOL-${name%.*}" "$@"
+        --protocol "$PROTOCOL" --readouts $READOUTS --output "$OUT/$dataset-$PROTOCOL-$(weights_name)" "$@"
 }

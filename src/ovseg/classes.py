@@ -77,6 +77,17 @@ class ClassList:
         """int64 ``[words]``: the class of each of :attr:`all_words`."""
         return torch.tensor([label for label, words in enumerate(self.words) for _ in words])
 
+    def only(self, labels: Sequence[int]) -> ClassList:
+        """Some of the classes, in the order of ``labels``; class i of the new list was ``labels[i]``."""
+        labels = list(labels)
+        return ClassList(
+            tuple(self.names[i] for i in labels),
+            tuple(self.words[i] for i in labels),
+            labels.index(self.background) if self.background in labels else None,
+            tuple(labels.index(u) for u in self.unseen if u in labels),
+            tuple(self.palette[i] for i in labels) if self.palette else (),
+        )
+
     def with_background(self, words: Sequence[str] = ("background",), name: str = "background") -> ClassList:
         """The same classes behind a class 0 for everything unnamed, with words of its own."""
         if self.background is not None:

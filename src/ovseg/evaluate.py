@@ -32,6 +32,8 @@ from ovseg.options import (
     add_model_options,
     add_protocol_options,
     build_segmenter,
+    embeddings_digest,
+    name_unused,
     protocol_from,
     variants_from,
 )
@@ -204,7 +206,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--max-skipped", type=SHARE, default=0.0, help="share of unusable images that is put up with")
     add_protocol_options(parser)
     group = parser.add_argument_group("what is compared")
-    group.add_argument("--readouts", nargs="+", default=None, help="dense readings; by default the protocol's")
+    group.add_argument(
+        "--readouts", nargs="+", default=None, help="dense readings (own: the model's); else the protocol's"
+    )
     group.add_argument("--refine", nargs="+", default=["none"], choices=REFINEMENTS, help="each with every reading")
     group.add_argument("--zero-shot", action="store_true", help="also the means over seen and unseen classes, and hIoU")
     group = parser.add_argument_group("run")
@@ -229,6 +233,12 @@ def run(args: argparse.Namespace, dist: Dist) -> dict[str, Any]:
         if args.output and Path(args.output).is_file():
             raise UserError(f"--out {args.output}: is a file; give a folder")
         data = open_dataset(args.dataset, args.data_root, args.split, words=protocol.words, image_root=args.image_root)
+        if args.zero_shot and not data.classes.unseen:
+            raise UserError(
+                f"--zero-shot: {args.dataset} has no published unseen classes, as voc20, voc21, context60 and "
+                "coco_stuff171 have; leave the flag out"
+            )
+    name_unused(args, data.classes)
     segmenter = build_segmenter(args, data.classes, variants, dist.device, progress=dist.is_master)
     with together():
         counts = Counts(Path(args.output), fingerprint(args, data, segmenter)) if args.output else None
@@ -252,7 +262,8 @@ def fingerprint(args: argparse.Namespace, data: SegmentationSet, segmenter: Segm
         "dataset": args.dataset, "split": args.split, "images": len(data), "first": data.files(0)[0],
         "max_images": args.max_images, "model": args.model,
         "weights": identity(segmenter.model.visual),
-        "external": args.external, "precision": args.precision, "embed_path": args.embed_path,
+        "external": args.external, "precision": args.precision, "embed_path": embeddings_digest(args),
+        "drop_padding": segmenter.model.visual.drop_padding,
         "settings": json.loads(json.dumps({n: asdict(p) for n, p in segmenter.variants.items()})),
     }  # fmt: skip
 

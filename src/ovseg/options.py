@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
@@ -19,8 +21,10 @@ from ovseg.protocols import PROTOCOLS, Protocol, preset
 from ovseg.refine import KEY_FORMS
 from ovseg.segment import Segmenter
 from training.engine.distributed import together
-from training.engine.errors import UserError, as_user_error
+from training.engine.errors import UserError, as_user_error, reason_of
 from training.engine.precision import make_precision
+
+log = logging.getLogger(__name__)
 
 #: Published thresholds of MaskCLIP's refinements, by the names that the programs give them.
 REFINEMENTS: dict[str, dict[str, float]] = {
@@ -71,7 +75,7 @@ def add_protocol_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--short-side", type=int, help="pixels of the shorter side of the network's input")
     group.add_argument("--long-side", type=int, help="pixels that its longer side may have")
     group.add_argument("--window", type=int, help="sliding windows of this size; 0 for the whole image")
-    group.add_argument("--stride", type=int, help="distance of windows; 0 for half a window")
+    group.add_argument("--stride", type=int, help="distance of windows, at most their size; 0 for half")
     group.add_argument("--words", help="whose class words: names, maskclip, sclip, naclip, clearclip, proxyclip")
     group.add_argument("--templates", choices=TEMPLATE_NAMES, help="prompt templates")
     group.add_argument("--scale", type=float, help="factor of cosines before the softmax")
@@ -82,6 +86,9 @@ def add_protocol_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--key-form", choices=KEY_FORMS, help="how key smoothing normalises keys")
     group.add_argument("--pamr-steps", type=int, help="steps of PAMR; 0 for none")
 
+
+#: What the model's own dense reading is called among others.
+OWN_READING = "own"
 
 _SETTINGS = (
     "short_side", "long_side", "window", "stride", "words", "templates", "scale", "threshold", "area", "denoise",
@@ -95,8 +102,32 @@ def protocol_from(args: argparse.Namespace, dataset: str) -> Protocol:
     return replace(preset(args.protocol, dataset), **changes)
 
 
+def with_readout(protocol: Protocol, readout: str | None) -> Protocol:
+    """The protocol with another dense reading; :data:`OWN_READING` is the model's own."""
+    return replace(protocol, readout=None if readout == OWN_READING else readout)
+
+
+def name_unused(args: argparse.Namespace, classes: ClassList) -> None:
+    """Warn of flags that say what becomes background, where there is no such class."""
+    given = [f"--{name}" for name in ("threshold", "area") if getattr(args, name) is not None]
+    if given and classes.background is None:
+        log.warning("%s: not used, there is no background class among those that are given", " and ".join(given))
+
+
+def embeddings_digest(args: argparse.Namespace) -> str:
+    """Fingerprint of the file of ``--embed-path``; empty without one."""
+    if not args.embed_path:
+        return ""
+    try:
+        return hashlib.sha256(Path(args.embed_path).read_bytes()).hexdigest()[:16]
+    except OSError as error:
+        raise UserError(f"--embed-path {args.embed_path}: {reason_of(error)}") from None
+
+
 def variants_from(protocol: Protocol, readouts: list[str] | None, refinements: list[str]) -> dict[str, Protocol]:
     """Every reading with every refinement, by name (``sclip``, ``sclip+pd``).
+
+    ``own`` among the readings is the model's own, whichever the protocol's is.
 
     Raises:
         UserError: a refinement or a combination is given twice, or an unknown one.
@@ -110,7 +141,7 @@ def variants_from(protocol: Protocol, readouts: list[str] | None, refinements: l
             name = (readout or "model's own") + ("" if refinement == "none" else f"+{refinement}")
             if name in variants:
                 raise UserError(f"{name} is asked for twice: give each reading and refinement once")
-            variants[name] = replace(protocol, readout=readout, **REFINEMENTS[refinement])
+            variants[name] = replace(with_readout(protocol, readout), **REFINEMENTS[refinement])
     return variants
 
 
@@ -166,12 +197,15 @@ def build_segmenter(
     device: torch.device,
     *,
     pretrained: str | None = None,
+    only: Sequence[int] | None = None,
     progress: bool = True,
 ) -> Segmenter:
     """The segmenter that the flags describe; with several processes, every one must call it.
 
     Args:
         pretrained: in place of ``--pretrained``.
+        only: labels of the classes that are scored, as if there were no others; None for all. ``--embed-path`` is read
+            for all classes.
         progress: show a bar where class embeddings are computed.
 
     Raises:
@@ -189,6 +223,9 @@ def build_segmenter(
         model, tokenizer, classes, templates=protocols[0].templates, embed_path=args.embed_path, device=device,
         progress=progress,
     )  # fmt: skip
+    if only is not None:
+        embeddings = torch.cat([embeddings[classes.word_classes == label] for label in only])
+        classes = classes.only(only)
     model.visual.to(precision.param_dtype)
     dtype = precision.autocast_dtype or torch.float32
     with together():

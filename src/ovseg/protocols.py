@@ -18,7 +18,8 @@ class Protocol:
         readout: dense reading, see :mod:`open_clip.readouts`; None for the model's own.
         long_side, short_side: the image is made as large as these allow, the ratio of its sides kept.
         antialias: of that resize. The published evaluations go without, and shrink by dropping pixels.
-        window, stride: sliding windows in pixels of the input; 0 for the whole image, and for half a window.
+        window, stride: sliding windows in pixels of the input; 0 for the whole image, and for half a window. The stride
+            is no larger than the window: pixels between windows would have no scores.
         remainder: what is done where a window is no multiple of the patch, see :data:`ovseg.windows.REMAINDERS`.
         words: whose class words are embedded (:func:`ovseg.classes.class_list`).
         templates: prompt templates (:data:`ovseg.classes.TEMPLATE_NAMES`).
@@ -56,6 +57,11 @@ class Protocol:
         for name in ("window", "stride", "pamr_steps"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} is {getattr(self, name)}: give 0 or more")
+        if self.stride > self.window > 0:
+            raise UserError(
+                f"stride is {self.stride} and window {self.window}: pixels between the windows would have no label; "
+                f"give a stride (--stride) of at most {self.window}, or 0 for half a window"
+            )
         for name in ("threshold", "area", "denoise", "smooth"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:

@@ -1,7 +1,8 @@
 """Pseudo labels to files: a palette PNG per photograph, to train any segmentation network on.
 
-Pixels whose probability is under --confidence become 255, which every framework ignores. Running the program again goes
-on where it stopped; with torchrun the images are shared among processes.
+Pixels whose probability is under --confidence become 255, which every framework ignores. With --keep-seen the pixels of
+unseen classes have the best unseen class, and probabilities are those among the unseen ones. Running the program again
+goes on where it stopped; with torchrun the images are shared among processes.
 
 Examples:
     python -m ovseg.pseudo_labels --model ViT-B-16-quickgelu --pretrained openai --images photos \\
@@ -18,11 +19,13 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
@@ -30,13 +33,17 @@ from open_clip.identity import identity
 from ovseg.classes import IGNORE, ClassList
 from ovseg.data.label_files import LabelError
 from ovseg.data.sets import DATASETS, SegmentationSet, Unusable, open_dataset
+from ovseg.maskclip_plus.fill import TO_FILL, give_labels, mark_unlabelled
 from ovseg.options import (
     add_class_options,
     add_model_options,
     add_protocol_options,
     build_segmenter,
     classes_from,
+    embeddings_digest,
+    name_unused,
     protocol_from,
+    with_readout,
 )
 from ovseg.pictures import class_colours, list_images, write_label_png
 from ovseg.segment import Segmenter
@@ -98,7 +105,7 @@ def write_pseudo_labels(
     photographs: Photographs,
     *,
     confidence: float | None = None,
-    unseen: Sequence[int] = (),
+    annotated: ClassList | None = None,
     batch_size: int = 4,
     workers: int = 2,
     progress: bool = True,
@@ -108,13 +115,14 @@ def write_pseudo_labels(
     Args:
         segmenter: with a single variant.
         confidence: probability under which a pixel becomes 255.
-        unseen: where photographs come with annotations: the classes that are filled in; other annotations are kept.
+        annotated: where photographs come with annotations: all classes of these. The segmenter's are the unseen ones
+            among them, which are filled in; other annotations are kept.
 
     Returns:
         Files written, and photographs that could not be used.
     """
     (name, protocol), *_ = segmenter.variants.items()
-    colours = class_colours(segmenter.classes)
+    colours = class_colours(annotated or segmenter.classes)
     written, skipped = 0, []
     loader = Loader(photographs, workers=min(workers, len(photographs)), batch_size=batch_size, collate_fn=list)
     with tqdm(total=len(photographs), desc="pseudo labels", unit="img", disable=not progress) as bar:
@@ -124,16 +132,30 @@ def write_pseudo_labels(
             maps = segmenter.score([i["input"] for i in items], [i["size"] for i in items]) if items else []
             for item, scores in zip(items, maps, strict=True):
                 found = segmenter.label(scores[name], protocol, item["input"], confidence=confidence is not None)
-                labels = found.labels
-                if confidence is not None:
-                    labels = labels.masked_fill(found.confidence < confidence, IGNORE)
-                labels = labels.cpu().numpy()
-                if "known" in item:
-                    labels = np.where(np.isin(item["known"], unseen), labels, item["known"])
-                write_label_png(item["target"], labels, colours)
+                labels = found.labels.cpu()
+                unsure = None if confidence is None else found.confidence.cpu() < confidence
+                if annotated is not None:
+                    labels = fill_unseen(item["known"], labels, annotated.unseen, unsure)
+                elif unsure is not None:
+                    labels = labels.masked_fill(unsure, IGNORE)
+                write_label_png(item["target"], labels.numpy(), colours)
                 written += 1
             bar.update(len(batch))
     return written, skipped
+
+
+def fill_unseen(known: np.ndarray, found: Tensor, unseen: Sequence[int], unsure: Tensor | None = None) -> Tensor:
+    """Annotations with the pixels of unseen classes labelled anew, uint8 ``[H, W]``.
+
+    Args:
+        known: annotations, uint8 ``[H, W]``.
+        found: integers ``[H, W]``, numbers of classes in ``unseen``.
+        unseen: labels of the unseen classes.
+        unsure: ``[H, W]``, where such a pixel becomes 255 instead.
+    """
+    labels = mark_unlabelled(torch.from_numpy(known), unseen)
+    wanted = labels == TO_FILL
+    return give_labels(labels, found[wanted], unseen, None if unsure is None else unsure[wanted]).to(torch.uint8)
 
 
 # -- program ----------------------------------------------------------------------------------------------------------
@@ -153,7 +175,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--image-root", default=None, help="photographs of a panoptic set, where they lie elsewhere")
     add_class_options(parser)
     add_protocol_options(parser)
-    parser.add_argument("--readout", default=None, help="dense reading; by default the protocol's")
+    parser.add_argument("--readout", default=None, help="dense reading (own: the model's); by default the protocol's")
     parser.add_argument("--confidence", type=float, default=None, help="probability under which a pixel becomes 255")
     parser.add_argument(
         "--keep-seen", action="store_true", help="zero-shot setting: keep annotations, fill in the unseen classes only"
@@ -200,16 +222,18 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         raise UserError(f"--confidence {args.confidence}: give a probability from 0 to 1")
     protocol = protocol_from(args, args.dataset or "images")
     if args.readout:
-        protocol = replace(protocol, readout=args.readout)
+        protocol = with_readout(protocol, args.readout)
     output = args.output
     with together():
         if output.exists() and not output.is_dir():
             raise UserError(f"--out {output}: is a file; give a folder")
         files, classes, data = _sources(args)
-    segmenter = build_segmenter(args, classes, protocol, dist.device, progress=dist.is_master)
+    unseen = classes.unseen if args.keep_seen else None
+    name_unused(args, classes if unseen is None else classes.only(unseen))
+    segmenter = build_segmenter(args, classes, protocol, dist.device, only=unseen, progress=dist.is_master)
     with together():
         if dist.is_master:
-            _record(output, args, segmenter)
+            _record(output, args, segmenter, classes)
     left = [i for i, (_, target) in enumerate(files) if not (output / target).is_file()]
     if dist.is_master and len(left) < len(files):
         logger.info("%d of %d label maps are there already", len(files) - len(left), len(files))
@@ -219,7 +243,7 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         [(files[i][0], output / files[i][1]) for i in mine], segmenter, data if args.keep_seen else None, mine
     )
     written, skipped = write_pseudo_labels(
-        segmenter, photographs, confidence=args.confidence, unseen=classes.unseen if args.keep_seen else (),
+        segmenter, photographs, confidence=args.confidence, annotated=classes if args.keep_seen else None,
         batch_size=args.batch_size, workers=args.workers, progress=dist.is_master,
     )  # fmt: skip
     everybody = [item for part in gather_objects(skipped) for item in part]
@@ -233,14 +257,16 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
     return total
 
 
-def _record(output: Path, args: argparse.Namespace, segmenter: Segmenter) -> None:
+def _record(output: Path, args: argparse.Namespace, segmenter: Segmenter, classes: ClassList) -> None:
     """Write down classes and settings; UserError when the folder holds label maps of others."""
     (protocol,) = segmenter.variants.values()
     record = {
-        "classes": list(segmenter.classes.names), "words": [list(w) for w in segmenter.classes.words], "ignore": IGNORE,
-        "colours": class_colours(segmenter.classes).tolist(), "confidence": args.confidence,
-        "keep_seen": args.keep_seen, "model": args.model, "weights": identity(segmenter.model.visual),
-        "external": args.external, "settings": json.loads(json.dumps(asdict(protocol))),
+        "classes": list(classes.names), "words": [list(w) for w in classes.words], "ignore": IGNORE,
+        "colours": class_colours(classes).tolist(), "confidence": args.confidence, "keep_seen": args.keep_seen,
+        "filled": list(segmenter.classes.names), "model": args.model, "weights": identity(segmenter.model.visual),
+        "embeddings": embeddings_digest(args), "external": args.external,
+        "precision": args.precision, "drop_padding": segmenter.model.visual.drop_padding,
+        "settings": json.loads(json.dumps(asdict(protocol))),
     }  # fmt: skip
     file = output / RECORD
     try:

@@ -1,7 +1,8 @@
 """MaskCLIP's two refinements of dense scores (ECCV 2022, section 3.3): prompt denoising and key smoothing.
 
 Both stand on P, the softmax over names of 100 times the cosine, at every cell. They are for prediction and for pseudo
-labels; denoising comes first.
+labels; denoising comes first. MaskCLIP has one name per class; where a class has synonyms, denoising asks for P of the
+class, the sum of its names' P.
 """
 
 from __future__ import annotations
@@ -17,22 +18,31 @@ DROPPED = -100.0  # cosine of a class that denoising leaves out
 KEY_FORMS = ("paper", "released")
 
 
-def prompt_denoising(cosine: Tensor, threshold: float = 0.5) -> Tensor:
-    """Leave out the names that are nowhere in an image the clear choice.
+def prompt_denoising(cosine: Tensor, threshold: float = 0.5, word_classes: Tensor | None = None) -> Tensor:
+    """Leave out the classes that are nowhere in an image the clear choice.
 
-    A name whose largest P over the cells of the image is below the threshold gets the score :data:`DROPPED`
-    everywhere. Where that would hit all names of an image, the one with the largest P stays.
+    All words of a class whose largest P over the cells of the image is below the threshold get the score
+    :data:`DROPPED` everywhere. P of a class is the sum over its words: synonyms divide it among them, and the best of
+    seven words rarely reaches what one word alone would. Where that would hit all classes of an image, the one with the
+    largest P stays.
 
     Args:
-        cosine: ``[B, C, h, w]`` (or any number of axes after the second).
+        cosine: ``[B, W, h, w]`` (or any number of axes after the second).
         threshold: of P, 0 to 1.
+        word_classes: int64 ``[W]``, the class of each word; None where each is a class.
 
     Returns:
-        ``[B, C, h, w]``, cosines and :data:`DROPPED`.
+        ``[B, W, h, w]``, cosines and :data:`DROPPED`.
     """
-    confidence = (SCALE * cosine.float()).softmax(1).flatten(2).amax(2)  # [B, C]
+    p = (SCALE * cosine.float()).softmax(1)
+    if word_classes is not None:
+        count, word_classes = int(word_classes.max()) + 1, word_classes.to(p.device)
+        p = p.new_zeros(len(p), count, *p.shape[2:]).index_add_(1, word_classes, p)
+    confidence = p.flatten(2).amax(2)  # [B, C]
     dropped = confidence < threshold
     dropped = dropped & (confidence < confidence.amax(1, keepdim=True))
+    if word_classes is not None:
+        dropped = dropped[:, word_classes]
     return cosine.masked_fill(dropped.view(*dropped.shape, *[1] * (cosine.dim() - 2)), DROPPED)
 
 

@@ -116,11 +116,12 @@ class ImageSegmenter(ABC):
             for x in inputs
         ]  # fmt: skip
         cosines, keys = self._read(inputs, plans)
+        words = self.classes.word_classes
         results = []
         for i, (plan, (height, width)) in enumerate(zip(plans, sizes, strict=True)):
             maps = {}
             for name, protocol in self.variants.items():
-                scores = refine(cosines[i][protocol.readout], None if keys is None else keys[i], protocol)
+                scores = refine(cosines[i][protocol.readout], None if keys is None else keys[i], protocol, words)
                 maps[name] = ScoreMap.of(scores, plan, height, width, probability=protocol.smooth is not None)
             results.append(maps)
         return results
@@ -262,8 +263,10 @@ class Segmenter(ImageSegmenter):
         return {name: dense[0].float() for name, dense in maps.items()}, plan
 
 
-def refine(cosine: Tensor, keys: Tensor | None, protocol: Protocol) -> Tensor:
+def refine(cosine: Tensor, keys: Tensor | None, protocol: Protocol, word_classes: Tensor | None = None) -> Tensor:
     """MaskCLIP's refinements of one image: cosines ``[windows, words, h, w]``, keys ``[windows, h * w, K]``.
+
+    ``word_classes``: the class of each word, int64 ``[words]``; None where each is a class.
 
     Denoising asks for the best cell of the whole image; smoothing stays within a window.
 
@@ -271,7 +274,7 @@ def refine(cosine: Tensor, keys: Tensor | None, protocol: Protocol) -> Tensor:
         UserError: smoothing of a map that lies on another grid than the keys.
     """
     if protocol.denoise is not None:
-        cosine = prompt_denoising(cosine.transpose(0, 1)[None], protocol.denoise)[0].transpose(0, 1)
+        cosine = prompt_denoising(cosine.transpose(0, 1)[None], protocol.denoise, word_classes)[0].transpose(0, 1)
     if protocol.smooth is None:
         return cosine
     if keys.shape[1] != cosine.shape[2] * cosine.shape[3]:

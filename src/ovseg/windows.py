@@ -34,10 +34,14 @@ def starts(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along one axis; the last is pushed back inside. A short axis has one, from 0.
 
     Raises:
-        ValueError: a window or stride below 1.
+        ValueError: a window or stride below 1, or windows so far apart that pixels between them would be in none.
     """
     if window < 1 or stride < 1:
         raise ValueError(f"windows of {window} pixels every {stride}: both must be at least 1")
+    if stride > window < length:
+        raise ValueError(
+            f"windows of {window} pixels every {stride} leave pixels out: the stride may be {window} at most"
+        )
     count = max(length - window + stride - 1, 0) // stride + 1
     return [max(min(i * stride, length - window), 0) for i in range(count)]
 
@@ -168,7 +172,8 @@ def plan_windows(
         multiple: what windows are padded to multiples of; itself a multiple of the patch, 0 for the patch.
 
     Raises:
-        ValueError: an unknown remainder, a window below 1, or a multiple that the patch does not divide.
+        ValueError: an unknown remainder, a window below 1, a stride above the window, or a multiple that the patch does
+            not divide.
     """
     if multiple % patch:
         raise ValueError(f"windows padded to multiples of {multiple}: not a multiple of the patch size {patch}")

@@ -49,6 +49,23 @@ def test_root_may_be_the_data_sets_own_folder(tmp_path):
         assert len(open_dataset("voc21", root, "train")) == 1
 
 
+def test_trainaug_of_converted_labels(tmp_path):
+    """VOC's images have VOC's labels: SegmentationClassAug need not hold them, and SBD's are others where it does."""
+    trees.voc(tmp_path)
+    folder = tmp_path / "VOCdevkit" / "VOC2012"
+    lists = folder / "ImageSets" / "Segmentation"
+    trees.write_list(lists / "trainaug.txt", "2008_000001", "2007_000042")
+    trees.write_list(lists / "aug.txt", "2008_000001")
+    trees.write_image(folder / "JPEGImages" / "2008_000001.jpg")
+    trees.write_values(folder / "SegmentationClassAug" / "2008_000001.png", trees.stripes(0, 5, 5, 20))
+    data = open_dataset("voc21", tmp_path, "trainaug")
+    assert [Path(data.files(i)[1]).parent.name for i in range(2)] == ["SegmentationClassAug", "SegmentationClass"]
+    assert data[0]["labels"].numpy().tolist() == trees.stripes(0, 5, 5, 20).tolist()
+    assert data[1]["labels"].numpy().tolist() == trees.stripes(0, 1, 20, 255).tolist()
+    alone = open_dataset("voc21", tmp_path, "aug")
+    assert len(alone) == 1 and alone.files(0) == data.files(0)
+
+
 def test_trainaug_from_sbd_as_downloaded(tmp_path):
     """VOC's train, and SBD's images that are in neither train nor val."""
     savemat = pytest.importorskip("scipy.io").savemat
@@ -62,6 +79,8 @@ def test_trainaug_from_sbd_as_downloaded(tmp_path):
     data = open_dataset("voc21", tmp_path, "trainaug")
     assert [Path(data.files(i)[1]).name for i in range(len(data))] == ["2007_000042.png", "2008_000001.mat"]
     assert data[1]["labels"].numpy().tolist() == trees.stripes(0, 5, 5, 20).tolist()
+    alone = open_dataset("voc21", tmp_path, "aug")
+    assert len(alone) == 1 and alone.files(0) == data.files(1)
 
 
 @pytest.mark.parametrize("name", [n for n in DATASETS if n != "panoptic"])

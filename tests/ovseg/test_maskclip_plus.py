@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ovseg.maskclip_plus.fill import TO_FILL, fill_labels, mark_unlabelled
+import open_clip
+from ovseg.maskclip_plus import __main__ as program
+from ovseg.maskclip_plus import task
+from ovseg.maskclip_plus.data import Photographs
+from ovseg.maskclip_plus.fill import TO_FILL, fill_labels, give_labels, mark_unlabelled
 from ovseg.maskclip_plus.losses import distillation_loss, segmentation_loss
 from ovseg.maskclip_plus.network import Student, class_logits
 from ovseg.refine import key_smoothing, prompt_denoising
@@ -67,6 +72,69 @@ def test_what_is_withheld():
     assert torch.equal(fill_labels(nothing, torch.zeros(1, 1, 1, 1), [4]), nothing)  # the release crashes here
     with pytest.raises(ValueError, match="scores of 1 classes for 2"):
         fill_labels(nothing, torch.zeros(1, 1, 1, 1), [4, 5])
+
+
+def test_labels_that_are_found_elsewhere():
+    labels = torch.tensor([[TO_FILL, 3], [255, TO_FILL]])
+    assert give_labels(labels, torch.tensor([1, 0], dtype=torch.uint8), [5, 7]).tolist() == [[7, 3], [255, 5]]
+    assert give_labels(labels, torch.tensor([1, 0]), [5, 7], torch.tensor([True, False])).tolist() == [
+        [255, 3],
+        [255, 5],
+    ]
+
+
+def small_teaching(recipe: task.Recipe, classes: int = 5) -> task.Teaching:
+    """A random teacher and a random student for ``classes`` random class vectors."""
+    torch.manual_seed(0)
+    teacher = open_clip.create_model("ViT-Ti-8-64").eval().requires_grad_(False)
+    embeddings = F.normalize(torch.randn(classes, teacher.embed_dim), dim=-1)
+    return task.Teaching(Student(embeddings, backbone="lraspp_mobilenet_v3_large"), teacher, recipe, range(classes))
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_scores_are_made_in_float32_under_autocast(guided, monkeypatch):
+    """As a GPU trains: the network in bfloat16, whatever decides a label as it is outside of autocast."""
+    teaching = small_teaching(task.Recipe(smooth=1.0))
+    teaching.guided = guided
+    calls = []
+    for name in ("class_logits", "key_smoothing"):
+        original = getattr(task, name)
+
+        def spy(*args, original=original):
+            calls.append((original, args, original(*args)))
+            return calls[-1][2]
+
+        monkeypatch.setattr(task, name, spy)
+    batch = {"images": torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)}
+    batch["labels"] = torch.zeros(2, 64, 64, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = teaching(batch)["loss"]
+    loss.backward()
+    assert [original.__name__ for original, _, _ in calls] == ["class_logits"] + guided * [
+        "class_logits",
+        "key_smoothing",
+    ]
+    for original, args, result in calls:
+        assert result.dtype == torch.float32 and torch.equal(result, original(*args))
+
+
+def test_processes_draw_their_own_dropout():
+    teaching, drawn = small_teaching(task.Recipe()), []
+    for rank in (0, 1, 0):
+        dist = SimpleNamespace(distributed=False, device=torch.device("cpu"), rank=rank)
+        task.MaskClipPlus(teaching, None, dist, source="", about={}, seed=3).begin_step([{}], step=7)
+        drawn.append(float(torch.rand(())))
+    assert drawn[0] == drawn[2] != drawn[1]
+
+
+def test_images_are_known_by_their_names(tmp_path):
+    """Wherever they lie; others, or as many in another order, are others."""
+
+    def short(*names):
+        return program.images_in_short(Photographs([str(tmp_path / name) for name in names]))
+
+    assert short("a/x/1.jpg", "a/y/1.jpg") == short("b/c/x/1.jpg", "b/c/y/1.jpg") != short("a/x/1.jpg", "a/y/2.jpg")
+    assert short("a/1.jpg").startswith("1 (") and short("1.jpg", "2.jpg") != short("2.jpg", "1.jpg")
 
 
 def test_distillation_leaves_ignored_pixels_out():

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ovseg import evaluate, pseudo_labels
+from ovseg.classes import class_list
 from ovseg.maskclip_plus import __main__ as maskclip_plus
 from ovseg.maskclip_plus.network import load_student
 
@@ -58,6 +59,12 @@ def scenes(tmp_path) -> Path:
     content = {"images": images, "annotations": annotations, "categories": categories}
     (root / "annotations" / "panoptic_val2017.json").write_text(json.dumps(content))
     return root
+
+
+def rewrite_words(model: list[str]) -> None:
+    """Other embeddings in the same file."""
+    file = Path(model[model.index("--embed-path") + 1])
+    torch.save({name: value.flip(0) for name, value in torch.load(file).items()}, file)
 
 
 def flags(model: list[str], root: Path, *more: str) -> list[str]:
@@ -119,6 +126,10 @@ def test_mistakes_are_one_line(model, scenes, tmp_path, capsys):
     assert "short_side is 0" in error_of(
         *model, "--dataset", "panoptic", "--data-root", str(scenes), "--short-side", "0"
     )
+    assert "panoptic has no published unseen classes" in error_of(*flags(model, scenes, "--zero-shot"))
+    assert "stride is 112 and window 64" in error_of(*flags(model, scenes, "--protocol", "sclip", "--window", "64"))
+    rewrite_words(model)
+    assert "other embed_path" in error_of(*flags(model, scenes), *output)
     os.remove(scenes / "val2017" / "3.png")
     assert "1 of 5 images could not be used" in error_of(*flags(model, scenes))
     assert evaluate.main(flags(model, scenes, "--max-skipped", "0.3")) == 0
@@ -146,9 +157,36 @@ def test_pseudo_labels_go_on_where_they_stopped(model, scenes, tmp_path, capsys)
     assert "1 label maps" in capsys.readouterr().out and (out / "1.png").read_bytes() == before
     assert pseudo_labels.main([*common, "--confidence", "0.7", "--output", str(out)]) == 2
     assert "other confidence" in capsys.readouterr().err
+    rewrite_words(model)
+    assert pseudo_labels.main([*common, "--confidence", "0.6", "--output", str(out)]) == 2
+    assert "other embeddings" in capsys.readouterr().err
     assert pseudo_labels.main([*common, "--confidence", "7", "--output", str(out)]) == 2
     assert pseudo_labels.main([*model, "--images", str(scenes), "--output", str(tmp_path / "x")]) == 2
     assert "no class names" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_pseudo_labels_of_unseen_classes_are_unseen(model, tmp_path, capsys):
+    """It is known that these pixels are of an unseen class: as if there were no others, before and after refinement."""
+    trees.voc(tmp_path / "data")
+    photographs = tmp_path / "data" / "VOCdevkit" / "VOC2012" / "JPEGImages"
+    classes, words = class_list("voc21"), Path(model[model.index("--embed-path") + 1])
+    width = next(iter(torch.load(words).values())).shape[0]
+    embeddings = torch.randn(len(classes.all_words), width, generator=torch.Generator().manual_seed(1))
+    torch.save(dict(zip(classes.all_words, embeddings, strict=True)), words)
+    common = [*model, "--short-side", "48", "--denoise", "0.5", "--smooth", "1.0", "--confidence", "0.4"]
+    unseen = [classes.names[label] for label in classes.unseen]
+    own = ["--images", str(photographs), "--classes", *unseen, "--out", str(tmp_path / "own")]
+    assert pseudo_labels.main([*common, *own]) == 0
+    voc = ["--dataset", "voc21", "--data-root", str(tmp_path / "data"), "--split", "val", "--threshold", "0.1"]
+    assert pseudo_labels.main([*common, *voc, "--keep-seen", "--out", str(tmp_path / "voc")]) == 0
+    known = trees.stripes(0, 1, 20, 255)
+    for name in ("2007_000033.png", "2007_000042.png"):
+        labels, alone = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("voc", "own"))
+        expected = np.where(alone == 255, 255, alone + classes.unseen[0])
+        assert (labels == np.where(known == 20, expected, known)).all()
+    assert capsys.readouterr().err.count("--threshold: not used, there is no background class") == 1
+    record = json.loads((tmp_path / "voc" / "pseudo_labels.json").read_text())
+    assert record["classes"] == list(classes.names) and record["filled"] == unseen
 
 
 def test_student_trains_stops_goes_on_and_is_read_again(model, golden, scenes, tmp_path, capsys, monkeypatch):
@@ -182,8 +220,36 @@ def test_student_trains_stops_goes_on_and_is_read_again(model, golden, scenes, t
     for (name, value), other in zip(student.state_dict().items(), again.state_dict().values(), strict=True):
         torch.testing.assert_close(other, value, atol=1e-6, rtol=1e-5, msg=name)
 
+    # With another precision it is the same run, of the same teacher.
+    half = ["--resume", str(inside), "--precision", "amp_bf16", "--name", "half"]
+    assert maskclip_plus.main([*common, *whole, *half]) == 0
+    assert "resuming with another --precision: it was None, now it is 'amp_bf16'" in capsys.readouterr().err
+    assert "resnet50 starts from random weights" in (tmp_path / "whole" / "out.log").read_text()
+
+    goes_on = [*common, *whole, "--name", "other", "--resume", str(inside)]
+    for changed, message in [
+        (["--seed", "1"], "--seed was 0, now it is 1"),
+        (["--unseen", "person"], "--unseen was ['cat'], now it is ['person']"),
+        (["--crop", str(3 * patch)], "--crop was"),
+        (["--short-side", "56"], "--short-side was 48, now it is 56"),
+        (["--templates", "project"], "--templates was 'plain'"),
+    ]:
+        assert maskclip_plus.main([*goes_on, *changed]) == 2
+        assert message in capsys.readouterr().err
     capsys.readouterr()
+    photographs = [
+        *model,
+        "--images",
+        str(scenes / "val2017"),
+        "--classes",
+        "person,cat",
+        "--crop",
+        crop,
+        "--name",
+        "x",
+    ]
     for wrong, message in [
+        ([*photographs, "--val-split", "val"], "--val-split belongs to --dataset"),
         ([*common, "--name", "whole"], "exists"),
         ([*common, "--name", "x", "--unseen", "dog"], "not a class"),
         ([*common, "--name", "x", "--unseen", "cat", "person"], "names every class"),
@@ -194,21 +260,43 @@ def test_student_trains_stops_goes_on_and_is_read_again(model, golden, scenes, t
         assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
+def test_a_student_is_scored_without_unusable_images(model, golden, scenes, tmp_path):
+    """They are put up with after training as they are in training."""
+    patch = json.loads((golden / "vit_quickgelu" / "config.json").read_text())["vision_cfg"]["patch_size"]
+    (scenes / "val2017" / "3.png").write_bytes(b"no picture")
+    common = flags(model, scenes, "--split", "val", "--val-split", "val", "--crop", str(2 * patch), "--steps", "1")
+    common += ["--backbone", "lraspp_mobilenet_v3_large", "--batch-size", "2", "--logs", str(tmp_path), "--name", "run"]
+    assert maskclip_plus.main([*common, "--max-skipped", "0.5"]) == 0
+    assert len(json.loads((tmp_path / "run" / "results.json").read_text())) == 1
+
+
+def test_words_of_a_student_are_those_of_maskclip(tmp_path):
+    """Where it has some; --words says otherwise."""
+    trees.voc(tmp_path)
+    for name, more, words in [
+        ("voc20", [], "maskclip"), ("voc21", [], "names"), ("voc20", ["--words", "sclip"], "sclip")
+    ]:  # fmt: skip
+        arguments = ["--model", "m", "--name", "n", "--dataset", name, "--data-root", str(tmp_path), *more]
+        _, classes = maskclip_plus.open_data(maskclip_plus.parse_args(arguments))
+        assert classes == class_list(name, words)
+
+
 def test_script_of_a_data_set(model, scenes, tmp_path):
     """The bash entry point: readings side by side in one table, further flags handed on."""
     flag = dict(zip(model[::2], model[1::2], strict=True))
     environment = {
         **os.environ, "PYTHON": sys.executable, "DATA": str(scenes), "OUT": str(tmp_path / "out"), "NPROC": "1",
-        "MODEL": flag["--model"], "PRETRAINED": flag["--pretrained"], "READOUTS": "value naclip", "PROTOCOL": "sclip",
-        "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+        "MODEL": flag["--model"], "PRETRAINED": flag["--pretrained"], "READOUTS": "own value naclip",
+        "PROTOCOL": "sclip", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = ["bash", str(ROOT / "scripts" / "segment_panoptic.sh"), "--embed-path", flag["--embed-path"]]
     run = subprocess.run(
-        [*command, "--workers", "0", "--short-side", "64", "--window", "64"], env=environment, capture_output=True,
-        text=True, timeout=300,
+        [*command, "--workers", "0", "--short-side", "64", "--window", "64", "--stride", "32"],
+        env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
-    assert [line.split()[0] for line in run.stdout.splitlines()] == ["reading", "value", "naclip"]
-    assert set(results(tmp_path / "out" / "panoptic-sclip-weights")) == {"value", "naclip"}
+    assert [line.split()[0] for line in run.stdout.splitlines()] == ["reading", "own", "value", "naclip"]
+    found = results(tmp_path / "out" / "panoptic-sclip-vit_quickgelu-weights")
+    assert set(found) == {"own", "value", "naclip"} and found["own"] == found["value"] != found["naclip"]
     for script in (ROOT / "scripts").glob("segment_*.sh"):
         subprocess.run(["bash", "-n", str(script)], check=True)

@@ -61,6 +61,19 @@ def test_denoising_keeps_the_best_of_names_that_all_fall():
     assert (kept.argmax(1) == 2).all()
 
 
+def test_denoising_drops_classes_not_words():
+    """P of a class is the sum over its words: three equal words have a third each, and their class stays."""
+    one = torch.tensor([0.05, 0.0, 0.02]).view(1, 3, 1, 1).expand(1, 3, 2, 2)
+    words = torch.tensor([0, 0, 0, 1, 2])
+    p = (100 * one[0, :, 0, 0]).softmax(0)
+    assert p[0] > 0.9 and (100 * one[0, words, 0, 0]).softmax(0).max() < 0.5
+    kept = prompt_denoising(one[:, words], 0.5, words)
+    assert torch.equal(kept[:, :3], one[:, words[:3]]) and (kept[:, 3:] == -100).all()
+    assert torch.equal(prompt_denoising(one, 0.5, torch.arange(3)), prompt_denoising(one, 0.5))
+    low = prompt_denoising(one[:, words] * 0, 0.7, words)  # all fall: the class of three words is the best, whole
+    assert (low[:, :3] == 0).all() and (low[:, 3:] == -100).all()
+
+
 def test_a_cell_that_is_certain_in_float32_is_not_smoothed():
     """ "Below 1" is asked of a float32 softmax: with a distance of 0.3 in cosine, P is exactly 1 there."""
     cosine = torch.tensor([[[[0.3, 0.0]], [[0.0, 0.001]]]], dtype=torch.float64)

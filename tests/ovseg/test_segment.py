@@ -23,14 +23,16 @@ NAMES = parse_classes(["red,green,violet,cyan"])
 class Colours(ImageSegmenter):
     """Scores of a cell: cosines of the mean colour of each 8 x 8 patch."""
 
-    def __init__(self, variants):
+    def __init__(self, variants, classes=NAMES, colours=CORNERS):
+        self.colours = colours
         super().__init__(
-            NAMES, variants, patch_size=8, mean=(0, 0, 0), std=(1, 1, 1), device=torch.device("cpu"), windows_per_pass=3
+            classes, variants, patch_size=8, mean=(0, 0, 0), std=(1, 1, 1), device=torch.device("cpu"),
+            windows_per_pass=3,
         )  # fmt: skip
 
     def read(self, windows):
         dense = F.normalize(F.avg_pool2d(windows, 8) + 1e-6, dim=1)
-        return {None: torch.einsum("ndhw,cd->nchw", dense, CORNERS)}, None
+        return {None: torch.einsum("ndhw,cd->nchw", dense, self.colours)}, None
 
 
 def four_colours(height, width):
@@ -97,6 +99,16 @@ def test_readings_and_refinements_of_a_photograph(model):
     assert torch.equal(from_pil.labels, alone.labels)
 
 
+def test_synonyms_do_not_cost_a_class_its_place():
+    """Red said three times: P of each word is below the threshold, that of the class is as that of one word."""
+    image = four_colours(64, 64)
+    expected = Colours(replace(OWN, short_side=64, denoise=0.5))(image)["default"].labels
+    words = parse_classes(["red|crimson|scarlet,green,violet,cyan"])
+    thrice = Colours(replace(OWN, short_side=64, denoise=0.5), words, CORNERS[[0, 0, 0, 1, 2, 3]])
+    assert expected.unique().tolist() == [0, 1, 2, 3]
+    assert torch.equal(thrice(image)["default"].labels, expected)
+
+
 def test_weights_that_leave_padding_out(model):
     """A photograph that is not square is read as in training: with the positions of the square around it."""
     image = torch.randint(0, 256, (3, 40, 64), dtype=torch.uint8)
@@ -161,6 +173,9 @@ def test_mistakes_are_one_line(model, tmp_path):
         Segmenter(model, NAMES, embeddings, Protocol(readout="proxyclip"))
     with pytest.raises(UserError, match="not in the space"):
         Segmenter(model, NAMES, embeddings, Protocol(readout="tokens"))
+    with pytest.raises(UserError, match="stride is 112 and window 64.*at most 64, or 0 for half"):
+        Protocol(window=64, stride=112)
+    assert Protocol(stride=112).window == 0 and Protocol(window=112, stride=112).stride == 112
     with pytest.raises(UserError, match="another window"):
         Segmenter(model, NAMES, embeddings, {"a": Protocol(), "b": Protocol(window=32)})
     with pytest.raises(ValueError, match="3 embeddings for 4 words"):

@@ -109,6 +109,9 @@ def test_wrong_arguments():
         plan_windows(10, 10, 2, remainder="round")
     with pytest.raises(ValueError, match="at least 1"):
         window_boxes(10, 10, 4, 0)
+    with pytest.raises(ValueError, match="the stride may be 4 at most"):  # or pixels would be divided by no window: NaN
+        plan_windows(10, 10, 2, 4, 6)
+    assert plan_windows(4, 3, 2, 4, 6).count == 1  # one window holds all
     with pytest.raises(ValueError, match="patch size 16"):
         plan_windows(100, 100, 16, multiple=56)
 

@@ -53,19 +53,29 @@ def _first_list(folder: Path, names: Sequence[str], split: str) -> list[str]:
 
 
 def _voc(name: str, root: Path, split: str) -> Pairs:
-    """VOC 2012: ``VOCdevkit/VOC2012``; ``trainaug`` from SegmentationClassAug, or from SBD as it is downloaded."""
+    """VOC 2012: ``VOCdevkit/VOC2012``.
+
+    ``aug`` are SBD's images that are in neither of VOC's own parts, ``trainaug`` these and VOC's train. VOC's images
+    have VOC's labels; the others those of SegmentationClassAug, or of SBD as it is downloaded.
+    """
     places = ("", "VOC2012", "VOCdevkit/VOC2012")
     folder = _find(root, places, ("JPEGImages", "SegmentationClass", "ImageSets"), "VOC 2012")
     augmented = folder / "SegmentationClassAug"
     if split in ("trainaug", "aug") and not augmented.is_dir():
-        return _voc_sbd(name, root, folder)
+        return _voc_sbd(name, root, folder, split)
     ids = _first_list(folder / "ImageSets", ("Segmentation",), split)
-    labels = augmented if split in ("trainaug", "aug") else folder / "SegmentationClass"
+    own = set(ids if split not in ("trainaug", "aug") else _voc_list(folder, "train"))
+    labels = [folder / "SegmentationClass" if i in own else augmented for i in ids]
     return Pairs(
         [str(folder / "JPEGImages" / f"{i}.jpg") for i in ids],
-        [str(labels / f"{i}.png") for i in ids],
+        [str(place / f"{i}.png") for place, i in zip(labels, ids, strict=True)],
         _voc_reader(name),
     )
+
+
+def _voc_list(folder: Path, part: str) -> list[str]:
+    """The ids of VOC's own ``train`` or ``val``."""
+    return _read_list(folder / "ImageSets" / "Segmentation" / f"{part}.txt")
 
 
 def _voc_reader(name: str) -> Callable[[str], np.ndarray]:
@@ -74,17 +84,20 @@ def _voc_reader(name: str) -> Callable[[str], np.ndarray]:
     return partial(read_labels, tables=tables, keys={".mat": ("GTcls", "Segmentation")})
 
 
-def _voc_sbd(name: str, root: Path, folder: Path) -> Pairs:
-    """VOC's training images with those of SBD (Hariharan et al., 2011), without VOC's val: 10,582 images."""
+def _voc_sbd(name: str, root: Path, folder: Path, split: str) -> Pairs:
+    """Images of SBD (Hariharan et al., 2011) that are in neither VOC's train nor its val, behind VOC's train for the
+    split ``trainaug`` (10,582 images).
+    """
     above = [root, folder.parent, folder.parent.parent]
     places = [p / q for p in above for q in ("benchmark_RELEASE/dataset", "SBD", "sbd", "dataset")]
     sbd = next((p for p in places if (p / "cls").is_dir()), None)
     if sbd is None:
         raise UserError(
-            f"--data-root {root}: trainaug needs SegmentationClassAug in {folder}, or SBD's benchmark_RELEASE beside it"
+            f"--data-root {root}: {split} needs SegmentationClassAug in {folder}, or SBD's benchmark_RELEASE beside it"
         )
-    train, val = (_read_list(folder / "ImageSets" / "Segmentation" / f"{part}.txt") for part in ("train", "val"))
+    train, val = (_voc_list(folder, part) for part in ("train", "val"))
     extra = sorted(set(_read_list(sbd / "train.txt") + _read_list(sbd / "val.txt")) - set(train) - set(val))
+    train = train if split == "trainaug" else []
     labels = [str(folder / "SegmentationClass" / f"{i}.png") for i in train]
     labels += [str(sbd / "cls" / f"{i}.mat") for i in extra]
     images = [str(folder / "JPEGImages" / f"{i}.jpg") for i in [*train, *extra]]

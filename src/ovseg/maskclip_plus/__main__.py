@@ -3,6 +3,10 @@
 Annotation-free: every class is filled in by CLIP, guided to the end. With a data set, pixels that its annotations
 ignore or call background stay out, as in the published numbers; with --images no annotation is looked at.
 Zero-shot: annotations of the seen classes are kept, the unseen ones are filled in, first by CLIP, then by the student.
+Labels are made inside the step, of the sample as it was drawn; label maps of ovseg.pseudo_labels are not read.
+
+The student is torchvision's DeepLabV3 (or LR-ASPP), where the published ones are DeepLabV2 with ResNet-101 v1c and, for
+Context's zero-shot setting, DeepLabV3+; its backbone has random weights without --backbone-weights.
 
 Examples:
     python -m ovseg.maskclip_plus --model ViT-B-16-quickgelu --pretrained openai --dataset voc20 --data-root data \\
@@ -16,31 +20,43 @@ Examples:
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from open_clip import CLIP
+from open_clip.identity import identity
 from ovseg.classes import ClassList, embed_words
 from ovseg.data.sets import DATASETS, SegmentationSet, open_dataset
 from ovseg.evaluate import evaluate, format_table, results_of
 from ovseg.maskclip_plus.data import Augmentation, Photographs, TrainingData, TrainingSamples
 from ovseg.maskclip_plus.network import BACKBONES, Student, StudentSegmenter
 from ovseg.maskclip_plus.task import MaskClipPlus, Recipe, Teaching
-from ovseg.options import add_class_options, add_model_options, classes_from, load_model, tokenizer_of
+from ovseg.options import (
+    add_class_options,
+    add_model_options,
+    classes_from,
+    embeddings_digest,
+    load_model,
+    tokenizer_of,
+)
 from ovseg.pictures import list_images
-from ovseg.protocols import Protocol
+from ovseg.protocols import Protocol, preset
 from ovseg.refine import KEY_FORMS
 from training.engine.checkpoint import seed_generators
 from training.engine.distributed import Dist, init_distributed, together
 from training.engine.errors import Flags, UserError, run_program
-from training.engine.flags import Parser
+from training.engine.flags import SHARE, Parser, spelling
 from training.engine.folder import check_folder, named_folder, open_folder, resume_after_restart
 from training.engine.journal import Journal, setup_logging
 from training.engine.loop import Loop, LoopOptions, Progress
@@ -87,7 +103,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument("--split", default="train", help="part that is trained on (VOC: trainaug)")
     group.add_argument("--image-root", default=None, help="photographs of a panoptic set, where they lie elsewhere")
     group.add_argument("--val-split", default="", help="part that the student is evaluated on; none without")
-    group.add_argument("--words", default="names", help="whose class words: names, maskclip, sclip, ...")
+    group.add_argument(
+        "--words", help="whose class words: names, maskclip, sclip, ...; MaskCLIP's by default where it has some"
+    )
     group.add_argument("--templates", default="maskclip", help="prompt templates")
     group.add_argument(
         "--images", nargs="+", default=[], help="photographs without annotations, in place of a data set"
@@ -96,11 +114,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group.add_argument(
         "--unseen", nargs="+", default=[], help="names of unseen classes, in place of the published ones"
     )
-    group = parser.add_argument_group("training", "defaults are the published ones of the setting and data set")
+    group = parser.add_argument_group(
+        "training", "steps, rates and sizes are by default those published for setting and data set"
+    )
     group.add_argument("--setting", default="annotation-free", choices=("annotation-free", "zero-shot"))
     group.add_argument("--backbone", default="resnet50", choices=BACKBONES)
     group.add_argument(
-        "--backbone-weights", default="", help="file of torchvision's ResNet or MobileNet; random without"
+        "--backbone-weights",
+        default="",
+        help="file of torchvision's ResNet or MobileNet, as trained on ImageNet; random weights without",
     )
     group.add_argument("--steps", type=int, help="optimizer steps")
     group.add_argument("--guided", type=float, help="share of the steps in which CLIP fills in the labels")
@@ -123,7 +145,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     group.add_argument("--save-every", type=int, default=1000, help="steps between checkpoints")
     group.add_argument("--log-every", type=int, default=50, help="steps between lines of the log")
-    group.add_argument("--max-skipped", type=float, default=0.1, help="share of unusable images that is put up with")
+    group.add_argument("--max-skipped", type=SHARE, default=0.1, help="share of unusable images that is put up with")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--workers", type=int, default=4, help="processes that read images, per process")
     return parser.parse_args(argv)
@@ -151,7 +173,10 @@ def open_data(args: argparse.Namespace) -> tuple[SegmentationSet | Photographs, 
     if args.images:
         if args.setting == "zero-shot":
             raise UserError("--setting zero-shot needs annotations of the seen classes: use --dataset")
+        if args.val_split:
+            raise UserError("--val-split belongs to --dataset: photographs of --images have no annotations to score by")
         return Photographs([str(path) for path, _ in list_images(args.images)]), classes_from(args)
+    args.words = args.words or preset("maskclip", args.dataset).words
     data = open_dataset(args.dataset, args.data_root, args.split, words=args.words, image_root=args.image_root)
     return data, data.classes
 
@@ -183,6 +208,42 @@ def class_vectors(words: Tensor, classes: ClassList) -> Tensor:
     return F.normalize(sums, dim=-1)
 
 
+def about_run(
+    args: argparse.Namespace,
+    data: SegmentationSet | Photographs,
+    classes: ClassList,
+    filled: Sequence[int],
+    size: Augmentation,
+    teacher: CLIP,
+) -> dict[str, Any]:
+    """What a resumed run must have in common with this one besides the recipe, by the user's names.
+
+    The teacher is to be as it was loaded: cast to another type it would be another one.
+    """
+    unseen = [classes.names[i] for i in sorted(filled)] if args.setting == "zero-shot" else []
+    return {
+        "classes": list(classes.names), "--words": args.words, "--templates": args.templates,
+        "--embed-path": embeddings_digest(args), "--dataset": args.dataset, "--unseen": unseen,
+        "the training images": images_in_short(data), "--backbone": args.backbone, "--crop": size.crop,
+        "--short-side": size.short_side, "--seed": args.seed, "the teacher": identity(teacher.visual),
+    }  # fmt: skip
+
+
+def images_in_short(data: SegmentationSet | Photographs) -> str:
+    """How many images there are, and a fingerprint of their names below the folder that holds them all."""
+    files = [os.path.abspath(data.files(i)[0]) for i in range(len(data))]
+    common = os.path.commonpath([os.path.dirname(file) for file in files])
+    digest = hashlib.blake2b(digest_size=4)
+    for file in files:
+        digest.update(os.path.relpath(file, common).encode() + b"\n")
+    return f"{len(files)} ({digest.hexdigest()})"
+
+
+def options_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The program's flags as they were given, for the log of a resume that changes them."""
+    return {spelling(name): value for name, value in vars(args).items() if name != "resume"}
+
+
 class Evaluation:
     """Scores of the student on a part of the data set, into the log, TensorBoard and results.json."""
 
@@ -208,7 +269,9 @@ class Evaluation:
         segmenter = StudentSegmenter(
             student, self.classes, self.protocol, mean=visual.image_mean, std=visual.image_std
         )  # fmt: skip
-        confusions = evaluate(segmenter, self.data, self.dist, workers=self.args.workers)
+        confusions = evaluate(
+            segmenter, self.data, self.dist, workers=self.args.workers, max_skipped=self.args.max_skipped
+        )  # fmt: skip
         results = results_of(confusions, self.data, zero_shot=bool(self.classes.unseen))
         student.train(training)
         if self.dist.is_master:
@@ -238,6 +301,7 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         teacher, tokenizer_of(args, name), classes, templates=args.templates, embed_path=args.embed_path,
         device=dist.device, progress=dist.is_master,
     )  # fmt: skip
+    about = about_run(args, data, classes, filled, augmentation, teacher)
     teacher.visual.to(precision.input_dtype)
     with together():
         torch.manual_seed(args.seed)
@@ -253,9 +317,11 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         evaluation = None
         if args.val_split and args.dataset:
             evaluation = Evaluation(args, classes, filled, augmentation, teacher, dist)
-        about = {"classes": list(classes.names), "the images": len(data), "--backbone": args.backbone}
         source = f"--images {args.images[0]}" if args.images else f"--data-root {args.data_root}"
-        task = MaskClipPlus(teaching, batches, dist, source=source, about=about, evaluation=evaluation)
+        task = MaskClipPlus(
+            teaching, batches, dist, source=source, about=about, options=options_of(args), seed=args.seed,
+            evaluation=evaluation,
+        )  # fmt: skip
         options = LoopOptions(
             epochs=math.ceil(recipe.steps / batches.batches_per_epoch), max_steps=recipe.steps,
             batch_size=args.batch_size, max_skipped=args.max_skipped, log_every=args.log_every,
@@ -266,6 +332,11 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
     with open_folder(folder, args.resume, dist, FLAGS):
         setup_logging(dist.rank, folder / "out.log" if dist.is_master else None)
         log.info("run %s: %d process(es) on %s, precision %s", folder, dist.world_size, dist.device, precision.name)
+        if not args.backbone_weights:
+            log.warning(
+                "the student's %s starts from random weights, the published ones from ImageNet's: give torchvision's "
+                "file with --backbone-weights", args.backbone,
+            )  # fmt: skip
         return loop.train(folder, args.resume, texts=texts)
 
 

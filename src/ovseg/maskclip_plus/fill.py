@@ -28,6 +28,24 @@ def mark_unlabelled(labels: Tensor, classes: Sequence[int] | None = None) -> Ten
     return labels.masked_fill(torch.isin(labels, torch.tensor(list(classes), device=labels.device)), TO_FILL)
 
 
+def give_labels(labels: Tensor, found: Tensor, classes: Sequence[int], unsure: Tensor | None = None) -> Tensor:
+    """Labels for the pixels that wait for one; the others keep theirs.
+
+    Args:
+        labels: int64 ``[H, W]``, :data:`TO_FILL` where a label is wanted.
+        found: integers ``[N]``, for the N waiting pixels the number of a class in ``classes``.
+        classes: labels that may be given.
+        unsure: ``[N]``, which of them become 255 instead.
+
+    Returns:
+        int64 ``[H, W]``.
+    """
+    chosen = torch.tensor(list(classes), device=labels.device)[found.long()]
+    if unsure is not None:
+        chosen = chosen.masked_fill(unsure, IGNORE)
+    return labels.masked_scatter(labels == TO_FILL, chosen)
+
+
 @torch.no_grad()
 def fill_labels(
     labels: Tensor,
@@ -59,21 +77,21 @@ def fill_labels(
     """
     if scores.shape[1] != len(classes):
         raise ValueError(f"scores of {scores.shape[1]} classes for {len(classes)} labels")
-    classes = torch.tensor(list(classes), device=labels.device)
-    filled = labels.clone()
+    filled = []
     # One image at a time: scores of 171 classes at full size are 180 MB each.
-    for label, score in zip(filled, scores, strict=True):
+    for label, score in zip(labels, scores, strict=True):
         wanted = label == TO_FILL
         if not wanted.any():
+            filled.append(label)
             continue
         full = F.interpolate(score[None].float(), label.shape, mode="bilinear", align_corners=False)[0][:, wanted]
         best, index = full.max(0)
-        chosen = classes[index]
+        unsure = None
         if confidence is not None:
             if probability:
                 p = best / full.clamp(min=0).sum(0).clamp(min=1e-12)
             else:
                 p = (scale * best - (scale * full).logsumexp(0)).exp()
-            chosen = chosen.masked_fill(p < confidence, IGNORE)
-        label[wanted] = chosen
-    return filled
+            unsure = p < confidence
+        filled.append(give_labels(label, index, classes, unsure))
+    return torch.stack(filled)

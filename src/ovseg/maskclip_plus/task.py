@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from open_clip.identity import identity
 from open_clip.transform import normalize
 from ovseg.dense import DenseReader
 from ovseg.maskclip_plus.data import TrainingData
@@ -21,7 +20,7 @@ from training.engine.distributed import Dist, average_batch_norm
 from training.engine.errors import UserError
 from training.engine.journal import Journal
 from training.engine.loop import Batch, Progress, Rate, Task
-from training.engine.schedule import make_schedule
+from training.engine.schedule import make_schedule, process_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +102,16 @@ class Teaching(nn.Module):
             maps, keys = self._reader(pixels)
             dense = maps[recipe.readout].float()
         features = self.student.features(pixels).float()
+        # Autocast would cast the products with the class embeddings down again, and in bfloat16 (8 bits) the cosines of
+        # classes that are alike are equal: labels would be those of whichever stands first.
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self._losses(targets, features, dense, keys)
+
+    def _losses(
+        self, targets: Tensor, features: Tensor, dense: Tensor | None, keys: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Losses of float32 features, and of the teacher's dense map and keys where they are needed."""
+        recipe = self.recipe
         logits = class_logits(features, self.student.classifier())
         if self.guided:
             scores, smoothed = self._teacher_scores(dense, keys)
@@ -140,7 +149,10 @@ class MaskClipPlus(Task):
         data: training batches.
         dist: this process.
         source: where the data comes from, for messages.
-        about: what the run is, as plain values: classes, data, model; a resume with another is refused.
+        about: what the run is besides its recipe, as plain values: classes, data, teacher; a resume with another is
+            refused.
+        options: of the program; a resume with others says so.
+        seed: of what a step draws (dropout).
         evaluation: called as ``evaluation(student, progress, journal)``; None for none.
     """
 
@@ -154,14 +166,15 @@ class MaskClipPlus(Task):
         *,
         source: str,
         about: dict[str, Any],
+        options: dict[str, Any] | None = None,
+        seed: int = 0,
         evaluation: Callable[[Student, Progress, Journal], None] | None = None,
     ) -> None:
         self.data, self.dist, self.source, self.about, self.evaluation = data, dist, source, about, evaluation
-        self.recipe = teaching.recipe
+        self.recipe, self.seed, self._options = teaching.recipe, seed, options or {}
         if dist.distributed and dist.device.type == "cuda":
             teaching = nn.SyncBatchNorm.convert_sync_batchnorm(teaching)
         self.module = teaching
-        self.teacher_hash = identity(teaching._teacher[0].visual)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -188,7 +201,8 @@ class MaskClipPlus(Task):
         )  # fmt: skip
 
     def begin_step(self, micro: list[Batch], step: int) -> None:
-        """Guided or not: by the number of the step, so that a resumed run knows."""
+        """Guided or not: by the number of the step, so that a resumed run knows. Each process draws for itself."""
+        torch.manual_seed(process_seed(self.seed, step, self.dist.rank))
         self.module.guided, self.module.share = step < self.recipe.guided_steps, len(micro)
 
     def scalars(self, totals: dict[str, float]) -> dict[str, float]:
@@ -214,7 +228,11 @@ class MaskClipPlus(Task):
 
     def identity(self) -> dict[str, Any]:
         """Recipe, teacher and data."""
-        return {**asdict(self.recipe), **self.about, "the teacher's weights": self.teacher_hash}
+        return {**asdict(self.recipe), **self.about}
+
+    def options(self) -> dict[str, Any]:
+        """All options of the program."""
+        return self._options
 
     def before_saving(self) -> None:
         """Ordinary batch norms of several processes are averaged."""
