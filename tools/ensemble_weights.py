@@ -52,9 +52,10 @@ def run(args: argparse.Namespace) -> str:
     with as_user_error():
         student, start = build_model(config), build_model(config)
         load_weights(student, args.student)
+        # Of one reading, whose own weights the start model has as they are at first: as the run itself mixes them.
+        start.visual.adopt_readout(student.state_dict(), str(args.student))
         load_weights(start, args.start)
         state = ensemble_state(student.state_dict(), start.state_dict(), args.alpha)
-        # The student's file may say how its dense map is read; so does the ensemble's.
         state = export_state_dict(student, None if args.layout == "reference" else args.layout, state=state)
         save_weights(state, args.target, name)
     return f"{len(state)} tensors, {args.alpha:g} x {args.student} + {1 - args.alpha:g} x {args.start}"

@@ -73,16 +73,17 @@ def mask_features(dense_map: Tensor, masks: Sequence[Tensor]) -> Tensor:
         masks: one bool ``[K_i, h, w]`` per image. ``K_i`` may be 0.
 
     Returns:
-        ``[sum K_i, D]``, images one after the other.
+        ``[sum K_i, D]``, images one after the other, float32 (float64 for a float64 map).
     """
     check_masks(masks, len(dense_map), dense_map.shape[-2:])
-    pooled = []
-    for features, mask in zip(dense_map, masks, strict=True):
-        cells = mask.to(features.device, non_blocking=True).flatten(1)  # [K_i, h*w]
-        sums = cells.to(features.dtype) @ features.flatten(1).T  # [K_i, D]
-        area = cells.sum(1, keepdim=True).clamp(min=1)
-        pooled.append(sums / area.to(sums.dtype))
-    return torch.cat(pooled) if pooled else dense_map.new_zeros(0, dense_map.shape[1])
+    dense_map = dense_map.to(torch.promote_types(dense_map.dtype, torch.float32))
+    pooled = [dense_map.new_zeros(0, dense_map.shape[1])]
+    with torch.autocast(dense_map.device.type, enabled=False):
+        for features, mask in zip(dense_map, masks, strict=True):
+            cells = mask.to(features.device, non_blocking=True).flatten(1)  # [K_i, h*w]
+            sums = cells.to(features.dtype) @ features.flatten(1).T  # [K_i, D]
+            pooled.append(sums / cells.sum(1, keepdim=True).clamp(min=1))
+    return torch.cat(pooled)
 
 
 def box_masks(normed_boxes: Sequence[Tensor], grid: tuple[int, int]) -> list[Tensor]:

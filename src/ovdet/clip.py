@@ -13,6 +13,7 @@ import open_clip
 from open_clip.identity import architecture_hash
 from ovdet.config import Config
 from ovdet.files import vit_hash
+from training.engine.checkpoint import warn_of_student
 from training.engine.errors import as_user_error
 
 
@@ -51,6 +52,7 @@ def load_clip(config: Config, name: str, pretrained: str, cache_dir: str, *, see
             pretrained = config.locate(pretrained)
         folder = config.locate(cache_dir) if cache_dir and pretrained == "eva" else cache_dir or None
         clip = open_clip.create_model(name, pretrained=pretrained or None, cache_dir=folder).eval()
+        warn_of_student((folder if pretrained == "eva" else pretrained) or "")
         tokenizer = open_clip.get_tokenizer(name)
     weights = str(folder) if pretrained == "eva" else str(pretrained) or f"random, seed {seed}"
     return Clip(

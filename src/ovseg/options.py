@@ -20,6 +20,7 @@ from ovseg.external import load_external
 from ovseg.protocols import PROTOCOLS, Protocol, preset
 from ovseg.refine import KEY_FORMS
 from ovseg.segment import Segmenter
+from training.engine.checkpoint import warn_of_student
 from training.engine.distributed import together
 from training.engine.errors import UserError, as_user_error, reason_of
 from training.engine.precision import make_precision
@@ -180,6 +181,7 @@ def load_model(args: argparse.Namespace, pretrained: str, device: torch.device) 
             name = path.parent.name if path.stem == "config" else path.stem
             open_clip.add_model_config(args.model, name)
         model = open_clip.create_model(name, pretrained or None, device=device, cache_dir=args.cache_dir)
+        warn_of_student((args.cache_dir if pretrained == "eva" else pretrained) or "")
         if args.drop_padding:
             model.visual.set_drop_padding(True)
     return model.eval().requires_grad_(False), name

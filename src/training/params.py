@@ -11,7 +11,7 @@ from pathlib import Path
 
 from training.data.options import SOURCES
 from training.engine.errors import UserError
-from training.engine.flags import Parser, add_flags, flags_of, spelling, take
+from training.engine.flags import COUNT, Parser, add_flags, flags_of, spelling, take
 from training.engine.folder import RESUME
 from training.methods import Entry, find_method, find_recipe, list_methods
 from training.options import ROOMS, TITLES, Options
@@ -24,7 +24,7 @@ _WITHOUT_EFFECT = {
     "test_type": 1, "test_data": 1, "train_ceph_root": 1, "val_ceph_root": 1, "train_num_samples": 1,
     "val_num_samples": 1, "train_data_upsampling_factors": 1, "dataset_resampled": 0, "csv_separator": 1,
     "csv_img_key": 1, "csv_caption_key": 1, "imagenet_val": 1, "imagenet_v2": 1, "log_local": 0, "val_frequency": 1,
-    "epochs_cooldown": 1, "use_bn_sync": 0, "skip_scheduler": 0, "pretrained_image": 0,
+    "use_bn_sync": 0, "pretrained_image": 0,
     "lock_image_freeze_bn_stats": 0, "image_mean": "+", "image_std": "+", "image_ave_pool": 0, "aug_cfg": "*",
     "local_loss": 0, "gather_with_grad": 0, "force_image_size": "+", "force_patch_dropout": 1, "force_custom_text": 0,
     "torchscript": 0, "trace": 0, "dist_url": 1, "wandb_notes": 1, "wandb_project_name": 1, "debug": 0,
@@ -89,6 +89,9 @@ def make_parser(chosen: Entry | None = None, *, everything: bool = False) -> arg
         add_flags(parser.add_argument_group(TITLES[room]), cls, seen, show=show)
     for entry in methods:
         add_flags(method, entry.options, seen, show=())
+    # OpenCLIP's names for what has another one here.
+    parser.add_argument("--epochs-cooldown", dest="lr_cooldown_epochs", type=COUNT, help=argparse.SUPPRESS)
+    parser.add_argument("--skip-scheduler", action="store_true", help=argparse.SUPPRESS)
     for name, values in _WITHOUT_EFFECT.items():
         nargs = {"action": "store_true"} if values == 0 else {} if values == 1 else {"nargs": values}
         parser.add_argument(spelling(name), help=argparse.SUPPRESS, **nargs)
@@ -123,6 +126,8 @@ def parse_args(argv: Sequence[str] | None = None, *, check: bool = True) -> Opti
     for name in ("method", "recipe", "help_all"):
         given.pop(name, None)
     idle = [name for name in _WITHOUT_EFFECT if given.pop(name, None) is not None]
+    if given.pop("skip_scheduler", False):  # as there: the rate stays what it is, from the first step on
+        given = {"lr_scheduler": "const", "warmup": 0} | given
     given["dataset_type"] = source
     rooms = {room: take(cls, given) for room, cls in ROOMS.items()}
     options = Options(entry=entry, own=take(entry.options, given), given=frozenset(given), **rooms)

@@ -288,7 +288,7 @@ def test_a_file_full_of_bad_entries_trains_on_the_good_ones(program, scenes, tmp
         {"image_id": first}, {"image_id": first, "bbox": [1, 1, -5, 3], "category_id": 1}, {"bbox": [1, 1, 5, 5]},
         {"image_id": first, "bbox": [float("nan"), 0, 5, 5]}, {"image_id": first, "bbox": ["a", 0, 5, 5]},
         {"image_id": 123456789, "bbox": [1, 1, 5, 5]}, {"image_id": first, "bbox": [10**300, 0, 5, 5]}, None, 5, [],
-        {"image_id": first, "bbox": [5000, 5000, 3, 3]},
+        {"image_id": first, "bbox": [5000, 5000, 3, 3]}, {"image_id": first, "bbox": [1, 1, 1400, 40]},
     ]  # fmt: skip
     content["images"] += [{}, {"id": 5.5, "file_name": "x"}, {**good["images"][0], "file_name": "other.jpg"}, "image"]
     (tmp_path / "bad.json").write_text(json.dumps(content))
@@ -299,5 +299,5 @@ def test_a_file_full_of_bad_entries_trains_on_the_good_ones(program, scenes, tmp
     losses = {name: re.findall(r"loss (\S+)", log) for name, log in logs.items()}
     assert losses["good"] == losses["bad"] and len(losses["good"]) == 12
     counted = {reason: int(n) for n, reason in re.findall(r"bad\.json: (\d+) x (.+) \(left out\)", logs["bad"])}
-    assert sum(counted.values()) == 15, counted
+    assert sum(counted.values()) == 16, counted
     assert "left out" not in logs["good"]

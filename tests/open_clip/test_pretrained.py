@@ -120,6 +120,12 @@ def test_create_model_by_tag(cache, tmp_path, monkeypatch):
     openai = open_clip.create_model("ViT-L/14", "openai", cache_dir=cache)
     assert tuple(openai.visual.image_mean) == open_clip.OPENAI_DATASET_MEAN
     assert "QuickGELU" in repr(openai.visual.trunk.blocks) and "QuickGELU" in repr(openai.text)
+    # The recipes name EVA's file as cache_dir: with a tag it is no folder of downloads, nor is "" the working folder.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.file_download.constants.HF_HUB_CACHE", str(cache))
+    for place in (tmp_path / "EVA02.pt", ""):
+        again = open_clip.create_model("ViT-L-14", "laion2b_s32b_b82k", cache_dir=place)
+        assert torch.equal(again.text.ln_final.weight, model.text.ln_final.weight)
 
 
 def test_download_by_what_is_known_of_a_tag(cache, tmp_path, monkeypatch):

@@ -62,3 +62,13 @@ def test_boxes_on_the_device_are_pooled_without_a_copy_from_the_host():
         assert copies.halts == []
         torch.tensor([1.0], device="cuda")  # what was there before
         assert len(copies.halts) == 1, "the check sees such copies"
+
+
+def test_regions_of_a_half_precision_map_are_pooled_in_float32():
+    """Also under autocast, which would bring products of matrices back to bfloat16."""
+    dense = torch.randn(1, 8, 6, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
+    masks, boxes = [torch.rand(3, 6, 6) > 0.5], [torch.tensor([[0.0, 0, 1, 1]])]
+    wide = mask_features(dense.float(), masks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(mask_features(dense, masks), wide)
+        assert roi_features(dense, boxes).dtype == torch.float32

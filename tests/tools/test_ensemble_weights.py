@@ -50,6 +50,20 @@ def test_two_files_and_alpha(tool, files, target):
         torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("readout", ["csa", "gated:2"])
+def test_a_student_with_a_reading_of_its_own(tool, files, readout):
+    model = open_clip.create_model("tiny-pair", files / "student.pt")
+    model.visual.set_readout(readout)
+    for parameter in model.visual.readout.parameters():
+        parameter.data.fill_(0.5)
+    save_weights(open_clip.weights.export_state_dict(model), files / "read.pt", "tiny-pair")
+    arguments = [str(files / n) for n in ("read.pt", "start.safetensors", "mixed.pt")]
+    assert tool.main([*arguments, "--model", str(files / "tiny-pair.json"), "--alpha", "0.75"]) == 0
+    mixed = open_clip.create_model("tiny-pair", files / "mixed.pt")
+    assert mixed.visual.readout.name == readout  # the gate of the start model is at its start, 0
+    assert all((p == 0.375).all() for p in mixed.visual.readout.parameters())
+
+
 def test_a_training_checkpoint_is_loaded_as_its_ensemble(tool, files, tmp_path, monkeypatch):
     """C4: epoch_N.pt holds the student; evaluated is what the run releases, or the ensemble of another --alpha."""
     from training.main import main

@@ -146,3 +146,10 @@ def test_help_is_short_and_has_examples(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--method", "declip", "--help"])
     assert "--vfm" in capsys.readouterr().out
+
+
+def test_openclips_names_of_the_schedule():
+    options = parse("--lr-scheduler", "const-cooldown", "--epochs-cooldown", "3")
+    assert options.optim.lr_cooldown_epochs == 3 and options.warnings == ()
+    options = parse("--skip-scheduler")
+    assert (options.optim.lr_scheduler, options.optim.warmup, options.warnings) == ("const", 0, ())

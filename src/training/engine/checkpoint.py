@@ -6,6 +6,7 @@ import hashlib
 import logging
 import random
 import shutil
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = [
     "restore_random_state",
     "save_atomically",
     "seed_generators",
+    "warn_of_student",
     "weights_hash",
 ]
 
@@ -65,6 +67,17 @@ def mapped_checkpoint(path: Path) -> dict[str, Any] | None:
     except Exception:  # of a dozen kinds; whoever reads the file as a whole says what is wrong
         return None
     return content if isinstance(content, dict) and all(k in content for k in NEEDED) else None
+
+
+def warn_of_student(path: str | Path) -> None:
+    """Say in the log that a file holds the student alone, where its run releases an ensemble with its start model."""
+    content = mapped_checkpoint(Path(path)) if Path(path).is_file() else None
+    alpha = (content or {}).get("args", {}).get("alpha", 1.0)
+    if alpha < 1:
+        log.warning(
+            "%s is a training checkpoint, which holds the student alone; its run releases %g x student + %g x start "
+            "model as clipself.pt (tools/ensemble_weights.py makes it of this file)", path, alpha, 1 - alpha,
+        )  # fmt: skip
 
 
 def peek_checkpoint(path: Path) -> None:
@@ -110,6 +123,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def written_at(path: Path) -> float:
+    """When a checkpoint was written, in seconds since 1970, by what it says: a copy's own time may be another."""
+    try:
+        content = shards.read_meta(path) if path.is_dir() else mapped_checkpoint(path)
+    except UserError:  # damaged
+        content = None
+    return float((content or {}).get("written") or path.stat().st_mtime)
+
+
 def by_age(folder: Path, pattern: str) -> list[Path]:
     """Checkpoints of a folder, newest first.
 
@@ -118,7 +140,7 @@ def by_age(folder: Path, pattern: str) -> list[Path]:
     """
     files = [f for f in folder.glob(f"{pattern}.pt") if f.is_file()]
     files += [f for f in folder.glob(f"{pattern}{shards.SUFFIX}") if f.is_dir()]
-    return sorted(files, key=lambda f: (f.stat().st_mtime_ns, f.name), reverse=True)
+    return sorted(files, key=lambda f: (written_at(f), f.name), reverse=True)
 
 
 def find_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -208,7 +230,7 @@ class Checkpoints:
         path = self.folder / name
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_atomically(content, path, self.flags.folder)
+            save_atomically(content | {"written": time.time()}, path, self.flags.folder)
             self._write_releases(releases)
         self.last = str(path)
 
@@ -218,7 +240,8 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         """As :meth:`write`, with all large tensors apart, of which each process has a part; every process calls it."""
         path = (self.folder / name).with_suffix(shards.SUFFIX)
-        shards.write_shards(path, tensors, content, rank=rank, folder_flag=self.flags.folder)
+        dated = content | {"written": time.time()}
+        shards.write_shards(path, tensors, dated, rank=rank, folder_flag=self.flags.folder)
         with together():
             if rank == 0:
                 self._write_releases(releases)

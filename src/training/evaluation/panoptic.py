@@ -102,6 +102,7 @@ def _to_arrays(path: str, content: dict[str, Any]) -> PanopticAnnotations:
                 raise ValueError(f"image {image_id} has a segment of unknown category {segment['category_id']}")
             if len(segment["bbox"]) != 4:
                 raise ValueError(f"image {image_id} has a box {segment['bbox']}, which is not x, y, width, height")
+            _check_place(segment["bbox"], image, image_id)
             segment_ids.append(segment["id"])
             labels.append(label_of[segment["category_id"]])
             boxes.append(segment["bbox"])
@@ -120,6 +121,14 @@ def _to_arrays(path: str, content: dict[str, Any]) -> PanopticAnnotations:
         labels=np.asarray(labels, dtype=np.int64),
         boxes=box_array,
     )
+
+
+def _check_place(bbox: Sequence[float], image: dict[str, Any], image_id: object) -> None:
+    """ValueError for a box that reaches beyond its image by more than the image's longer side, where that is given."""
+    x, y, w, h = bbox
+    side = max(image.get("width") or 0, image.get("height") or 0)
+    if side and (min(x, y) < -side or max(x + w, y + h) > 2 * side):
+        raise ValueError(f"image {image_id} has a box {bbox} that reaches far beyond it")
 
 
 class PanopticDataset(Dataset):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
@@ -77,7 +78,8 @@ class Teacher(nn.Module):
             return pixels.new_zeros(0, self.width, *(() if self.spec.emits == "embedding" else self.cells()))
         with torch.inference_mode(), self._as_stored(pixels), prefer_attention(self.attention):
             if self.spec.emits == "embedding":
-                parts = [self.model.encode_image(c, normalize=True) for c in pixels.split(self.chunk)]
+                # In bfloat16 lengths would be off by up to half a percent, and cosines with them.
+                parts = [F.normalize(self.model.encode_image(c).float(), dim=-1) for c in pixels.split(self.chunk)]
             else:
                 parts = [self._map(p) for p in pixels.split(self.chunk)]
         return torch.cat(parts)  # outside: the student's backward pass keeps it

@@ -27,6 +27,14 @@ def test_a_pass_of_the_teacher_takes_few_kernels(name, most):
     assert answers.dtype == torch.bfloat16 and len(count.kernels) <= most
 
 
+def test_embeddings_of_a_bfloat16_teacher_have_unit_length():
+    torch.manual_seed(0)
+    spec = TeacherSpec("crops", source="crops", emits="embedding")
+    teacher = build_teacher(spec, open_clip.create_model("ViT-Ti-8-64"), image_size=64, dtype=torch.bfloat16)
+    lengths = teacher(torch.randn(6, 3, 64, 64).bfloat16()).norm(dim=-1)
+    assert (lengths - 1).abs().max() < 1e-6
+
+
 def test_autocast_leaves_a_bfloat16_teacher_alone(monkeypatch):
     torch.manual_seed(0)
     model = open_clip.create_model("ViT-Ti-8-64")

@@ -156,8 +156,8 @@ def _annotation_table(
     kept: list[tuple] = []
     for number, entry in enumerate(entries):
         reason, values = usable(entry, rows, labels)
-        if not reason and _outside(values[1], *sizes[values[0]]):
-            reason = "box outside its image"
+        if not reason:
+            reason = _place(values[1], *sizes[values[0]])
         if not reason and labelled and values[3] < 0:
             reason = "annotation without a listed category"
         if reason:
@@ -211,9 +211,17 @@ def usable(entry: Any, rows: dict[int, int], labels: dict[int, int]) -> tuple[st
     return "", (rows[image], (x, y, x + w, y + h), float(area), label)
 
 
-def _outside(box: tuple[float, float, float, float], width: int, height: int) -> bool:
-    """Whether a box shares nothing with its image; False where the file does not give the image's size."""
-    return bool(width and height) and (box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0)
+def _place(box: tuple[float, float, float, float], width: int, height: int) -> str:
+    """What is wrong with a box's place in its image; "" for nothing, or where the file does not give the image's size.
+
+    A box may reach a little beyond its image, but not by more than the image's longer side.
+    """
+    if not (width and height):
+        return ""
+    if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
+        return "box outside its image"
+    side = max(width, height)
+    return "box that reaches far beyond its image" if min(box) < -side or max(box) > 2 * side else ""
 
 
 def read_captions(entries: Any, annotations: Annotations) -> list[list[str]]:
