@@ -143,16 +143,6 @@ def _force(
         config["text_cfg"]["context_length"] = context_length
 
 
-def _hub_cache(cache_dir: str | Path | None) -> Path | None:
-    """The folder of a download; None, the hub's own, also where ``cache_dir`` names a checkpoint, as for "eva"."""
-    if not cache_dir:
-        return None
-    if Path(cache_dir).is_file() or Path(cache_dir).suffix in (".pt", ".bin", ".pth", ".safetensors"):
-        log.info("cache_dir %s is a checkpoint file: weights of a tag go to the hub's own cache", cache_dir)
-        return None
-    return Path(cache_dir)
-
-
 def _weights_file(
     source: Source, pretrained: str | Path | None, cache_dir: str | Path | None, config: dict
 ) -> Path | None:
@@ -179,7 +169,7 @@ def _weights_file(
         if info.quick_gelu:
             config["quick_gelu"] = True
         config["preprocess_cfg"] = {**(config.get("preprocess_cfg") or {}), **info.preprocess}
-        return Path(pretrained_weights.download(name, str(pretrained), cache_dir=_hub_cache(cache_dir)))
+        return Path(pretrained_weights.download(name, str(pretrained), cache_dir=cache_dir))
     if Path(pretrained).is_file():
         return Path(pretrained)
     tags = ", ".join(pretrained_weights.list_pretrained_tags_by_model(name)) or "none"

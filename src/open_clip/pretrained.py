@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import urllib.parse
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 from .configs import canonical, known_config, list_models, why_refused
 from .whole_images import PreprocessCfg
+
+log = logging.getLogger(__name__)
 
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin")
 
@@ -142,6 +145,16 @@ def download(model: str, tag: str, cache_dir: str | Path | None = None) -> Path:
     return from_hub(info.repo, info.filenames, cache_dir, what=f"{model}, {tag}")
 
 
+def _hub_cache(cache_dir: str | Path | None) -> Path | None:
+    """The folder of a download; None, the hub's own, also where ``cache_dir`` names a checkpoint, as for "eva"."""
+    if not cache_dir:
+        return None
+    if Path(cache_dir).is_file() or Path(cache_dir).suffix in (".pt", ".bin", ".pth", ".safetensors"):
+        log.info("cache_dir %s is a checkpoint file: what is downloaded goes to the hub's own cache", cache_dir)
+        return None
+    return Path(cache_dir)
+
+
 def from_hub(
     repo: str,
     filenames: tuple[str, ...],
@@ -162,7 +175,7 @@ def from_hub(
     failure: Exception | None = None
     for filename in filenames:
         try:
-            path = Path(hf_hub_download(repo, filename, cache_dir=cache_dir, revision=revision))
+            path = Path(hf_hub_download(repo, filename, cache_dir=_hub_cache(cache_dir), revision=revision))
         except (LocalEntryNotFoundError, EntryNotFoundError) as error:
             failure = error  # offline and not in the cache, or under another name: the next may be there
             continue

@@ -16,6 +16,7 @@ from ovdet.glip.model import GLIP
 from ovdet.glip.swin import Swin, load_swin_weights
 from ovdet.glip.text import BertText, ClipText, is_hub_name
 from ovdet.glip.tokens import ClipPairs, Tokenizer, WordPieces
+from training.engine.checkpoint import warn_of_student
 from training.engine.errors import UserError, as_user_error
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,7 @@ def load_clip(config: GlipConfig) -> open_clip.CLIP | None:
         if pretrained and Path(config.locate(pretrained)).is_file():
             pretrained = config.locate(pretrained)
         folder = config.locate(clip.cache_dir) if clip.cache_dir and pretrained == "eva" else clip.cache_dir or None
+        warn_of_student((folder if pretrained == "eva" else pretrained) or "")
         return open_clip.create_model(name, pretrained, cache_dir=folder)
 
 
