@@ -17,6 +17,7 @@ from open_clip.transform import crop_region, resize_longest
 from training.engine.data.annotations import read_json
 from training.engine.data.images import ImageError, first_line, read_image, resolve
 from training.engine.data.masks import read_segment_ids, tight_box
+from training.engine.data.parsing import reaches_far
 from training.engine.data.samples import Skipped, black, check_image_root, reach, stack_padded
 from training.engine.data.workers import Loader, check_shared_memory
 from training.engine.errors import UserError
@@ -102,7 +103,8 @@ def _to_arrays(path: str, content: dict[str, Any]) -> PanopticAnnotations:
                 raise ValueError(f"image {image_id} has a segment of unknown category {segment['category_id']}")
             if len(segment["bbox"]) != 4:
                 raise ValueError(f"image {image_id} has a box {segment['bbox']}, which is not x, y, width, height")
-            _check_place(segment["bbox"], image, image_id)
+            if categories[label_of[segment["category_id"]]]["isthing"]:  # stuff has the box of its mask
+                _check_place(segment["bbox"], image, image_id)
             segment_ids.append(segment["id"])
             labels.append(label_of[segment["category_id"]])
             boxes.append(segment["bbox"])
@@ -124,10 +126,9 @@ def _to_arrays(path: str, content: dict[str, Any]) -> PanopticAnnotations:
 
 
 def _check_place(bbox: Sequence[float], image: dict[str, Any], image_id: object) -> None:
-    """ValueError for a box that reaches beyond its image by more than the image's longer side, where that is given."""
-    x, y, w, h = bbox
-    side = max(image.get("width") or 0, image.get("height") or 0)
-    if side and (min(x, y) < -side or max(x + w, y + h) > 2 * side):
+    """ValueError for a box that reaches far beyond its image, where the image's size is given."""
+    (x, y, w, h), (width, height) = bbox, (image.get("width"), image.get("height"))
+    if width and height and reaches_far((x, y, x + w, y + h), width, height):
         raise ValueError(f"image {image_id} has a box {bbox} that reaches far beyond it")
 
 

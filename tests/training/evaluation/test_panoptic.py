@@ -271,3 +271,20 @@ def test_segment_ids_use_all_channels(tmp_path):
     Image.fromarray(np.dstack([pixels, np.full((9, 11), 3, np.uint8)])).save(tmp_path / "rgba.png")
     for name in ("rgb.png", "rgba.png"):
         assert (read_segment_ids(str(tmp_path / name)) == ids).all()
+
+
+@pytest.mark.parametrize(("isthing", "good"), [(1, False), (0, True)])
+def test_a_thing_whose_box_reaches_far_beyond_its_image_is_refused(tmp_path, isthing, good):
+    """The model would refuse it amid an evaluation; the box of stuff is not read."""
+    image = {"id": 7, "file_name": "a.jpg", "width": 64, "height": 48}
+    segment = {"id": 1, "category_id": 3, "bbox": [1, 1, 500, 9]}
+    content = {
+        "images": [image], "categories": [{"id": 3, "name": "cat", "isthing": isthing}],
+        "annotations": [{"image_id": 7, "file_name": "a.png", "segments_info": [segment]}],
+    }  # fmt: skip
+    (tmp_path / "panoptic.json").write_text(json.dumps(content))
+    if good:
+        assert load_panoptic(str(tmp_path / "panoptic.json")).boxes.tolist() == [[1, 1, 500, 9]]
+    else:
+        with pytest.raises(UserError, match="image 7 has a box .* far beyond it"):
+            load_panoptic(str(tmp_path / "panoptic.json"))

@@ -212,16 +212,18 @@ def usable(entry: Any, rows: dict[int, int], labels: dict[int, int]) -> tuple[st
 
 
 def _place(box: tuple[float, float, float, float], width: int, height: int) -> str:
-    """What is wrong with a box's place in its image; "" for nothing, or where the file does not give the image's size.
-
-    A box may reach a little beyond its image, but not by more than the image's longer side.
-    """
+    """What is wrong with a box's place in its image; "" for nothing, or where the image's size is not given."""
     if not (width and height):
         return ""
     if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
         return "box outside its image"
+    return "box that reaches far beyond its image" if reaches_far(box, width, height) else ""
+
+
+def reaches_far(box: tuple[float, float, float, float], width: int, height: int) -> bool:
+    """Whether a box (xyxy) reaches beyond its image by more than the image's longer side: models refuse it."""
     side = max(width, height)
-    return "box that reaches far beyond its image" if min(box) < -side or max(box) > 2 * side else ""
+    return min(box) < -side or max(box) > 2 * side
 
 
 def read_captions(entries: Any, annotations: Annotations) -> list[list[str]]:
