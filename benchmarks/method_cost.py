@@ -1,11 +1,11 @@
 """What a step of each method costs against CLIPSelf's: seconds, memory, FLOP; all in turns on one machine.
 
     python benchmarks/method_cost.py --size 512 --crops 5          # a few minutes on 2 cores
-    python benchmarks/method_cost.py --size 1024 --crops 20 --batch 2      # on a GPU
+    python benchmarks/method_cost.py --size 1024 --crops 20 --batch 2 8 --steps 5 --rounds 1      # on a GPU
 
 Random weights throughout: they cost what trained ones do. Each method runs in a process of its own, whose largest
-memory is reported. Trunks of DINOv2 and a larger CLIP are part of the step, as they are where their answers are not
-kept (``--cache-teacher``).
+memory is reported; batches take turns in it, smaller ones first. Trunks of DINOv2 and a larger CLIP are part of the
+step, as they are where their answers are not kept (``--cache-teacher``).
 """
 
 from __future__ import annotations
@@ -39,13 +39,10 @@ METHODS: dict[str, list[str]] = {
 CLASSES = 133
 
 
-def part(name: str, args: argparse.Namespace) -> dict:
-    """One method in this process: seconds of the best step, largest memory in GB, TFLOP of a step."""
+def part(name: str, args: argparse.Namespace) -> dict[int, dict]:
+    """One method in this process, by images of a batch: see :func:`measured`."""
     import torch
     from steps import OurStep, regions
-    from torch.utils.flop_counter import FlopCounterMode
-
-    from training.engine.memory import peak_memory
 
     names = Path(args.folder) / "names.json"
     names.write_text(json.dumps([{"name": f"class {i}", "isthing": int(i < 80)} for i in range(CLASSES)]))
@@ -54,15 +51,29 @@ def part(name: str, args: argparse.Namespace) -> dict:
         flags += ["--mosaic-size", str(args.size)]
     device = torch.device(args.device)
     step = OurStep(["--model", args.model, *flags], size=args.size, device=device,
-                   pictures=regions(args.batch, args.crops), classes=CLASSES)  # fmt: skip
+                   pictures=regions(max(args.batch), args.crops), classes=CLASSES)  # fmt: skip
     words = step.method.student.context_length
-    if name == "clim":  # as many images as there are crops, which is what its mosaics are made of
-        n, side = args.batch * args.crops, step.crop_size
-        given = {"images": torch.randn(n, 3, side, side, device=device), "samples": n, "skipped": []}
-        given["texts"] = torch.randint(1, 1000, (n, words), device=device)
-    else:
-        given = step.prepare(step.batch)
-        given |= _extras(given, words, device)
+    found = {}
+    for count in sorted(args.batch):  # the largest memory so far is then that of the batch at hand
+        if name == "clim":  # as many images as there are crops, which is what its mosaics are made of
+            n, side = count * args.crops, step.crop_size
+            given = {"images": torch.randn(n, 3, side, side, device=device), "samples": n, "skipped": []}
+            given["texts"] = torch.randint(1, 1000, (n, words), device=device)
+        else:
+            given = step.prepare(step.collated(regions(count, args.crops)))
+            given |= _extras(given, words, device)
+        found[count] = measured(step, given, args.steps)
+    return found
+
+
+def measured(step, given: dict, steps: int) -> dict:
+    """Seconds of the best step, largest memory of the process so far in GB, TFLOP of a step."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from training.engine.memory import peak_memory
+
+    device = step.device
 
     def run() -> float:
         batch = dict(given)
@@ -75,7 +86,7 @@ def part(name: str, args: argparse.Namespace) -> dict:
         return time.perf_counter() - begin
 
     run()
-    seconds = min(run() for _ in range(args.steps))
+    seconds = min(run() for _ in range(steps))
     memory = peak_memory(device) / 1e9
     with FlopCounterMode(display=False) as counter:
         run()
@@ -106,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--model", default="EVA02-CLIP-B-16", help="the student (EVA02-CLIP-B-16)")
     add("--size", type=int, default=512, help="side of the image (512)")
-    add("--batch", type=int, default=1, help="images (1)")
+    add("--batch", type=int, nargs="+", default=[1], help="images; several batches are measured one by one (1)")
     add("--crops", type=int, default=5, help="regions an image (5)")
     add("--steps", type=int, default=1, help="steps, of which the fastest counts (1)")
     add("--rounds", type=int, default=2, help="rounds over all methods; medians count (2)")
@@ -119,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(part(args.part, args)))
         return
     seen: dict[str, list[dict]] = {name: [] for name in ["clipself", *(m for m in args.methods if m != "clipself")]}
-    numbers = [f"--{n}={getattr(args, n)}" for n in ("model", "size", "batch", "crops", "steps", "device")]
+    numbers = [f"--{n}={getattr(args, n)}" for n in ("model", "size", "crops", "steps", "device")]
+    numbers += ["--batch", *map(str, args.batch)]
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):  # in turns, so that a slow spell of the machine meets all of them
             for name in seen:
@@ -129,15 +141,23 @@ def main(argv: Sequence[str] | None = None) -> None:
                     raise SystemExit(f"error: {name}\n{done.stderr[-2000:]}")
                 seen[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"{name}: {json.dumps(seen[name][-1])}", file=sys.stderr, flush=True)
-    rows = {n: {k: median(r[k] for r in found) for k in found[0]} for n, found in seen.items()}
+    result = {}
+    for batch in map(str, sorted(args.batch)):
+        rows = {n: {k: median(r[batch][k] for r in found) for k in found[0][batch]} for n, found in seen.items()}
+        result[batch] = rows
+        print(f"A step of {args.model} at {args.size}, batch {batch}, {args.crops} regions an image, on {args.device}")
+        print_rows(rows)
+    print(json.dumps({"rows": result, **{n: getattr(args, n) for n in ("model", "size", "crops", "device")}}))
+
+
+def print_rows(rows: dict[str, dict]) -> None:
+    """A batch's table, beside CLIPSelf."""
     base = rows["clipself"]
-    print(f"A step of {args.model} at {args.size}, batch {args.batch}, {args.crops} regions an image, on {args.device}")
     print(f"{'method':<20}{'seconds':>9}{'':>8}{'memory':>10}{'':>8}{'TFLOP':>8}")
     for name, row in rows.items():
         ratios = {k: row[k] / base[k] for k in row}
-        print(f"{name:<20}{row['seconds']:9.2f}{ratios['seconds']:7.2f}x{row['memory_gb']:8.2f} GB"
+        print(f"{name:<20}{row['seconds']:9.3f}{ratios['seconds']:7.2f}x{row['memory_gb']:8.2f} GB"
               f"{row['memory_gb'] - base['memory_gb']:+7.2f}{row['tflop']:8.2f}{ratios['tflop']:7.2f}x")  # fmt: skip
-    print(json.dumps({"rows": rows, **{n: getattr(args, n) for n in ("model", "size", "batch", "crops", "device")}}))
 
 
 if __name__ == "__main__":

@@ -77,9 +77,10 @@ class OurStep:
         self.views = {"images": View("images", size, *pixels)} | {n: t.view for n, t in teachers.items()}
         if "crops" in options.entry.fields(options.own):  # of the student itself, where no teacher looks at them
             self.views.setdefault("crops", View("crops", self.crop_size, *pixels))
-        self.batch = self._collated(pictures)
+        self.batch = self.collated(pictures)
 
-    def _collated(self, pictures: list) -> dict:
+    def collated(self, pictures: list) -> dict:
+        """A batch of pictures (see :func:`regions`), on the CPU."""
         samples = []
         for index, (picture, boxes) in enumerate(pictures):
             image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)

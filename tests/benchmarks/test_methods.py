@@ -218,7 +218,7 @@ def test_cost_of_a_step(tmp_path):
                "--crops", "2", "--rounds", "1", "--device", "cpu", "--methods", "regionclip", "fineclip"]  # fmt: skip
     done = subprocess.run(command, text=True, capture_output=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]["1"]
     assert rows["regionclip"]["tflop"] < rows["clipself"]["tflop"] < rows["fineclip"]["tflop"]
     assert all(row["seconds"] > 0 and row["memory_gb"] > 0 for row in rows.values())
 
