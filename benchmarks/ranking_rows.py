@@ -50,10 +50,21 @@ METHODS: dict[str, list[str]] = {
              "--mosaic-size", str(SIZE), "--batch-size", "32"],
 }  # fmt: skip
 
+# Rows that ask what of a method does what, beside the methods themselves.
+ABLATIONS = ("clipself, v", "clipself, 3 v", "clipself, fewer cells", "clipself, more cells", "clipself, mixed",
+             "clipself, proposed, as many", "mixrc, proposed", "mixrc, teacher", "mixrc, names")  # fmt: skip
+
 # Rows that add one thing to another, whose learning rate they take: they differ in nothing else.
 VARIANTS = {"clipself, fewer cells": BASE, "clipself, more cells": BASE, "clipself, mixed": BASE,
             "clipself, proposed": BASE, "clipself, proposed, as many": BASE, "mixrc, proposed": "mixrc",
             "mixrc, teacher": BASE, "mixrc, names": BASE}  # fmt: skip
+
+
+def chosen(names: Collection[str] | None, *, ablations: bool) -> list[str]:
+    """Rows to run: the named ones, by default all but ablations, with these if they are asked for; CLIPSelf always."""
+    names = set(METHODS).difference(ABLATIONS) if names is None else set(names)
+    wanted = names.union([BASE], ABLATIONS if ablations else [])
+    return [row for row in METHODS if row in wanted]
 
 
 def needs_trunk(row: str) -> bool:

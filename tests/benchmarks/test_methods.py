@@ -223,6 +223,12 @@ def test_cost_of_a_step(tmp_path):
     assert all(row["seconds"] > 0 and row["memory_gb"] > 0 for row in rows.values())
 
 
+def test_which_rows_are_run():
+    plain, every = (ranking_rows.chosen(None, ablations=a) for a in (False, True))
+    assert every == list(methods.METHODS) and set(every) - set(plain) == set(ranking_rows.ABLATIONS)
+    assert ranking_rows.chosen(["sc"], ablations=False) == ["clipself", "sc"]
+
+
 @pytest.mark.slow
 def test_smoke(tmp_path):
     flags = ["--out", str(tmp_path / "r"), "--smoke", "--seeds", "1", "--methods", "sc", "fineclip", "--jobs", "1"]
