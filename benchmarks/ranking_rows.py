@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent)]
@@ -65,6 +66,13 @@ def chosen(names: Collection[str] | None, *, ablations: bool) -> list[str]:
     names = set(METHODS).difference(ABLATIONS) if names is None else set(names)
     wanted = names.union([BASE], ABLATIONS if ablations else [])
     return [row for row in METHODS if row in wanted]
+
+
+def check_packages(rows: Collection[str]) -> None:
+    """SystemExit where rows need a package that is not installed: hours before they would stop for it."""
+    proposed = [row for row in rows if "{data}/proposed.json" in METHODS[row]]
+    if proposed and find_spec("sklearn") is None:
+        raise SystemExit(f'error: {proposed[0]} needs scikit-learn: pip install -e ".[proposals]", or leave it out')
 
 
 def needs_trunk(row: str) -> bool:

@@ -229,6 +229,13 @@ def test_which_rows_are_run():
     assert ranking_rows.chosen(["sc"], ablations=False) == ["clipself", "sc"]
 
 
+def test_a_missing_package_is_told_of_at_once(monkeypatch):
+    monkeypatch.setattr(ranking_rows, "find_spec", lambda name: None)
+    ranking_rows.check_packages(["clipself", "sc"])
+    with pytest.raises(SystemExit, match="clipself, proposed needs scikit-learn"):
+        ranking_rows.check_packages(["clipself", "clipself, proposed"])
+
+
 @pytest.mark.slow
 def test_smoke(tmp_path):
     flags = ["--out", str(tmp_path / "r"), "--smoke", "--seeds", "1", "--methods", "sc", "fineclip", "--jobs", "1"]
