@@ -108,8 +108,12 @@ def check_boxes(normed_boxes: Sequence[Tensor], count: int | None = None, *, val
             raise ValueError(f"box {k} of image {i} is ({corners}), its corners reversed: give x1, y1, x2, y2")
 
 
-def check_masks(masks: Sequence[Tensor], count: int, grid: tuple[int, int]) -> None:
-    """Refuse what is not one ``[K, h, w]`` per image on the grid of cells; empty masks are said once a call."""
+def check_masks(masks: Sequence[Tensor], count: int, grid: tuple[int, int], *, pooled: bool = True) -> None:
+    """Refuse what is not one ``[K, h, w]`` per image on the grid of cells.
+
+    Args:
+        pooled: whether masks average a map; those without a cell are then told of, once a call.
+    """
     _check_lists(masks, count, "masks", "[K, h, w]")
     empty = 0
     for i, mask in enumerate(masks):
@@ -117,8 +121,8 @@ def check_masks(masks: Sequence[Tensor], count: int, grid: tuple[int, int]) -> N
             raise ValueError(f"the masks of image {i} have shape {tuple(mask.shape)}: give [K, h, w], K may be 0")
         if tuple(mask.shape[-2:]) != tuple(grid):
             raise ValueError(f"masks of {tuple(mask.shape[-2:])} cells for a dense map of {tuple(grid)}")
-        if len(mask) and values_are_at_hand(mask):
-            empty += int((~mask.flatten(1).any(1)).sum())
+        if pooled and len(mask) and values_are_at_hand(mask):
+            empty += int((~(mask.flatten(1) != 0).any(1)).sum())  # of uint8, any() is a number
     if empty:
         log.warning("%d masks have no cell: their embeddings are zero and fit no class", empty)
 

@@ -35,7 +35,8 @@ class DensePasses:
         Raises:
             ValueError, TypeError: as ``build_readout``.
         """
-        self.readout = readout if isinstance(readout, Readout) else build_readout(readout, self, **options)
+        built = readout if isinstance(readout, Readout) else build_readout(readout, self, **options)
+        self.readout = built.to(next(self.trunk.parameters()).device)
         self._write_spec()
 
     def set_drop_padding(self, drop: bool) -> None:
@@ -56,15 +57,25 @@ class DensePasses:
     def _write_spec(self) -> None:
         # Among the weights, so that any kind of file keeps it; the default is not written, which keeps files as ever.
         default = self.dense_spec() == build_readout(DEFAULT, self).spec()
-        self.register_buffer("readout_spec", None if default else write_spec(self.dense_spec()))
+        home = next(self.trunk.parameters()).device
+        self.register_buffer("readout_spec", None if default else write_spec(self.dense_spec()).to(home))
 
-    def adopt_readout(self, state: dict[str, Tensor], source: str = "state dict") -> None:
-        """Ahead of loading a CLIP's state dict: take over the reading that it names.
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Of ``load_state_dict``, which people call on models of their own making: it keeps the reading as well."""
+        self.adopt_readout(state_dict, prefix=prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def adopt_readout(self, state: dict[str, Tensor], source: str = "state dict", prefix: str = "visual.") -> None:
+        """Ahead of loading a state dict: take over the reading that it names.
 
         A state dict that names none leaves the model's own in place, and gets its entries here.
+
+        Args:
+            prefix: of the tower's entries; by default as a CLIP has them.
         """
-        if SPEC_KEY in state:
-            spec = read_spec(state[SPEC_KEY], source)
+        key = prefix + SPEC_KEY.removeprefix("visual.")
+        if key in state:
+            spec = read_spec(state[key], source)
             drop = bool(spec.pop("drop_padding", False))
             try:
                 if spec != self.readout.spec():
@@ -73,9 +84,9 @@ class DensePasses:
             except (TypeError, ValueError) as error:
                 raise ValueError(f"{source}: {error}") from error
             if self.readout_spec is None:
-                del state[SPEC_KEY]
+                del state[key]
         else:
-            own = {f"visual.{n}": t for n, t in self.state_dict().items() if n.startswith("readout")}
+            own = {prefix + n: t for n, t in self.state_dict().items() if n.startswith("readout")}
             state.update({n: t for n, t in own.items() if n not in state})
 
     def resolve_readout(self, readout: str | Readout | None) -> Readout:
@@ -145,7 +156,7 @@ class DensePasses:
         if sizes is None or self.drop_padding or not self.leave_unread or not reading.tokenwise or blocks != (last,):
             return self.block_inputs(image, blocks, sizes)
         kept = Canvas.of(sizes, len(image), self.grid(image), self.patch_size, margin=1)
-        if kept.full or last == 0 or self._drops_now:
+        if kept.full or last == 0 or self._drops_now or timm_blocks.is_watched(self.trunk.blocks[last - 1]):
             return self.block_inputs(image, blocks)
         inputs = self.block_inputs(image, (last - 1,))
         x, table = inputs.tokens[last - 1], inputs.rotary(last - 1)

@@ -105,6 +105,8 @@ def create_model(
         raise ValueError(f"force_patch_dropout is {force_patch_dropout}: dense maps need every patch, give 0")
     source = parse_source(model_name)
     config = source.config(cache_dir if pretrained != "eva" else None)
+    of_file = pretrained and (str(pretrained) == "eva" or Path(pretrained).is_file())  # of any size, for all we know
+    native = None if of_file else config["vision_cfg"].get("image_size")
     _force(config, model_kwargs, force_quick_gelu, force_image_size, force_context_length)
     file = _weights_file(source, pretrained, cache_dir, config) if load_weights else None
     if file is None and require_pretrained:
@@ -117,7 +119,7 @@ def create_model(
     model = build_model(config, output_dict=bool(output_dict), pretrained_image=pretrained_image and state is None)
     if state is not None:
         resize = force_image_size is not None or force_context_length is not None
-        load_state(model, state, source=str(file), resize=resize)
+        load_state(model, state, source=str(file), resize=resize, image_size=native)
     elif not (pretrained_image or pretrained_image_path) and load_weights:
         log.warning("%s has random weights: no pretrained tag or file is given", model_name)
     for tower, path in (("visual", pretrained_image_path), ("text", pretrained_text_path)):

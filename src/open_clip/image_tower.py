@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from . import timm_blocks
@@ -93,7 +92,7 @@ class ImageTower(DensePasses, ImageTowerAPI, nn.Module):
         #: Exact and on: what of a block no caller reads is not computed. Off where a block may only be called whole.
         self.leave_unread = True
         #: Kernels of attention whose shapes change from batch to batch; none: PyTorch chooses.
-        self.changing_kernels: Sequence[SDPBackend] = CHANGING
+        self.changing_kernels: Sequence[str] = CHANGING
         #: Functions of a block that are compiled, by what they stand for.
         self.compiled: dict[Callable, Callable] = {}
         self._tables: dict[tuple, Tensor] = {}  # rotary tables that do not train, by grid and device

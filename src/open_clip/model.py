@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_boxes
+from .checks import check_boxes, check_images, check_masks
 from .image_tower import ImageTower
 from .padding import Sizes
 from .readouts import Readout
@@ -135,7 +135,8 @@ class CLIP(CLIPAPI, nn.Module):
         Raises:
             ValueError: another extract type, "v1" with a trunk that is not a CLIP ViT, or with a dense reading.
         """
-        check_boxes(normed_boxes)
+        check_images(image)
+        check_boxes(normed_boxes, len(image))
         if extract_type == "v2":
             features = roi_features(self.visual.encode_dense(image, readout=readout, sizes=sizes), normed_boxes)
         elif extract_type == "v1":
@@ -168,6 +169,7 @@ class CLIP(CLIPAPI, nn.Module):
         """
         if mask_attn:
             self._refuse_readout(readout, "mask attention")
+            check_masks(masks, len(image), self.visual.grid(image), pooled=False)
             features = self.visual.encode_region_tokens(image, masks)
         else:
             features = mask_features(self.visual.encode_dense(image, readout=readout, sizes=sizes), masks)
@@ -183,8 +185,9 @@ class CLIP(CLIPAPI, nn.Module):
         sizes: Sizes | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Boxes and masks from one dense pass: (``[sum K_i, D]`` or None, ``[sum M_i, D]`` or None)."""
+        check_images(image)
         if normed_boxes is not None:
-            check_boxes(normed_boxes)
+            check_boxes(normed_boxes, len(image))
         dense = self.visual.encode_dense(image, readout=readout, sizes=sizes)
         boxes = None if normed_boxes is None else roi_features(dense, normed_boxes)
         pooled = None if masks is None else mask_features(dense, masks)

@@ -25,10 +25,9 @@ from . import timm_blocks as tb
 Wrap = Callable[[Callable], Callable]
 
 #: Kernels for attention whose shapes change from batch to batch, the preferred one first. On recent GPUs PyTorch takes
-#: cuDNN, which builds a plan for every new shape and stride; the others have one for all.
-CHANGING = (
-    SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH,
-)  # fmt: skip
+#: cuDNN, which builds a plan for every new shape and stride; the others have one for all. By name, as towers keep them
+#: and PyTorch's own values cannot be pickled.
+CHANGING = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH")
 
 
 def drops_at_random(trunk: nn.Module) -> bool:
@@ -49,12 +48,13 @@ def finish(block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
     return tb.finish_block(block, x, tb.finish_attention(block.attn, mixed, gate))
 
 
-def prefer(kernels: Sequence[SDPBackend]) -> AbstractContextManager:
-    """Attention within takes the first of some kernels that can do it; PyTorch chooses where none are given."""
-    return sdpa_kernel(list(kernels), set_priority=True) if kernels else nullcontext()
+def prefer(kernels: Sequence[str]) -> AbstractContextManager:
+    """Attention within takes the first of some kernels (names of ``SDPBackend``) that can do it; PyTorch chooses where
+    none are given."""
+    return sdpa_kernel([getattr(SDPBackend, k) for k in kernels], set_priority=True) if kernels else nullcontext()
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, numbers: Sequence[int], kernels: Sequence[SDPBackend] = ()) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, numbers: Sequence[int], kernels: Sequence[str] = ()) -> Tensor:
     """Attention of each image over itself, of packed tokens.
 
     Args:
@@ -76,7 +76,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, numbers: Sequence[int], kernels: Seq
 
 def packed_block(
     block: nn.Module, x: Tensor, table: Tensor | None, numbers: Sequence[int], wrap: Wrap = lambda f: f,
-    kernels: Sequence[SDPBackend] = (),
+    kernels: Sequence[str] = (),
 ) -> Tensor:  # fmt: skip
     """A block on packed tokens ``[1, T, C]``.
 
@@ -108,7 +108,7 @@ def partial_block(
     prefix: int,
     numbers: Sequence[int],
     wrap: Wrap = lambda f: f,
-    kernels: Sequence[SDPBackend] = (),
+    kernels: Sequence[str] = (),
 ) -> Tensor:
     """A block's outputs for some of the cells, which attend to all tokens of their image.
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .factory import create_model_from_pretrained, get_tokenizer
-from .hub import CONFIG_NAME
+from .hub import CONFIG_NAME, WEIGHT_NAMES
 from .model import CLIP
 from .readouts import SPEC_KEY
 from .tokenizer import HFTokenizer
@@ -135,7 +135,8 @@ def save_pretrained(
 
     Args:
         model: as it comes from :func:`create_model`.
-        save_directory: folder, made if need be; files of these names in it are replaced.
+        save_directory: folder, made if need be; files of these names in it are replaced, and weights under other names
+            that loaders look for are removed.
         tokenizer: one of the hub is saved as well; CLIP's own needs no file.
         model_config: the config that it was built from; ``model.config`` when None.
         safe_serialization: True for safetensors, False for a torch file, ``"both"`` for both.
@@ -169,9 +170,20 @@ def save_pretrained(
                 torch.save(state, made / PICKLE_NAME)
         if isinstance(tokenizer, HFTokenizer):
             tokenizer.save_pretrained(made)
+        written = {file.name for file in made.iterdir()}
         for file in made.iterdir():
             shutil.move(file, folder / file.name)
+    if not skip_weights:
+        _remove_older(folder, written)
     return folder
+
+
+def _remove_older(folder: Path, written: set[str]) -> None:
+    """Weights of an earlier save in another format go: loaders would take them for the model's."""
+    for name in set(WEIGHT_NAMES) - written:
+        if (folder / name).is_file():
+            log.info("%s is of an earlier save, removed", folder / name)
+            (folder / name).unlink()
 
 
 def save_for_hf(

@@ -157,11 +157,24 @@ def project(attn: nn.Module, x: Tensor, which: str) -> Tensor:
             size = width // attn.num_heads
             y = y.unflatten(-1, (-1, size)).repeat_interleave(width // y.shape[-1], dim=-2).flatten(-2)
         return y
-    rows = _fused_rows(attn, which)
     bias = getattr(attn, f"{which}_bias", None)  # EVA-01 keeps the biases apart from the fused weight
+    if not _is_plain(attn.qkv):
+        y = attn.qkv(x).chunk(3, dim=-1)["qkv".index(which)]
+        return y if bias is None else y + bias
+    rows = _fused_rows(attn, which)
     if bias is None and attn.qkv.bias is not None:
         bias = attn.qkv.bias[rows]
     return F.linear(x, attn.qkv.weight[rows], bias)
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    """Whether rows of a layer's weight say what it does: no adapter (LoRA), parametrization, quantization or hook."""
+    return type(linear) is nn.Linear and not is_watched(linear)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a hook waits for a module, or for a part of it, to be called: then it may not be spelt out instead."""
+    return any([bool(m._forward_hooks or m._forward_pre_hooks) for m in module.modules()])
 
 
 def _fused_rows(attn: nn.Module, which: str) -> slice:
@@ -217,6 +230,8 @@ def projection_parts(attn: nn.Module, which: str) -> list[Part]:
     norm = {"q": attn.q_norm, "k": attn.k_norm, "v": None}[which]
     if getattr(attn, "qkv", None) is None:
         return _whole(getattr(attn, f"{which}_proj"), norm)
+    if not _is_plain(attn.qkv):
+        return _whole(norm)  # the rest is read whole, for the values
     rows = (_fused_rows(attn, which),)
     parts = [Part(attn.qkv.weight, rows)]
     bias = getattr(attn, f"{which}_bias", None)
@@ -311,8 +326,9 @@ def prefix_block(block: nn.Module, x: Tensor, table: Tensor | None, count: int) 
 
 
 def has_prefix_reading(block: nn.Module) -> bool:
-    """Whether :func:`prefix_block` knows a block: a plain, fused attention, and nothing dropped at random."""
+    """Whether :func:`prefix_block` knows a block: a plain, fused attention, nothing dropped at random, no hooks."""
     known = isinstance(block, _BLOCKS) and type(block.attn) in (Attention, EvaAttention)
+    known = known and (block.attn.qkv is None or _is_plain(block.attn.qkv)) and not is_watched(block)
     known = known and block.attn.fused_attn  # switched off, all attention is to be spelt out by the trunk itself
     drops = [m for m in block.modules() if isinstance(m, (nn.Dropout, DropPath))]
     return known and all(getattr(m, "p", getattr(m, "drop_prob", 0)) == 0 for m in drops)

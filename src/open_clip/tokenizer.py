@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import html
+import json
 import string
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -251,26 +252,32 @@ class HFTokenizer:
             raise ValueError(
                 f"{file} is no tokenizer ({error}): fetch tokenizer.json of {tokenizer_name} anew"
             ) from error
-        self._pad = next((t for t in ("<pad>", "[PAD]") if self.tokenizer.token_to_id(t) is not None), "<pad>")
-        self._pad_id = self.tokenizer.token_to_id(self._pad) or 0
+        # Rows are cut and padded here: the tokenizer's own settings are shared by threads that ask for other lengths.
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
+        self._pad = self._padding_token(tokenizer_name, file, cache_dir)
+        self._pad_id = self.tokenizer.token_to_id(self._pad)
         self._sep_id = self.tokenizer.token_to_id("[SEP]") if strip_sep_token else None
-        self._length = 0
-        self._set_length(context_length)
 
-    def _set_length(self, length: int) -> None:
-        if length != self._length:
-            self.tokenizer.enable_padding(length=length, pad_id=self._pad_id, pad_token=self._pad)
-            self.tokenizer.enable_truncation(length)
-            self._length = length
+    def _padding_token(self, name: str, file: Path, cache_dir: str | Path | None) -> str:
+        """The token that rows are filled up with: SigLIP's towers, which see it, were trained with ``</s>``.
+
+        ``tokenizer_config.json`` says it; where that does not, the vocabulary.
+        """
+        config = _tokenizer_file(name, cache_dir, _CONFIG)
+        stated = json.loads(config.read_text(encoding="utf-8")).get("pad_token") if config else None
+        stated = stated.get("content") if isinstance(stated, dict) else stated
+        for token in [stated] if stated else ("<pad>", "[PAD]"):
+            if self.tokenizer.token_to_id(token) is not None:
+                return token
+        wrong = f'its pad_token "{stated}" is not in the vocabulary' if stated else "no token to pad with is known"
+        raise ValueError(f"{config or file}: {wrong}: write pad_token into {_CONFIG} beside {file.name}")
 
     def save_pretrained(self, dest: str | Path) -> None:
-        """Write ``tokenizer.json`` into a folder, for a model that is saved there."""
-        from tokenizers import Tokenizer
-
-        plain = Tokenizer.from_str(self.tokenizer.to_str())
-        plain.no_padding()
-        plain.no_truncation()
-        plain.save(str(Path(dest) / "tokenizer.json"))
+        """Write ``tokenizer.json`` and ``tokenizer_config.json`` into a folder, for a model that is saved there."""
+        self.tokenizer.save(str(Path(dest) / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": self._pad}
+        (Path(dest) / _CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def __call__(self, texts: str | list[str], context_length: int | None = None) -> Tensor:
         """Ids int64 ``[N, L]``."""
@@ -278,25 +285,39 @@ class HFTokenizer:
         length = self.context_length if context_length is None else context_length
         if length < 1:
             raise ValueError(f"context_length is {length}: give 1 or more")
-        self._set_length(length)
-        rows = self.tokenizer.encode_batch([self.clean_fn(t) for t in texts])
-        ids = torch.tensor([row.ids for row in rows], dtype=torch.long).reshape(len(texts), length)
+        own = self.tokenizer.num_special_tokens_to_add(False)
+        ids = torch.full((len(texts), length), self._pad_id, dtype=torch.long)
+        rows = self.tokenizer.encode_batch([self.clean_fn(t) for t in texts], add_special_tokens=False)
+        for out, row in zip(ids, rows, strict=True):
+            row.truncate(max(length - own, 0))  # ahead of start and end, which stay
+            whole = self.tokenizer.post_process(row).ids[:length]
+            out[: len(whole)] = torch.tensor(whole, dtype=torch.long)
         return ids if self._sep_id is None else ids.masked_fill(ids == self._sep_id, 0)
 
 
-def _tokenizer_file(name: str, cache_dir: str | Path | None) -> Path:
+_CONFIG = "tokenizer_config.json"  # some repositories have none
+
+
+def _tokenizer_file(name: str, cache_dir: str | Path | None, wanted: str = "tokenizer.json") -> Path | None:
+    """A file of a folder or of the hub; None for a config that is not there."""
     if Path(name).is_dir():
-        file = Path(name) / "tokenizer.json"
-        if not file.is_file():
-            raise FileNotFoundError(f"folder {name} (hf_tokenizer_name) has no tokenizer.json: put it there")
-        return file
+        file = Path(name) / wanted
+        if file.is_file():
+            return file
+        if wanted == _CONFIG:
+            return None
+        raise FileNotFoundError(f"folder {name} (hf_tokenizer_name) has no {wanted}: put it there")
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(name, "tokenizer.json", cache_dir=cache_dir))
+        return Path(hf_hub_download(name, wanted, cache_dir=cache_dir))
     except Exception as error:  # the hub raises connection, authorisation and cache errors of many kinds
+        absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        if wanted == _CONFIG and absent:
+            return None
         raise FileNotFoundError(
-            f"tokenizer.json of {name} is neither in the cache nor to be fetched ({type(error).__name__}): download it "
+            f"{wanted} of {name} is neither in the cache nor to be fetched ({type(error).__name__}): download it "
             "from the hub, or write it with transformers' AutoTokenizer and save_pretrained where the repository has "
             "only sentencepiece, and give its folder as hf_tokenizer_name"
         ) from error

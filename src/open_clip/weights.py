@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,18 @@ def load_weights(model: nn.Module, path: str | Path, *, resize: bool = False) ->
     load_state(model, load_state_dict_file(path), source=str(path), resize=resize)
 
 
-def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "state dict", resize: bool = False) -> Any:
+def load_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    *,
+    source: str = "state dict",
+    resize: bool = False,
+    image_size: int | Sequence[int] | None = None,
+) -> Any:
     """As :func:`load_weights`, from a state dict of any layout; ``source`` names it in messages.
+
+    Args:
+        image_size: side, or height and width, that the positions are of, where that is known.
 
     Returns what ``load_state_dict`` of torch returns.
     """
@@ -185,7 +196,11 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
     readout, drops = model.visual.readout, model.visual.drop_padding
     model.visual.adopt_readout(state, source)
     own = model.state_dict()
-    _reconcile(state, own, model, resize)
+    try:
+        _reconcile(state, own, model, resize, image_size)
+    except ValueError as error:
+        _restore_reading(model.visual, readout, drops)
+        raise ValueError(f"{source}: {error}") from error
     missing = sorted(set(own) - set(state))
     unexpected = sorted(set(state) - set(own))
     shapes = [
@@ -197,7 +212,9 @@ def load_state(model: nn.Module, state: dict[str, Tensor], *, source: str = "sta
         _restore_reading(model.visual, readout, drops)
         parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
         text = "; ".join(f"{len(p)} {what}: {_some(p)}" for p, what in parts if p)
-        raise ValueError(f"{source} does not fit the model (another architecture?): {text}")
+        positions = not missing and not unexpected and all("pos" in s.split()[0] for s in shapes)
+        why = "force_image_size= and force_context_length= resize positions" if positions else "another architecture?"
+        raise ValueError(f"{source} does not fit the model ({why}): {text}")
     return model.load_state_dict(state)
 
 
@@ -241,7 +258,10 @@ def _some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def _reconcile(state: dict[str, Tensor], own: dict[str, Tensor], model: nn.Module, resize: bool) -> None:
+def _reconcile(
+    state: dict[str, Tensor], own: dict[str, Tensor], model: nn.Module, resize: bool,
+    image_size: int | Sequence[int] | None,
+) -> None:  # fmt: skip
     """Mend differences of form: scalar shapes, an all-zero bias, the place of a norm, positions to be resized."""
     for name in ("logit_scale", "logit_bias"):
         if name in state and name in own:
@@ -260,13 +280,27 @@ def _reconcile(state: dict[str, Tensor], own: dict[str, Tensor], model: nn.Modul
         rows = F.interpolate(state[name].float().T[None], size=model.text.context_length, mode="linear")
         state[name] = rows[0].T.to(state[name].dtype).contiguous()
     name = "visual.trunk.pos_embed"
-    if resize and name in state and state[name].shape != own.get(name, state[name]).shape:
-        trunk = model.visual.trunk
-        prefix = 0 if trunk.no_embed_class else trunk.num_prefix_tokens
-        side = round((state[name].shape[1] - prefix) ** 0.5)
-        log.info("resizing position embeddings from %dx%d to %s cells", side, side, model.visual.native_grid)
-        patches = resize_positions(state[name][:, prefix:], (side, side), model.visual.native_grid)
-        state[name] = torch.cat([state[name][:, :prefix], patches], dim=1)
+    if resize and name in own and state.get(name, own[name]).ndim == 3:
+        prefix = 0 if model.visual.trunk.no_embed_class else model.visual.trunk.num_prefix_tokens
+        cells, new = state[name].shape[1] - prefix, model.visual.native_grid
+        old = _grid_of(cells, new, image_size, model.visual.patch_size)
+        if old != new:
+            log.info("resizing position embeddings from %dx%d to %dx%d cells", *old, *new)
+            patches = resize_positions(state[name][:, prefix:], old, new)
+            state[name] = torch.cat([state[name][:, :prefix], patches], dim=1)
+
+
+def _grid_of(cells: int, own: tuple[int, int], image_size: int | Sequence[int] | None, patch: int) -> tuple[int, int]:
+    """The grid that a file's positions are of: that of its image size, the model's, or a square."""
+    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size or (0, 0))
+    stated, side = (sides[0] // patch, sides[1] // patch), round(cells**0.5)
+    for grid in (stated, own, (side, side)):
+        if grid[0] * grid[1] == cells:
+            return grid
+    raise ValueError(
+        f"its {cells} positions are no square, and of which height and width is not known: make the model at their "
+        "size (force_image_size=(height, width)), load the file, save it, and load that at another size"
+    )
 
 
 # -- out --------------------------------------------------------------------------------------------------------------

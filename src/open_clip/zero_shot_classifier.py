@@ -33,7 +33,8 @@ def build_zero_shot_classifier(
         use_tqdm: show a bar.
 
     Returns:
-        float32 ``[D, C]``, columns of unit length: the mean of each class's unit-length prompt embeddings, normalised.
+        ``[D, C]`` of the model's dtype, columns of unit length: the mean of each class's unit-length prompt embeddings,
+        normalised in float32.
 
     Raises:
         TypeError, ValueError: no list of names, an empty one, or no templates.
@@ -45,7 +46,9 @@ def build_zero_shot_classifier(
     prompts = [one(name) for name in classnames for one in fill]
     batch = len(prompts) if num_classes_per_batch is None else num_classes_per_batch * len(fill)
     features = embed_texts(model, tokenizer, prompts, batch_size=batch, progress=use_tqdm)
-    return average_prompts(features.unflatten(0, (len(classnames), len(fill)))).T.contiguous().to(device)
+    averaged = average_prompts(features.unflatten(0, (len(classnames), len(fill))))
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    return averaged.T.contiguous().to(device, dtype)
 
 
 def build_zero_shot_classifier_legacy(

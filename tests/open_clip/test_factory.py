@@ -149,6 +149,37 @@ def test_a_saved_model_comes_back(names, tmp_path, name):
         open_clip.create_model(f"local-dir:{folder}")
 
 
+def test_weights_of_an_earlier_save_do_not_come_back(names, tmp_path):
+    for kinds in ((True, False), (False, True), ("both", False)):
+        for kind in kinds:
+            torch.manual_seed(len(str(kind)))
+            model = open_clip.create_model("small-vit", load_weights=False)
+            open_clip.save_pretrained(model, tmp_path, safe_serialization=kind)
+        again = open_clip.create_model(f"local-dir:{tmp_path}")
+        assert torch.equal(again.text.ln_final.weight, model.text.ln_final.weight)
+        assert torch.equal(again.visual.trunk.pos_embed, model.visual.trunk.pos_embed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [128, 96])  # 4 x 16 cells, as many as 8 x 8 are; 4 x 12
+def test_positions_that_are_no_square_are_resized_from_their_own_grid(names, tmp_path, width):
+    model = open_clip.create_model("small-vit", load_weights=False, force_image_size=(32, width)).eval()
+    torch.nn.init.normal_(model.visual.trunk.pos_embed)
+    folder = open_clip.save_pretrained(model, tmp_path / "saved")
+    same = open_clip.create_model(f"local-dir:{folder}", force_image_size=(32, width))
+    assert torch.equal(same.visual.trunk.pos_embed, model.visual.trunk.pos_embed)
+    for size in (64, 32):
+        other = open_clip.create_model(f"local-dir:{folder}", force_image_size=size)
+        image = torch.randn(1, 3, size, size)
+        torch.testing.assert_close(other.encode_dense(image), model.encode_dense(image))
+    weights = folder / "open_clip_model.safetensors"
+    if width == 96:
+        with pytest.raises(ValueError, match="open_clip_model.safetensors: its 48 positions are no square"):
+            open_clip.load_checkpoint(other, weights)
+        with pytest.raises(ValueError, match="force_image_size= and force_context_length= resize positions"):
+            open_clip.create_model("small-vit", weights)
+
+
 def test_a_model_with_a_reading_of_its_own_comes_back_and_says_that_openclip_refuses_it(names, tmp_path, caplog):
     model = open_clip.create_model("small-vit", load_weights=False)
     open_clip.save_pretrained(model, tmp_path / "saved")

@@ -151,3 +151,5 @@ def test_a_classifier():
     legacy = open_clip.build_zero_shot_classifier_legacy(model, tokenizer, names, [t.format for t in templates])
     torch.testing.assert_close(made, legacy)
     assert made.shape == (128, 3) and made.is_contiguous()
+    half = open_clip.build_zero_shot_classifier(model.bfloat16(), tokenizer, names, templates)
+    assert (model.encode_image(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16)) @ half).shape == (1, 3)

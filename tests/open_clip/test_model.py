@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from functools import lru_cache
 from pathlib import Path
 
@@ -309,3 +310,11 @@ def test_random_drops_keep_the_ordinary_block():
     assert not has_prefix_reading(visual.trunk.blocks[-1])
     visual.trunk.blocks[0].attn.fused_attn = False
     assert not has_prefix_reading(visual.trunk.blocks[0])
+
+
+@torch.no_grad()
+def test_a_model_can_be_pickled(tiny):
+    """As ``torch.save(model)`` and loaders that start anew (spawn) do."""
+    model, image = tiny("vit"), torch.randn(1, 3, 32, 32)
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(again.encode_dense(image, sizes=[(32, 16)]), model.encode_dense(image, sizes=[(32, 16)]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 from torchvision.ops import roi_align
 
 from open_clip import build_readout, image_tower, packed_blocks
@@ -223,7 +223,7 @@ def test_attention_of_changing_shapes_does_not_take_the_kernel_that_is_built_for
     for kernels in (packed_blocks.CHANGING, ()):
         seen.clear()
         model.visual.changing_kernels = kernels
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *packed_blocks.CHANGING], set_priority=True):
+        with packed_blocks.prefer(("CUDNN_ATTENTION", *packed_blocks.CHANGING)):
             model.encode_pseudo_boxes(image, boxes, sizes=sizes).sum().backward()
         changing = {kernel for changes, kernel in seen if changes}
         assert changing == {SDPBackend.FLASH_ATTENTION if kernels else SDPBackend.CUDNN_ATTENTION}

@@ -291,6 +291,29 @@ def test_the_weights_name_their_reading(tiny, tmp_path, kind, name, suffix):
     assert other.visual.readout.name == name
 
 
+@pytest.mark.parametrize("name", ["csa", "gated:2"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_plain_load_state_dict_takes_the_reading_over(tiny, name, strict):
+    """In a module of one's own, too."""
+    model, pictures = tiny("vit"), torch.randn(1, 3, 32, 48)
+    model.visual.set_readout(name)
+    model.visual.set_drop_padding(True)
+    for parameter in model.visual.readout.parameters():
+        torch.nn.init.normal_(parameter)
+    other = tiny("vit")
+    for target in (tiny("vit"), torch.nn.Sequential(other), other.visual):
+        prefix = {torch.nn.Sequential: "0.", type(model): ""}.get(type(target))
+        state = model.visual.state_dict() if prefix is None else {prefix + n: t for n, t in model.state_dict().items()}
+        kept = dict(state)
+        target.load_state_dict(state, strict=strict)
+        tower = target if prefix is None else target[0].visual if prefix else target.visual
+        assert tower.readout.spec() == model.visual.readout.spec() and tower.drop_padding
+        assert torch.equal(tower.encode_dense(pictures), model.visual.encode_dense(pictures))
+        assert state == kept and set(target.state_dict()) == set(state)
+        other.visual.set_readout("value")
+        other.visual.set_drop_padding(False)
+
+
 def test_a_model_that_got_its_default_back_writes_none(tiny):
     model = tiny("vit")
     model.visual.set_readout("qq")

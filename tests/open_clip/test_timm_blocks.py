@@ -99,3 +99,49 @@ def test_export_with_any_number_of_images(tiny, kind, dense):
     image = torch.randn(5, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(exported.module()(image), Call()(image))
+
+
+class Adapted(nn.Linear):
+    """A fused projection with a low-rank addition, as LoRA's packages make it."""
+
+    def __init__(self, plain: nn.Linear, rank: int = 2) -> None:
+        super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
+        self.load_state_dict(plain.state_dict())
+        self.down, self.up = nn.Linear(plain.in_features, rank), nn.Linear(rank, plain.out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("index", [-1, -2])
+def test_an_adapted_projection_is_called(tiny, index):
+    """Readings that spell attention out see what the trunk sees, with and without knowing the pictures' sizes."""
+    tower, folded = tiny("vit").visual, tiny("vit").visual
+    attn, image = tower.trunk.blocks[index].attn, torch.randn(2, 3, 32, 32)
+    attn.qkv = Adapted(attn.qkv)
+    with torch.no_grad():
+        plain = folded.trunk.blocks[index].attn.qkv
+        plain.weight += attn.qkv.up.weight @ attn.qkv.down.weight
+        plain.bias += attn.qkv.up.weight @ attn.qkv.down.bias + attn.qkv.up.bias
+    torch.testing.assert_close(tower(image), tower.trunk(image))
+    for name in ("value", "qq", "csa"):
+        ours, theirs = (t.encode_dense(image, readout=name) for t in (tower, folded))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    sizes, part = [(32, 16), (16, 32)], [(slice(None), slice(None, 2)), (slice(None, 2), slice(None))]
+    whole, known = tower.encode_dense(image), tower.encode_dense(image, sizes=sizes)
+    for i, (rows, columns) in enumerate(part):
+        torch.testing.assert_close(known[i][:, rows, columns], whole[i][:, rows, columns], rtol=1e-4, atol=1e-5)
+    known.square().sum().backward()
+    assert attn.qkv.up.weight.grad.abs().max() > 0
+
+
+def test_hooks_of_the_last_blocks_are_called(tiny):
+    tower, image, seen = tiny("vit").visual, torch.randn(2, 3, 32, 32), []
+    before = tower(image), tower.encode_dense(image, sizes=[(32, 16)] * 2)
+    for i, block in enumerate(tower.trunk.blocks):
+        block.mlp.register_forward_hook(lambda m, args, out, i=i: seen.append((i, out.shape[1])))
+    torch.testing.assert_close(tower(image), before[0])
+    assert seen == [(i, 17) for i in range(3)]
+    after = tower.encode_dense(image, sizes=[(32, 16)] * 2)
+    torch.testing.assert_close(after[..., :2], before[1][..., :2])
+    assert (1, 17) in seen[3:]

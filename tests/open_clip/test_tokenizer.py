@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,12 +113,41 @@ def test_hub_tokenizer_from_the_cache_and_missing(hub_folder, tmp_path_factory, 
     (hub_folder / "tokenizer.json").rename(snapshot / "tokenizer.json")
     (cache / "models--org--siglip" / "refs").mkdir()
     (cache / "models--org--siglip" / "refs" / "main").write_text("1")
+    with pytest.raises(FileNotFoundError, match="tokenizer_config.json of org/siglip"):  # it may name another padding
+        HFTokenizer("org/siglip", 4, cache_dir=str(cache))
+    (snapshot / "tokenizer_config.json").write_text('{"pad_token": {"content": "<eos>"}}')
     tokenizer = HFTokenizer("org/siglip", 4, cache_dir=str(cache))
-    assert tokenizer("cat").tolist() == [[4, 1, 0, 0]]
+    assert tokenizer("cat").tolist() == [[4, 1, 1, 1]]
     with pytest.raises(FileNotFoundError, match="tokenizer.json of org/other"):
         HFTokenizer("org/other", cache_dir=str(cache))
     with pytest.raises(FileNotFoundError, match="has no tokenizer.json"):
         HFTokenizer(str(hub_folder))
+
+
+def test_padding_is_the_one_that_the_repository_states(hub_folder, tmp_path_factory):
+    """SigLIP's towers, which see all tokens and are read at the last, were trained with the end token as padding."""
+    config, saved = hub_folder / "tokenizer_config.json", tmp_path_factory.mktemp("saved")
+    config.write_text('{"pad_token": "<eos>", "eos_token": "<eos>"}')
+    tokenizer = HFTokenizer(str(hub_folder), 6)
+    assert tokenizer(["a cat", "a a a a a a a"]).tolist() == [[3, 4, 1, 1, 1, 1], [3, 3, 3, 3, 3, 1]]
+    tokenizer.save_pretrained(saved)
+    assert HFTokenizer(str(saved), 4)("cat").tolist() == [[4, 1, 1, 1]]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(saved)
+    assert theirs(["a cat"], padding="max_length", max_length=6, truncation=True)["input_ids"] == [[3, 4, 1, 1, 1, 1]]
+    config.write_text('{"pad_token": "<none>"}')
+    with pytest.raises(ValueError, match='"<none>" is not in the vocabulary: write pad_token'):
+        HFTokenizer(str(hub_folder))
+
+
+def test_threads_ask_one_hub_tokenizer_for_different_lengths(hub_folder):
+    tokenizer = HFTokenizer(str(hub_folder), 6)
+
+    def ask(length: int) -> bool:
+        return all(tokenizer(["a cat", "dog"] * 8, length).shape == (16, length) for _ in range(150))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(pool.map(ask, (5, 8, 16)))
 
 
 def test_the_package_of_hub_tokenizers_is_named(monkeypatch):

@@ -49,6 +49,9 @@ WRONG = [
     (lambda m: m.encode_masks(IMAGE, [MASK[0]]), ValueError, r"masks of image 0 have shape \(8, 8\): give"),
     (lambda m: m.encode_masks(IMAGE, [MASK[:, :4]]), ValueError, r"masks of \(4, 8\) cells for a dense map of"),
     (lambda m: m.encode_masks(IMAGE, [[[True]]]), TypeError, "the masks of image 0 are a list of list"),
+    (lambda m: m.encode_pseudo_boxes(IMAGE, [BOX] * 2, extract_type="v1"), ValueError, "2 lists of boxes for 1 images"),
+    (lambda m: m.encode_masks(IMAGE, [MASK] * 2, mask_attn=True), ValueError, "2 lists of masks for 1 images"),
+    (lambda m: m.encode_masks(IMAGE, [MASK[:, :4]], mask_attn=True), ValueError, r"masks of \(4, 8\) cells"),
     (lambda m: class_embeddings(m, TOKENIZER, "dog"), TypeError, r'are the text "dog": give a list, \["dog"\]'),
     (lambda m: class_embeddings(m, TOKENIZER, ["cat", " "]), ValueError, "class name 1 of 2 is empty: remove it"),
     (lambda m: class_embeddings(m, TOKENIZER, ["cat", 3]), TypeError, "class name 1 is a int"),
@@ -71,6 +74,10 @@ def test_an_empty_mask_is_said(model, caplog):
     with caplog.at_level(logging.WARNING), torch.no_grad():
         features = model.encode_masks(IMAGE, [torch.cat([MASK, ~MASK, ~MASK])])
     assert not features[1:].any() and "2 masks have no cell" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING), torch.no_grad():
+        model.encode_masks(IMAGE, [torch.cat([MASK, MASK]).byte()])  # as pycocotools decodes them
+    assert not caplog.text
 
 
 def test_values_are_read_only_where_that_costs_nothing(model):

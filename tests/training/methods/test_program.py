@@ -10,11 +10,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import open_clip
 from open_clip import CLIP
-from open_clip.packed_blocks import CHANGING
+from open_clip.packed_blocks import CHANGING, prefer
 from training.engine.checkpoint import read_checkpoint
 from training.engine.data.annotations import load_annotations
 from training.engine.errors import EXIT_INTERRUPTED
@@ -174,7 +174,7 @@ def test_crops_whose_number_changes_do_not_take_the_kernel_that_is_built_for_eac
         return original(*args, **kwargs)
 
     monkeypatch.setattr(CLIP, "encode_image", noted)
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *CHANGING], set_priority=True):
+    with prefer(("CUDNN_ATTENTION", *CHANGING)):
         assert run(program, "fineclip", files, "--attention", asked, name="run", max_steps=1) == 0
     assert seen == {flash_first}
 
