@@ -213,8 +213,8 @@ def load_state(
         parts = [(missing, "missing"), (unexpected, "unexpected"), (shapes, "of another shape")]
         text = "; ".join(f"{len(p)} {what}: {_some(p)}" for p, what in parts if p)
         positions = not missing and not unexpected and all("pos" in s.split()[0] for s in shapes)
-        why = "force_image_size= and force_context_length= resize positions" if positions else "another architecture?"
-        raise ValueError(f"{source} does not fit the model ({why}): {text}")
+        remedy = "; force_image_size= and force_context_length= resize positions" if positions else ""
+        raise ValueError(f"{source} does not fit the model (another architecture?): {text}{remedy}")
     return model.load_state_dict(state)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from open_clip.prompts import class_embeddings as compute_class_embeddings
 from open_clip.prompts import class_prompts
 from open_clip.weights import load_torch_file
 from training.engine.checkpoint import weights_hash
+from training.engine.distributed import on_master
 from training.engine.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -76,9 +76,8 @@ def load_or_compute(
         return load_class_embeddings(path, class_names, embed_dim, flag=flag, names_file=names_file)
     if tokenizer is None:
         raise ValueError("class embeddings are to be computed, but there is no tokenizer")
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        return _compute_on_one(model, tokenizer, class_names, embed_dim, device, cache_folder, progress, prompts)
-    return _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress, prompts)
+    # On one process: on CPUs the prompts of a class list take minutes.
+    return on_master(lambda: _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress, prompts))
 
 
 def load_class_embeddings(
@@ -164,26 +163,6 @@ def _compute_or_cached(
     if file is not None:
         _save(file, embeddings.numpy())
     return embeddings
-
-
-def _compute_on_one(
-    model: nn.Module,
-    tokenizer: Tokenizer,
-    class_names: Sequence[str],
-    embed_dim: int,
-    device: torch.device | str | None,
-    cache_folder: str | Path | None,
-    progress: bool,
-    prompts: Prompts,
-) -> Tensor:
-    """Process 0 computes, the others receive: on CPUs the prompts of a class list take minutes."""
-    if dist.get_rank() == 0:
-        embeddings = _compute_or_cached(model, tokenizer, class_names, device, cache_folder, progress, prompts)
-    else:
-        embeddings = torch.empty(len(class_names), embed_dim)
-    carrier = embeddings.cuda() if dist.get_backend() == "nccl" else embeddings
-    dist.broadcast(carrier, src=0)
-    return carrier.cpu()
 
 
 def cache_key(

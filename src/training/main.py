@@ -17,7 +17,7 @@ from open_clip import CLIP
 from training.class_embeddings import load_or_compute
 from training.engine.attention import prefer_attention
 from training.engine.checkpoint import seed_generators
-from training.engine.distributed import Dist, init_distributed, together
+from training.engine.distributed import Dist, from_master, init_distributed, together
 from training.engine.dry_run import forecast
 from training.engine.errors import Flags, as_user_error, run_program
 from training.engine.folder import check_folder, named_folder, open_folder, resume_after_restart, write_texts
@@ -105,7 +105,7 @@ class Evaluation:
 
 
 def continue_after_restart(options: Options) -> Options:
-    """The options, with what ``torchrun --max-restarts`` makes of ``--resume``. UserError without ``--name``."""
+    """The options, with what a restart by torchrun makes of ``--resume``. UserError without ``--name``."""
     run = options.run
     folder = None if run.name is None else named_folder(run.logs, run.name)
     return replace(options, run=replace(run, resume=resume_after_restart(folder, run.resume, FLAGS)))
@@ -117,7 +117,8 @@ def named(options: Options) -> Options:
     name = options.run.name
     if name is None:
         what = options.entry.name if options.trains else "evaluation"
-        name = f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{model.model.replace('/', '-')}-{what}"
+        # Of process 0 alone: around the turn of a second others would name other folders.
+        name = from_master(f"{time.strftime('%Y_%m_%d-%H_%M_%S')}-{model.model.replace('/', '-')}-{what}")
     return replace(options, model=model, run=replace(options.run, name=name))
 
 

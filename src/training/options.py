@@ -92,7 +92,7 @@ class MachineOptions:
     device: str | None = flag(None, "a GPU when there is one, if absent", choices=("cuda", "cpu"))
     compile: bool = flag(False, "compile the transformer blocks")
     attention: str = flag("auto", "kernel of attention; auto: PyTorch's choice, flash for crops", choices=ATTENTIONS)
-    fsdp: bool = flag(False, "divide the model over the processes (FSDP2), for trunks that do not fit on one GPU")
+    fsdp: bool = flag(False, "divide the model over the processes (FSDP2), for trunks that one GPU cannot train")
     dist_backend: str | None = flag(None, "nccl on GPUs, gloo on CPUs, if absent", choices=("nccl", "gloo"))
     dist_timeout: float = flag(1800.0, "seconds until a lost process ends the run", type=POSITIVE)
 

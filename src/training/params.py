@@ -13,6 +13,7 @@ from training.data.options import SOURCES
 from training.engine.errors import UserError
 from training.engine.flags import COUNT, Parser, add_flags, flags_of, spelling, take
 from training.engine.folder import RESUME
+from training.engine.journal import check_report
 from training.methods import Entry, find_method, find_recipe, list_methods
 from training.options import ROOMS, TITLES, Options
 
@@ -187,6 +188,8 @@ def _check(options: Options) -> None:
         )
     if options.run.dry_run and not data.train_data:
         raise UserError("--dry-run is about a training: give --train-data")
+    if not options.trains:  # else the loop does it
+        check_report(options.run.report_to)
     if options.run.resume in RESUME and not options.run.name:
         raise UserError(f"--resume {options.run.resume} needs --name: which experiment?")
 

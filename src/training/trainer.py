@@ -99,13 +99,19 @@ class Distillation(Task):
         self.stores = {}
         if options.data.cache_teacher:
             for name, teacher in self.teachers.items():
-                if reason := why_not_kept(self.data.dataset, teacher):
+                reason = why_not_kept(self.data.dataset, teacher)
+                store = None if reason else open_store(options.data.cache_teacher, self.data.dataset, teacher)
+                if store is not None and options.run.dry_run and store.missing(delete=False):
+                    reason = "a dry run fills no cache, so its steps ask"
+                if reason:
                     log.info("--cache-teacher: the teacher %s stays: %s", name, reason)
                 else:
-                    self.stores[name] = open_store(options.data.cache_teacher, self.data.dataset, teacher)
+                    self.stores[name] = store
                     self.views.pop(name, None)
             self.data.dataset.stores = self.stores
             self.data.dataset.crops = any(view.source == "crops" for view in self.views.values())
+        # One for all epochs: the memory of its stream serves no other stream.
+        self.prefetcher = DevicePrefetcher(self.data.loader, self._prepare, dist.device)
         self.student = prepare_student(options, model, dist, precision)
         check_attention(options.machine.attention, self._readers(), dist.device)
         setting = Setting(
@@ -178,8 +184,13 @@ class Distillation(Task):
     def batches(self, epoch: int, start: int) -> Iterator[Batch]:
         """Prepared micro-batches of an epoch, from one on."""
         self.data.set_epoch(epoch, start)
-        prepare = partial(prepare_batch, views=self.views, device=self.dist.device)
-        return iter(DevicePrefetcher(self.data.loader, prepare, self.dist.device))
+        return iter(self.prefetcher)
+
+    def _prepare(self, batch: dict[str, Any]) -> Batch:
+        if self.stores and "answers" not in batch:  # nothing of it is left; its teachers may be gone all the same
+            none = {name: torch.from_numpy(store.nothing()) for name, store in self.stores.items()}
+            batch = {**batch, "answers": none}
+        return prepare_batch(batch, self.views, self.dist.device)
 
     # -- full sharding ------------------------------------------------------------------------------------------------
 
@@ -241,11 +252,11 @@ class Distillation(Task):
             self.evaluation, self.student, journal, epoch=progress.begun, step=progress.step, trained=trained
         )  # fmt: skip
         if start:
-            self.inside(partial(run, kind="start"))
+            self.inside(partial(run, kind="start"), self.student)
             return
         alpha = self.choices.optim.alpha
         with self.start.ensembled(self.student, alpha):
-            self.inside(partial(run, alpha=alpha))
+            self.inside(partial(run, alpha=alpha), self.student)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -152,6 +152,16 @@ def test_all_checkpoints_damaged_starts_from_the_beginning(program, trained, sam
     assert same(read_checkpoint(file)["state_dict"], trained(program.name).last("run", 1)["state_dict"])
 
 
+def test_a_lost_release_of_a_run_that_has_ended_is_written_again(program, trained, same):
+    """As when the last save is broken off before it."""
+    shutil.copytree(trained(program.name).folder("run"), program.folder("run"))
+    release = program.folder("run") / program.release
+    before = program.read_release(release)
+    release.unlink()
+    assert program("run", resume=True, epochs=1, max_steps=4) == 0
+    assert same(program.read_release(release)[program.key], before[program.key])
+
+
 class RunsCode:
     """Unpickling this makes a file."""
 

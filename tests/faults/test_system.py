@@ -19,6 +19,7 @@ from torch._dynamo.exc import Unsupported
 
 from training.engine.checkpoint import find_latest, read_checkpoint, remove_unfinished, save_atomically
 from training.engine.errors import EXIT_FAILED, EXIT_INTERRUPTED, UserError, explain
+from training.engine.launch import sign, this_launch
 from training.engine.loop import Loop
 from training.main import continue_after_restart
 from training.params import parse_args
@@ -196,14 +197,14 @@ def test_torchrun_restarts_continue_by_themselves(launcher):
     program.check_equal(4, "whole", "run")
 
 
-def test_what_a_restart_resumes(distillation, monkeypatch, tmp_path):
+def test_what_a_restart_resumes(distillation, monkeypatch):
     def resume(*extra: str) -> str | None:
         options = parse_args(distillation.arguments(*extra, **({} if "--name" in extra else {"name": "run"})))
         return continue_after_restart(options).run.resume
 
     folder = distillation.logs / "run/checkpoints"
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert resume() is None and resume("--resume", "a.pt") == "a.pt"
     unnamed = parse_args(distillation.arguments())
     with pytest.raises(UserError, match="--max-restarts needs --name"):
@@ -211,9 +212,25 @@ def test_what_a_restart_resumes(distillation, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert resume() is None  # the first start died before it made its folder
     folder.mkdir(parents=True)
+    save_atomically({"epoch": 1, "step": 1, "state_dict": {}, "optimizer": {}}, folder / "epoch_0_step_1.pt")
+    assert resume() is None and resume("--resume", "a.pt") == "a.pt"  # of another run: the first start was refused
+    (folder / "epoch_0_step_1.pt").unlink()
+    sign(folder.parent, this_launch())
     assert resume() == "latest" and resume("--resume", "a.pt") == "a.pt"  # nothing newer than the file yet
     save_atomically({"epoch": 1, "step": 1, "state_dict": {}, "optimizer": {}}, folder / "epoch_0_step_1.pt")
     assert resume() == "latest" and resume("--resume", "a.pt") == "latest"
+
+
+def test_a_restart_of_a_refused_run_leaves_the_other_one_alone(launcher):
+    """Its name is taken, which it is told; torchrun starts it again, and it must not go on with what is there."""
+    program, flags = launcher.program, {"epochs": 1, "batch_size": 6}
+    assert program("run", **flags) == 0
+    before = {f: f.read_bytes() for f in program.folder("run").rglob("*") if f.is_file()}
+    run = launcher.start("run", restarts=1, **{**flags, "epochs": 2})
+    assert run.wait() == 1
+    assert {f: f.read_bytes() for f in program.folder("run").rglob("*") if f.is_file()} == before
+    errors = run.errors()
+    assert len(errors) == 2 and len(set(errors)) == 1 and program.flags.resume in errors[0], run.text[-3000:]
 
 
 @pytest.mark.slow

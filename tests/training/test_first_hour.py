@@ -73,6 +73,14 @@ def test_scalars_go_where_they_are_asked_to(tmp_path, monkeypatch):
         Journal(tmp_path, report_to="wandb")
 
 
+@pytest.mark.parametrize("flags", [{}, {"val": True, "train_data": "", "train_image_root": ""}])
+def test_a_report_that_cannot_be_is_said_before_anything_is_written(program, monkeypatch, capsys, flags):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert program(name="run", report_to="wandb", **flags) == 2
+    assert "--report-to wandb: wandb is not installed" in capsys.readouterr().err
+    assert not program.logs.exists()
+
+
 def test_a_folder_of_images_is_its_own_root(program, pictures, tmp_path):
     """A recipe gives the root of COCO's images; the folder that is given after it counts."""
     assert program(name="own", train_data=pictures, train_image_root=tmp_path, epochs=1) == 0

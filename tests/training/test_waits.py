@@ -96,3 +96,18 @@ def test_a_batch_is_asked_for_when_the_step_before_is_queued():
         for batch in DevicePrefetcher(loader(), prepare, torch.device("cuda")):
             events.append(f"step {batch['number']}")
     assert events == [f"{what} {i}" for i in range(3) for what in ("load", "prepare", "step")]
+
+
+def test_all_epochs_share_a_stream(program, monkeypatch):
+    """PyTorch gives memory of one side stream to no other: with one an epoch, each epoch would reserve its own."""
+    with (
+        mock.patch("torch.cuda.Stream") as streams, mock.patch("torch.cuda.stream"),
+        mock.patch("torch.cuda.current_stream"),
+    ):  # fmt: skip
+        prefetcher = DevicePrefetcher([1, 2], lambda i: {"number": i}, torch.device("cuda"))
+        assert [[batch["number"] for batch in prefetcher] for _ in range(3)] == [[1, 2]] * 3
+        assert streams.call_count == 1
+    made, original = [], DevicePrefetcher.__init__
+    monkeypatch.setattr(DevicePrefetcher, "__init__", lambda self, *a: made.append(self) or original(self, *a))
+    assert program(name="run", epochs=3) == 0
+    assert len(made) == 1

@@ -93,6 +93,9 @@ def _resized(pixels: Tensor, size: int) -> Tensor:
 class DevicePrefetcher:
     """Iterates over prepared batches; on CUDA each is copied and prepared on a side stream.
 
+    It may be iterated over again and again, and should be where there are several epochs: its stream has memory of its
+    own, which PyTorch gives to no other stream.
+
     A batch is asked for when the step before is queued whole, backward pass and all, and is made ready while the GPU is
     busy with that. Nothing waits for a batch before the one that is already here is used.
 
@@ -104,16 +107,16 @@ class DevicePrefetcher:
 
     def __init__(self, loader: Iterable, prepare: Callable[[dict], dict], device: torch.device) -> None:
         self.loader, self.prepare, self.device = loader, prepare, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[dict]:
-        if self.device.type != "cuda":
+        if self.stream is None:
             yield from map(self.prepare, self.loader)
             return
-        stream = torch.cuda.Stream(self.device)
         for batch in self.loader:
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self.stream):
                 prepared = self.prepare(batch)
-            yield self._hand_over(prepared, stream.record_event())
+            yield self._hand_over(prepared, self.stream.record_event())
 
     def _hand_over(self, batch: dict, ready: torch.cuda.Event) -> dict:
         current = torch.cuda.current_stream(self.device)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from training.engine import shards
-from training.engine.distributed import together
+from training.engine.distributed import gather_objects, on_master, together
 from training.engine.errors import Flags, UserError
 from training.engine.files import read_file, save_atomically
 
@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 STEP_CHECKPOINTS = 2  # checkpoints inside an epoch that are kept: the newest, and one in case it is damaged
 NEEDED = ("epoch", "step", "state_dict", "optimizer")  # of a training checkpoint
+_SHARE = "choose a folder on a disk that all machines share"
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -109,7 +110,8 @@ def _check_kind(content: Any, path: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what is left of a file, or folder, when the process is killed while it writes."""
+    """Delete what is left of a file, or folder, when the process is killed while it writes; put back what was there."""
+    shards.put_back(folder)
     for path in [*folder.glob(".*.pt.*"), *folder.glob(f".*{shards.SUFFIX}.*")]:
         if path.suffix[1:].isdigit():
             remove(path)
@@ -132,31 +134,46 @@ def written_at(path: Path) -> float:
     return float((content or {}).get("written") or path.stat().st_mtime)
 
 
-def by_age(folder: Path, pattern: str) -> list[Path]:
-    """Checkpoints of a folder, newest first.
+def checkpoints_in(folder: Path, pattern: str) -> list[Path]:
+    """Checkpoints of a folder, in no order.
 
     Args:
         pattern: of their names, without suffix.
     """
     files = [f for f in folder.glob(f"{pattern}.pt") if f.is_file()]
-    files += [f for f in folder.glob(f"{pattern}{shards.SUFFIX}") if f.is_dir()]
-    return sorted(files, key=lambda f: (written_at(f), f.name), reverse=True)
+    return files + [f for f in folder.glob(f"{pattern}{shards.SUFFIX}") if f.is_dir()]
+
+
+def by_age(folder: Path, pattern: str) -> list[Path]:
+    """Checkpoints of a folder, newest first; see :func:`checkpoints_in`."""
+    return sorted(checkpoints_in(folder, pattern), key=lambda f: (written_at(f), f.name), reverse=True)
 
 
 def find_latest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Newest complete checkpoint of a folder with its content; damaged ones are passed over with a warning."""
-    for path in by_age(folder, "epoch_*"):
+    """Newest complete checkpoint of a folder with its content; damaged ones are passed over with a warning.
+
+    Every process calls it. Process 0 says which ones there are, and which are damaged: each for itself might see a
+    folder of a network disk as it was, or fail to read for a moment, and go on from another one than the rest.
+
+    Raises:
+        UserError: a process cannot read what process 0 can.
+    """
+    for path in on_master(lambda: by_age(folder, "epoch_*")):
         try:
-            return path, read_checkpoint(path)
+            with together():
+                return path, read_checkpoint(path)
         except UserError as error:
+            if error.rank:
+                raise UserError(f"{error}; process 0 can read it: {_SHARE}", rank=error.rank) from None
             log.warning("%s", error)
     return None
 
 
-def prune(folder: Path, keep: int, pattern: str) -> None:
-    """Delete all but the ``keep`` newest checkpoints whose names (without suffix) match a pattern."""
+def prune(folder: Path, keep: int, pattern: str, *, spare: Path | None = None) -> None:
+    """Delete all but the ``keep`` newest checkpoints whose names (without suffix) match a pattern, and ``spare``."""
     for path in by_age(folder, pattern)[keep:]:
-        remove(path)
+        if path != spare:
+            remove(path)
 
 
 # -- random states ----------------------------------------------------------------------------------------------------
@@ -218,11 +235,10 @@ class Checkpoints:
     def __init__(self, folder: Path, *, keep: int = 0, flags: Flags | None = None) -> None:
         self.run, self.folder, self.keep, self.flags = folder, folder / "checkpoints", keep, flags or Flags()
         self.last = "none"
+        self._written: float | None = None  # when the newest was written; None: nobody has looked
 
-    def write(
-        self, name: str, content: dict[str, Any], releases: dict[str, dict[str, Any]], *, write: bool = True
-    ) -> None:
-        """Write a checkpoint, then the files for users (path below the run's folder -> content).
+    def write(self, name: str, content: dict[str, Any], *, write: bool = True) -> None:
+        """Write a checkpoint.
 
         Args:
             write: False on processes that only take note.
@@ -230,33 +246,35 @@ class Checkpoints:
         path = self.folder / name
         if write:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_atomically(content | {"written": time.time()}, path, self.flags.folder)
-            self._write_releases(releases)
+            save_atomically(self._dated(content), path, self.flags.folder)
         self.last = str(path)
 
-    def write_shards(
-        self, name: str, content: dict[str, Any], tensors: dict[str, Tensor], releases: dict[str, dict[str, Any]],
-        *, rank: int,
-    ) -> None:  # fmt: skip
+    def write_shards(self, name: str, content: dict[str, Any], tensors: dict[str, Tensor], *, rank: int) -> None:
         """As :meth:`write`, with all large tensors apart, of which each process has a part; every process calls it."""
         path = (self.folder / name).with_suffix(shards.SUFFIX)
-        dated = content | {"written": time.time()}
+        dated = self._dated(content) if rank == 0 else content  # process 0 writes it
         shards.write_shards(path, tensors, dated, rank=rank, folder_flag=self.flags.folder)
-        with together():
-            if rank == 0:
-                self._write_releases(releases)
         self.last = str(path)
 
-    def _write_releases(self, releases: dict[str, dict[str, Any]]) -> None:
+    def _dated(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Content with the time of day; of a clock that has been set back, a time after all other checkpoints, lest the
+        newest one be taken for the oldest."""
+        if self._written is None:
+            self._written = max(map(written_at, checkpoints_in(self.folder, "epoch_*")), default=0.0)
+        self._written = max(time.time(), self._written + 1e-3)
+        return content | {"written": self._written}
+
+    def release(self, releases: dict[str, dict[str, Any]]) -> None:
+        """Write the files for users: path below the run's folder -> content."""
         for place, release in releases.items():
             save_atomically(release, self.run / place, self.flags.folder)
 
     def find(self, resume: str | Path) -> tuple[Path, dict[str, Any]] | None:
         """The checkpoint to go on from, with its content: the folder's newest (``"latest"``, ``"auto"``; None if
-        there is none) or a file.
+        there is none) or a file. The same on every process.
 
         Raises:
-            UserError: the file is missing, damaged, or no training checkpoint.
+            UserError: the file is missing, damaged, no training checkpoint, or not the same file on all machines.
         """
         if resume in ("latest", "auto"):
             found = find_latest(self.folder)
@@ -264,16 +282,30 @@ class Checkpoints:
                 log.warning("no complete checkpoint in %s: the run starts from the beginning", self.folder)
                 return None
         else:
-            found = Path(resume), read_checkpoint(Path(resume))
-        self.last = str(found[0])
+            with together():
+                found = Path(resume), read_checkpoint(Path(resume))
+        path, content = found
+        seen = gather_objects([content["epoch"], content["step"], content.get("written")])
+        for rank, (epoch, step, _) in enumerate(seen):
+            if seen[rank] != seen[0]:
+                raise UserError(
+                    f"checkpoint {path} is another file on process {rank} (epoch {epoch}, step {step}) than on process "
+                    f"0 (epoch {seen[0][0]}, step {seen[0][1]}): {_SHARE}", rank=rank,
+                )  # fmt: skip
+        self.last = str(path)
         return found
+
+    @property
+    def inside_epoch(self) -> bool:
+        """Whether the newest checkpoint is one inside an epoch."""
+        return "_step_" in Path(self.last).name
 
     def prune_inside_epoch(self) -> None:
         """Of the checkpoints inside epochs keep the newest few."""
-        prune(self.folder, STEP_CHECKPOINTS, "epoch_*_step_*")
+        prune(self.folder, STEP_CHECKPOINTS, "epoch_*_step_*", spare=Path(self.last))
 
     def prune_after_epoch(self) -> None:
         """The epoch's own checkpoint is there: those inside it go, and of whole epochs all but the newest ``keep``."""
         prune(self.folder, 0, "epoch_*_step_*")
         if self.keep:
-            prune(self.folder, self.keep, "epoch_[0-9]*")
+            prune(self.folder, self.keep, "epoch_[0-9]*", spare=Path(self.last))

@@ -71,12 +71,13 @@ def init_distributed(device: str | None = None, backend: str | None = None, time
 def _own_gpu(local_rank: int) -> torch.device:
     """The GPU of this process, which becomes the current one."""
     count = torch.cuda.device_count()
-    # srun may show each task its own GPU only.
-    index = 0 if count == 1 and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1 else local_rank
-    if index >= count:
+    index, last = local_rank, max(local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1)
+    if count == 1 and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        index = last = 0  # srun may show each task its own GPU only
+    # All processes of the machine end, not the last ones alone: it is the first one that prints why.
+    if last >= count:
         raise UserError(
-            f"process {local_rank} of this machine has no GPU ({count} visible): start fewer processes, or use "
-            "--device cpu"
+            f"process {last} of this machine has no GPU ({count} visible): start fewer processes, or use --device cpu"
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -147,25 +148,49 @@ def many() -> bool:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over processes, in place; the tensor itself without a process group."""
+    """Sum over processes, in place; the tensor itself without a process group. Made in every step, so without
+    :func:`agree`: not for use inside :func:`together`."""
     if many():
         dist.all_reduce(tensor)
     return tensor
 
 
+def agree(failure: str | None = None) -> None:
+    """See that no process has failed, by the same exchange on all of them.
+
+    Whatever waits for other processes begins with it, and :func:`together` ends with it. So a process that fails in a
+    stretch of set-up, and the others, which may have come to a broadcast by then, meet here, and none waits for good.
+
+    Args:
+        failure: what this process has to say, if it has failed.
+
+    Raises:
+        UserError: a process has failed; the same on all.
+    """
+    if many():
+        _exchange(failure, None)
+
+
+def _exchange(failure: str | None, value: Any) -> list[Any]:
+    """The values of all processes, in rank order; UserError where one has failed."""
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, (failure, value))
+    for rank, (found, _) in enumerate(parts):
+        if found is not None:
+            raise UserError(f"process {rank}: {found}" if rank else found, rank=rank)
+    return [value for _, value in parts]
+
+
 def gather_objects(value: Any) -> list[Any]:
     """The values of all processes, in rank order."""
-    if not many():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    return _exchange(None, value) if many() else [value]
 
 
 def gather_to_master(value: Any) -> list[Any] | None:
     """The values of all processes, in rank order, on process 0; None on the others."""
     if not many():
         return [value]
+    agree()
     values: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(value, values)
     return values
@@ -175,6 +200,7 @@ def from_master(value: Any) -> Any:
     """Process 0's value on every process."""
     if not many():
         return value
+    agree()
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
@@ -182,16 +208,12 @@ def from_master(value: Any) -> Any:
 
 def on_master(function: Callable[[], Any]) -> Any:
     """What process 0 makes, on every process; the others wait. Its UserError is raised everywhere."""
-    value = failure = None
-    if not many() or dist.get_rank() == 0:
-        try:
+    value = None
+    agree()  # before something is made that takes minutes, and for nobody
+    with together():
+        if not many() or dist.get_rank() == 0:
             value = function()
-        except UserError as error:
-            failure = str(error)
-    value, failure = from_master((value, failure))
-    if failure is not None:
-        raise UserError(failure)
-    return value
+    return from_master(value)
 
 
 def average_batch_norm(model: nn.Module) -> None:
@@ -226,6 +248,7 @@ def wrap(module: nn.Module, where: Dist) -> nn.Module:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
         module, [n for n in names if n not in trainable]
     )
+    agree()
     # Without device_ids: with them each batch's CPU tensors (counts, ids) would be copied to the GPU, one by one.
     unused = not getattr(module, "reaches_all", True)
     return DistributedDataParallel(module, gradient_as_bucket_view=True, find_unused_parameters=unused)
@@ -233,8 +256,7 @@ def wrap(module: nn.Module, where: Dist) -> nn.Module:
 
 def barrier() -> None:
     """Wait for all processes."""
-    if many():
-        dist.barrier()
+    agree()
 
 
 @contextlib.contextmanager
@@ -242,13 +264,12 @@ def together() -> Iterator[None]:
     """A stretch of set-up after which all processes agree whether it went well.
 
     A UserError of one (an image root that is missing on its machine) becomes a UserError of all, so that nobody waits
-    for a process that has left.
+    for a process that has left. What else stands here may be used inside, other stretches as well.
     """
-    message = None
     try:
         yield
     except UserError as error:
-        message = str(error)
-    messages = [m for m in gather_objects(message) if m is not None]
-    if messages:
-        raise UserError(messages[0])
+        if error.rank is None:  # else it has come from the others, who are on their way out
+            agree(str(error))
+        raise
+    agree()

@@ -29,7 +29,14 @@ class UserError(Exception):
     """Something the user can mend. The text is one line that names the file or flag, the value and the remedy.
 
     :func:`run_program` prints the text without a traceback and ends with status 2.
+
+    Attributes:
+        rank: the process that it is from, where all processes have it; None where this one alone may know of it.
     """
+
+    def __init__(self, text: str, *, rank: int | None = None) -> None:
+        super().__init__(text)
+        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -148,16 +155,17 @@ def run_program(main: Callable[[], int | None], flags: Flags | None = None) -> i
 
 
 def _run(main: Callable[[], int | None], flags: Flags | None) -> int:
-    rank, orderly = int(os.environ.get("RANK", "0")), True
+    orderly = True
     try:
         return main() or EXIT_DONE
     except KeyboardInterrupt:
         return EXIT_BROKEN_OFF
     except Exception as raised:
-        error = _died_worker(raised) or raised
+        error, rank = _died_worker(raised) or raised, int(os.environ.get("RANK", "0"))
         if isinstance(error, UserError):
-            if rank == 0:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+            if _is_to_tell(error, rank):
+                own = rank and error.rank is None and dist.is_initialized()
+                print(f"error: process {rank}: {error}" if own else f"error: {error}", file=sys.stderr, flush=True)
             return EXIT_USER
         reason = explain(error, flags)
         if reason is None:
@@ -170,6 +178,20 @@ def _run(main: Callable[[], int | None], flags: Flags | None) -> int:
         _end_workers()
         if orderly and dist.is_initialized():  # leaving the group in an orderly way needs the others
             dist.destroy_process_group()
+
+
+def _is_to_tell(error: UserError, rank: int) -> bool:
+    """Whether this process prints an error: of those that have it, one does."""
+    if error.rank is not None:  # all have it
+        return rank == 0
+    if not dist.is_initialized():  # a wrong flag, too few GPUs: all processes of a machine find the same
+        return os.environ.get("LOCAL_RANK", str(rank)) == "0"
+    # Whether others have it nobody knows, and they cannot be asked: the first one to say it tells it.
+    said = f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', '')} {error}"
+    try:
+        return dist.distributed_c10d._get_default_store().add(said, 1) == 1
+    except Exception:  # the store has gone with process 0: better twice than not at all
+        return True
 
 
 def _end_workers() -> None:

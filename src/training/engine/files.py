@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -56,6 +57,25 @@ def write_parts(path: Path, parts: Iterable[str]) -> None:
         raise UserError(
             f"{path} cannot be written ({error.strerror}): free some space or choose another folder"
         ) from error
+
+
+def check_writable(path: Path, flag: str) -> None:
+    """See that a file can be written, before the work whose result it is to hold. Nothing is left behind.
+
+    Args:
+        flag: the option that names it, for messages.
+
+    Raises:
+        UserError: it is a folder, or its folder is not writable or cannot be made.
+    """
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: give a file")
+    folder = next(f for f in path.absolute().parents if f.exists())
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{flag} {path} cannot be written ({error.strerror}): choose another folder") from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,34 +13,46 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 COUNTED = 4  # first steps of a run whose operations are counted; regions, and so the work, differ between steps
 
-# Dense matrix products per second, in units of 1e12, as the makers state them: half precision, then float32 (on tensor
-# cores as TF32 where PyTorch is allowed to). The first pattern that fits counts.
+# Dense matrix products per second, in units of 1e12, as the makers state them: half precision, float32 on tensor cores
+# (as TF32), float32 itself; None where nobody has said. The first pattern that fits counts.
 _PEAKS = (
-    (r"H100.*PCIe", 756.0, 378.0),
-    (r"H100.*NVL", 835.0, 418.0),
-    (r"H100|H200|GH200|H800", 989.0, 494.0),
-    (r"B200|GB200", 2250.0, 1125.0),
-    (r"A100|A800", 312.0, 156.0),
-    (r"L40S", 362.0, 183.0),
-    (r"L40|RTX 6000 Ada", 181.0, 90.5),
-    (r"\bL4\b", 121.0, 60.0),
-    (r"\bA10G?\b", 125.0, 62.5),
-    (r"RTX A6000|\bA40\b", 155.0, 75.0),
-    (r"RTX 4090", 165.0, 82.6),
-    (r"RTX 3090", 71.0, 35.6),
-    (r"V100", 125.0, 15.7),
+    (r"H100.*PCIe", 756.0, 378.0, 51.0),
+    (r"H100.*NVL", 835.0, 418.0, 60.0),
+    (r"H100|H200|GH200|H800", 989.0, 494.0, 67.0),
+    (r"B200|GB200", 2250.0, 1125.0, None),
+    (r"A100|A800", 312.0, 156.0, 19.5),
+    (r"L40S", 362.0, 183.0, 91.6),
+    (r"L40|RTX 6000 Ada", 181.0, 90.5, 90.5),
+    (r"\bL4\b", 121.0, 60.0, 30.3),
+    (r"\bA10G?\b", 125.0, 62.5, 31.2),
+    (r"RTX A6000", 155.0, 75.0, 38.7),
+    (r"\bA40\b", 155.0, 75.0, 37.4),
+    (r"RTX 4090", 165.0, 82.6, 82.6),
+    (r"RTX 3090", 71.0, 35.6, 35.6),
+    (r"V100", 125.0, 15.7, 15.7),
 )  # fmt: skip
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second that a GPU can do at most in matrix products of a dtype; None where nobody has said."""
+    """Operations a second that a GPU can do at most in matrix products of a dtype; None where nobody has said.
+
+    Those of float32 are done as TF32 where PyTorch is told so, which it is not by itself.
+    """
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    for pattern, half, single in _PEAKS:
+    for pattern, half, tf32, single in _PEAKS:
         if re.search(pattern, name):
-            return (half if dtype in (torch.float16, torch.bfloat16) else single) * 1e12
+            peak = half if dtype in (torch.float16, torch.bfloat16) else tf32 if _as_tf32() else single
+            return peak and peak * 1e12
     return None
+
+
+def _as_tf32() -> bool:
+    """Whether products of float32 matrices may be done as TF32; PyTorch 2.9 has another switch than those before."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

@@ -13,6 +13,7 @@ from training.engine.checkpoint import find_latest, peek_checkpoint, remove_unfi
 from training.engine.distributed import Dist, together
 from training.engine.errors import Flags, UserError
 from training.engine.files import write_atomically
+from training.engine.launch import opened_by, sign, this_launch
 from training.engine.lock import FolderLock
 
 log = logging.getLogger(__name__)
@@ -58,21 +59,22 @@ def check_folder(folder: Path, resume: str | None, flags: Flags) -> None:
 
 
 def resume_after_restart(folder: Path | None, resume: str | None, flags: Flags) -> str | None:
-    """What to resume when ``torchrun --max-restarts`` may have started the processes anew.
+    """What to resume when torchrun may have started the processes anew; every process calls it, and all get the same.
 
     Args:
         folder: of the run; None where its name is made up at each start.
         resume: what the user asked for.
 
     Returns:
-        The same at a first start; after a restart ``"latest"``, unless there is nothing newer than the given file.
+        The same at a first start, and after it where that was refused; once this launch has opened the folder
+        ``"latest"``, unless there is nothing newer than the given file.
 
     Raises:
         UserError: restarts are asked for without a name, by which they find the run.
     """
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) and folder is None:
         raise UserError(f"torchrun's --max-restarts needs {flags.name}, by which a restarted run finds its checkpoints")
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not folder.exists():
+    if folder is None or not opened_by(folder, this_launch()):
         return resume
     from_file = resume not in (None, *RESUME)
     return resume if from_file and find_latest(folder / "checkpoints") is None else "latest"
@@ -90,12 +92,14 @@ def open_folder(folder: Path, resume: str | None, dist: Dist, flags: Flags) -> A
         UserError: it cannot be made, or another run is at work in it.
     """
     held: AbstractContextManager = nullcontext()
+    launch = this_launch()
     with together():
         if dist.is_master:
             check_folder(folder, resume if resume in (None, *RESUME) else "auto", flags)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 held = FolderLock(folder)
+                sign(folder, launch)
                 (folder / "checkpoints").mkdir(exist_ok=True)
                 for place in (folder, folder / "checkpoints"):  # files for users lie in either
                     remove_unfinished(place)

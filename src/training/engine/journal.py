@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
+from training.engine.distributed import together
 from training.engine.errors import UserError
 from training.engine.files import write_atomically
 
@@ -66,25 +68,48 @@ def setup_logging(rank: int, file: Path | None = None) -> None:
 
 
 REPORTS = ("tensorboard", "wandb", "none")
+_MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}
+
+
+def check_report(report_to: str) -> None:
+    """See that what sends scalars there is installed; for programs, before they write anything.
+
+    Args:
+        report_to: one of :data:`REPORTS`.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        if report_to in _MODULES:
+            importlib.import_module(_MODULES[report_to])
+    except ImportError as error:
+        raise UserError(
+            f"--report-to {report_to}: {report_to} is not installed ({error}); pip install {report_to}, or give "
+            "--report-to none"
+        ) from error
 
 
 class _Wandb:
     """Scalars to Weights & Biases, with the calls of a SummaryWriter. The run is named after the folder.
 
     Raises:
-        UserError: wandb is not installed.
+        UserError: wandb begins no run.
     """
 
     def __init__(self, folder: Path, resumed: bool) -> None:
+        import wandb
+
         try:
-            import wandb
-        except ImportError:
-            raise UserError("--report-to wandb: wandb is not installed; pip install wandb") from None
-        # The same id for every start of a run, so that a resumed one goes on in its own curves.
-        self.run = wandb.init(
-            dir=str(folder), name=folder.name, id=folder.name, resume="allow" if resumed else None,
-            project=os.environ.get("WANDB_PROJECT", "clipself"),
-        )  # fmt: skip
+            # The same id for every start of a run, so that a resumed one goes on in its own curves.
+            self.run = wandb.init(
+                dir=str(folder), name=folder.name, id=folder.name, resume="allow" if resumed else None,
+                project=os.environ.get("WANDB_PROJECT", "clipself"),
+            )  # fmt: skip
+        except Exception as error:  # no key, no network, a folder that cannot be written: wandb has kinds of its own
+            raise UserError(
+                f"--report-to wandb: {' '.join(str(error).split())}; mend it, or give --report-to tensorboard"
+            ) from error
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         """One value of one step; W&B gathers those of a step."""
@@ -104,16 +129,25 @@ class _Wandb:
 class Journal:
     """Scalars and ``results.json`` of one experiment; does nothing on processes other than 0.
 
+    Every process makes its own, at the same time: where process 0 cannot, all raise.
+
     Args:
         folder: the experiment's; None for a journal that keeps nothing.
         keep_until: records of later optimizer steps (of a run that was resumed from before them) are dropped.
         report_to: where scalars go: one of :data:`REPORTS`.
+
+    Raises:
+        UserError: scalars cannot go there.
     """
 
     def __init__(self, folder: Path | None, keep_until: int | None = None, report_to: str = "tensorboard") -> None:
         self.folder, self.writer, self.records = folder, None, []
-        if folder is None:
-            return
+        with together():
+            if folder is not None:
+                self._open(folder, keep_until, report_to)
+
+    def _open(self, folder: Path, keep_until: int | None, report_to: str) -> None:
+        check_report(report_to)
         if report_to == "wandb":
             self.writer = _Wandb(folder, resumed=keep_until is not None)
         elif report_to == "tensorboard":

@@ -41,6 +41,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -48,17 +49,16 @@ from torch import nn
 from tqdm import tqdm
 
 from training.engine.checkpoint import Checkpoints
-from training.engine.distributed import Dist, from_master, gather_objects, together, wrap
+from training.engine.distributed import Dist, agree, from_master, gather_objects, wrap
 from training.engine.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 from training.engine.flops import FlopMeter, peak_flops
 from training.engine.folder import write_texts
-from training.engine.journal import Journal, Pace
+from training.engine.journal import Journal, Pace, check_report
 from training.engine.precision import Precision
 from training.engine.profiler import profile_steps
-from training.engine.resume import general_state, restore
+from training.engine.saves import Saves
 from training.engine.schedule import set_lr
 from training.engine.sharding import Sharded
-from training.engine.shards import tensors_of
 from training.engine.signals import Interrupted, StopSignal
 from training.engine.skips import SkipPolicy
 from training.engine.step import Outcome, Stepper
@@ -80,11 +80,13 @@ class Loop:
         dist, precision: where, and in which numbers.
 
     Raises:
-        UserError: nothing trains, an epoch is shorter than a step, or weights would be kept in half precision.
+        UserError: nothing trains, an epoch is shorter than a step, weights would be kept in half precision, or what
+            sends scalars to ``report_to`` is not installed.
     """
 
     def __init__(self, task: Task, options: LoopOptions, *, dist: Dist, precision: Precision) -> None:
         self.task, self.options, self.dist, self.precision = task, options, dist, precision
+        check_report(options.report_to)
         if precision.param_dtype in (torch.bfloat16, torch.float16):
             raise UserError(
                 f"{options.flags.precision} {precision.name} keeps the weights in half precision, where most steps of "
@@ -101,6 +103,7 @@ class Loop:
         self.total_steps = self.steps_per_epoch * options.epochs
         if options.max_steps:
             self.total_steps = min(self.total_steps, options.max_steps)
+        agree()  # before either waits for the other processes
         self.model: nn.Module = Sharded(task, dist) if options.fsdp else wrap(task.module, dist)
         if options.fsdp:
             task.inside = self.model.inside
@@ -112,7 +115,8 @@ class Loop:
         if not self.stepper.parameters:
             raise UserError("nothing trains: every parameter is frozen")
         self.schedule: Rate = task.schedule(self.total_steps, self.steps_per_epoch)
-        self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped)
+        whole = self.steps_per_epoch * self._global_batch()
+        self.skips = SkipPolicy(task.source, options.max_skipped, options.flags.max_skipped, whole=whole)
         dtype = precision.autocast_dtype or precision.param_dtype
         self.flops = FlopMeter(peak_flops(dist.device, dtype), dist.world_size)
         self.progress, self.pace = Progress(), Pace()
@@ -138,9 +142,12 @@ class Loop:
         """
         task, options, progress = self.task, self.options, self.progress
         self.checkpoints = Checkpoints(folder, keep=options.keep, flags=options.flags)
+        self.saves = Saves(
+            self.checkpoints, task, progress, self.optimizer, self.precision.scaler, options=options, dist=self.dist,
+            global_batch=self._global_batch(),
+        )  # fmt: skip
         if resume:
-            with together():
-                self._resume(resume)
+            self.saves.resume(resume)
         write_texts(folder, texts or {}, self.dist, options.flags)
         self.journal = Journal(
             folder if self.dist.is_master else None, progress.step if resume else None, report_to=options.report_to
@@ -156,9 +163,11 @@ class Loop:
             self.batches = profile_steps(task.batches, folder / "profile", options.profile * options.accum_freq)
         try:
             with StopSignal() as self.stop:
-                while progress.epoch < options.epochs and progress.step < self.total_steps and not task.ended(progress):
+                while self._goes_on():
                     self._epoch()
                     self._after_epoch()
+                if not self.saves.released:  # at its end when it was resumed: its last save may have been broken off
+                    self.saves.release()
                 task.finish(folder)
         except Interrupted:
             log.warning(
@@ -168,6 +177,12 @@ class Loop:
         finally:
             self.journal.close()
         return EXIT_DONE
+
+    def _goes_on(self) -> bool:
+        """Whether steps are to be done, or only what comes after the last one: the signal may have come in that."""
+        progress = self.progress
+        left = progress.step < self.total_steps or self.checkpoints.inside_epoch
+        return progress.epoch < self.options.epochs and left and not self.task.ended(progress)
 
     def _announce(self) -> None:
         trained, every = (
@@ -190,10 +205,11 @@ class Loop:
         progress, accumulate = self.progress, self.options.accum_freq
         self.end = min(self.steps_per_epoch, progress.step_in_epoch + self.total_steps - progress.step)
         self.model.train()
-        self.skips.reset()
+        self.skips.reset(progress.usable, progress.skipped)
         batches = self.batches(progress.epoch, progress.step_in_epoch * accumulate)
         clock = time.perf_counter()
-        with self._bar() as bar:
+        with self._bar() as bar, ExitStack() as at_end:
+            at_end.callback(getattr(batches, "close", lambda: None))  # a generator may have something to finish
             while progress.step_in_epoch < self.end:
                 micro = [next(batches) for _ in range(accumulate)]
                 waited = time.perf_counter() - clock
@@ -205,13 +221,14 @@ class Loop:
                 progress.step_in_epoch += 1
                 self.pending.append(outcome)
                 # A GPU has the next step queued before the numbers of the last one are asked for.
-                totals = self._read(keep=0 if self._reading_is_due() else LAG[self.dist.device.type])
+                totals, samples = self._read(keep=0 if self._reading_is_due() else LAG[self.dist.device.type])
                 now = time.perf_counter()
-                self._report(bar, totals, rate, waited, now - clock)
-                clock = now
+                self._report(bar, totals, samples, rate, waited, now - clock)
+                saving = time.perf_counter()
                 self._save_if_due(totals)
+                clock = now + time.perf_counter() - saving  # to save is not to wait for data
         if self.end == self.steps_per_epoch:  # not where the run ends inside it: it may be given more steps later
-            progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            progress.epoch, progress.step_in_epoch, progress.usable, progress.skipped = progress.epoch + 1, 0, 0, 0
 
     def _reading_is_due(self) -> bool:
         """Whether the state after this very step is about to be told or saved."""
@@ -219,21 +236,25 @@ class Loop:
         told = step % self.options.log_every == 0 or self.progress.step_in_epoch == self.end
         return told or (every > 0 and step % every == 0)
 
-    def _read(self, *, keep: int) -> dict[str, float]:
-        """Judge all steps that are done but the ``keep`` newest; the numbers of the last one judged."""
+    def _read(self, *, keep: int) -> tuple[dict[str, float], float]:
+        """Judge all steps that are done but the ``keep`` newest; the numbers of the last one judged, and the samples of
+        all of them."""
         totals: dict[str, float] = {}
+        samples = 0.0
         while len(self.pending) > keep:
             outcome = self.pending.popleft()
             totals = outcome.read()
+            samples += totals["samples"]
             self._judge(outcome, totals)
-        return totals
+        return totals, samples
 
     def _judge(self, outcome: Outcome, totals: dict[str, float]) -> None:
         """Count unusable samples and bad losses; stop when there are too many."""
         progress, flags = self.progress, self.options.flags
         self.skips.name(outcome.skipped)
         self.skips.count(totals["samples"], totals["skipped"])
-        self.skips.judge(at_end=progress.step_in_epoch == self.end and not self.pending)
+        progress.usable, progress.skipped = int(self.skips.usable), int(self.skips.skipped)
+        self.skips.judge()
         if totals["good"]:
             progress.bad_steps = 0
             return
@@ -264,13 +285,16 @@ class Loop:
             dynamic_ncols=True,
         )
 
-    def _report(self, bar: tqdm, totals: dict[str, float], rate: float, waited: float, took: float) -> None:
+    def _report(
+        self, bar: tqdm, totals: dict[str, float], samples: float, rate: float, waited: float, took: float
+    ) -> None:
         """Progress bar every step; TensorBoard and the log, with mean times, every ``log_every`` steps.
 
         Args:
             totals: of the step that was read last; empty while none has arrived.
+            samples: of all steps that were read now.
         """
-        progress, samples = self.progress, totals.get("samples", 0.0)
+        progress = self.progress
         bar.update(1)
         if totals:
             speed = samples / max(took, 1e-9)
@@ -299,11 +323,11 @@ class Loop:
     def _after_epoch(self) -> None:
         options, progress = self.options, self.progress
         if self._at_end() or (options.save_every_epochs and progress.begun % options.save_every_epochs == 0):
-            self._save(f"epoch_{progress.begun}.pt")
+            self.saves.save(f"epoch_{progress.begun}.pt")
             if self.dist.is_master:
                 self.checkpoints.prune_after_epoch()
         if options.save_latest:
-            self._save("epoch_latest.pt")
+            self.saves.save("epoch_latest.pt")
         if self._evaluation_is_due():
             self.task.evaluate(progress, self.journal)
 
@@ -321,7 +345,7 @@ class Loop:
         progress = self.progress
         between = progress.step > 0 and (progress.step_in_epoch == 0 or self._at_end())
         known = from_master(self.journal.knows(progress.step)) and not self.task.evaluations_steer
-        if between and self._evaluation_is_due() and not known:
+        if between and not self.checkpoints.inside_epoch and self._evaluation_is_due() and not known:
             self.task.evaluate(progress, self.journal)
 
     def _save_if_due(self, totals: dict[str, float]) -> None:
@@ -329,41 +353,11 @@ class Loop:
         inside = progress.step_in_epoch < self.end
         if stop or (every and progress.step % every == 0 and inside):
             self._read(keep=0)
-            self._save(f"epoch_{progress.epoch}_step_{progress.step_in_epoch}.pt")
+            self.saves.save(f"epoch_{progress.epoch}_step_{progress.step_in_epoch}.pt")
             if self.dist.is_master:
                 self.checkpoints.prune_inside_epoch()
         if stop:
             raise Interrupted
 
-    def _save(self, name: str) -> None:
-        """Write a checkpoint, then the files for users. Every process calls this."""
-        task, progress = self.task, self.progress
-        task.before_saving()
-        sharded, master = self.options.fsdp, self.dist.is_master
-        content = task.state() | general_state(
-            task, progress, None if sharded else self.optimizer, self.precision.scaler, device=self.dist.device,
-            global_batch=self._global_batch(),
-        )  # fmt: skip
-        releases = task.releases(progress) if sharded or master else {}
-        if sharded:
-            tensors = tensors_of(content["state_dict"], self.optimizer, task.module)
-            self.checkpoints.write_shards(
-                name, content | {"state_dict": {}}, tensors, releases, rank=self.dist.rank
-            )  # fmt: skip
-        else:
-            with together():
-                self.checkpoints.write(name, content, releases, write=master)
-
     def _global_batch(self) -> int:
         return self.options.batch_size * self.options.accum_freq * self.dist.world_size
-
-    def _resume(self, resume: str | Path) -> None:
-        found = self.checkpoints.find(resume)
-        if found is None:
-            return
-        path, content = found
-        restore(
-            content, path, self.task, self.progress, self.optimizer, self.precision.scaler, dist=self.dist,
-            global_batch=self._global_batch(), flags=self.options.flags,
-        )  # fmt: skip
-        log.info("resumed %s: epoch %d, step %d", path, self.progress.epoch + 1, self.progress.step_in_epoch)

@@ -17,35 +17,39 @@ WARM_UP = 3  # micro-batches before the trace: allocation and compilation are no
 def profile_steps(
     batches: Callable[[int, int], Iterator[dict]], folder: Path, count: int
 ) -> Callable[[int, int], Iterator[dict]]:
-    """Wrap an epoch's iterator so that the work on ``count`` micro-batches of the first epoch is traced.
+    """Wrap an epoch's iterator so that the work on ``count`` micro-batches is traced, or on those left in the epoch.
 
     The trace (``trace.json``, for chrome://tracing or Perfetto) and a table of the costliest operators
-    (``operators.txt``) are written to ``folder``.
+    (``operators.txt``) are written to ``folder``; where the run ends before, when the iterator is closed.
     """
-    done = False
+    seen = 0
 
     def traced(epoch: int, start: int) -> Iterator[dict]:
-        nonlocal done
-        iterator = batches(epoch, start)
-        if done:
-            yield from iterator
-            return
-        done = True
-        activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
-        profiler = profile(activities=activities)
-        running = False
-        for i, batch in enumerate(iterator):
-            if i == WARM_UP:
-                profiler.start()
-                running = True
-            if running and i == WARM_UP + count:
-                running = False
+        nonlocal seen
+        profiler: profile | None = None
+        try:
+            for batch in batches(epoch, start):
+                if seen == WARM_UP:
+                    profiler = _start()
+                elif profiler is not None and seen == WARM_UP + count:
+                    _write(profiler, folder)
+                    profiler = None
+                seen += 1
+                yield batch
+        finally:
+            if profiler is not None:
                 _write(profiler, folder)
-            yield batch
-        if running:
-            _write(profiler, folder)
+            elif seen <= WARM_UP:
+                log.warning("no profile yet: an epoch ended after %d of the first %d micro-batches, which warm up",
+                            seen, WARM_UP)  # fmt: skip
 
     return traced
+
+
+def _start() -> profile:
+    profiler = profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available())
+    profiler.start()
+    return profiler
 
 
 def _write(profiler: profile, folder: Path) -> None:

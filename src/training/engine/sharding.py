@@ -1,7 +1,9 @@
 """Full sharding (FSDP2): parameters, gradients and optimizer states of a task divided over the processes.
 
 For trunks that do not fit on one device with their optimizer. Each block of the task gathers its parameters when it is
-entered and gives them up again; what belongs to no block is gathered for the whole of a forward pass.
+entered and gives them up again; what belongs to no block is gathered for the whole of a forward pass. To gather is to
+wait for all processes: in a step each makes the same passes through the blocks, whatever its share of the data. An
+evaluation, whose shares differ, has the blocks of what it evaluates gathered from beginning to end.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from training.engine.distributed import Dist
+from training.engine.distributed import Dist, many
 from training.engine.errors import UserError
 from training.engine.task import Task
 
@@ -22,6 +24,22 @@ from training.engine.task import Task
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is divided over processes (a DTensor)."""
     return hasattr(tensor, "full_tensor")
+
+
+def is_divided(module: nn.Module) -> bool:
+    """Whether blocks within a module are gathered as they are entered, so that every process must enter them alike."""
+    if not many():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def most_of_processes(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers; every process calls it."""
+    most = torch.tensor(number, device=device)
+    torch_dist.all_reduce(most, torch_dist.ReduceOp.MAX)
+    return int(most)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -100,25 +118,47 @@ class Sharded(nn.Module):
         kept_whole = {p for part in task.whole_parts() for p in part.parameters()}
         # Scalars cannot be divided; what does not train may have stayed on the CPU.
         kept_whole |= {p for p in parameters if p.ndim == 0 or p.device.type != dist.device.type}
-        blocks = task.blocks()
-        for block in blocks:
+        self.blocks = task.blocks()  # a list: they are modules of the task's already
+        for block in self.blocks:
             fully_shard(block, mesh=mesh, ignored_params=kept_whole & set(block.parameters()))
         self.root = fully_shard(_Root(task.module), mesh=mesh, ignored_params=kept_whole)
         self._whole = [p for p in kept_whole if p.requires_grad]
         # Once outside of inference mode: the memory that is gathered into must be usable in training.
-        self.root(lambda: [(block.unshard(), block.reshard()) for block in blocks])
+        self.root(lambda: [(block.unshard(), block.reshard()) for block in self.blocks])
         self.root.reshard()
 
     def forward(self, batch: Any) -> Any:
         """Loss of a batch."""
         return self.root(lambda: self.root.module(batch))
 
-    def inside(self, call: Callable[[], Any]) -> Any:
-        """Use the module outside of its forward pass (to evaluate it), without gradients."""
+    def ahead(self, call: Callable[[], Any]) -> Any:
+        """Use the module ahead of a step's forward pass, without gradients; every process makes the same passes."""
         with torch.no_grad():
             result = self.root(call)
         self.root.reshard()
         return result
+
+    def inside(self, call: Callable[[], Any], part: nn.Module | None = None) -> Any:
+        """Use the module outside of its forward pass (to evaluate it), without gradients and as each process likes.
+
+        Args:
+            part: of the module, all that is used; it is gathered whole for as long. None: the module.
+        """
+        within = set((self.root.module if part is None else part).modules())
+        blocks = [block for block in self.blocks if block in within]
+
+        def gathered() -> Any:
+            for block in blocks:
+                block.set_reshard_after_forward(False, recurse=False)
+                block.unshard()
+            try:
+                return call()
+            finally:
+                for block in blocks:
+                    block.set_reshard_after_forward(True, recurse=False)
+                    block.reshard()
+
+        return self.ahead(gathered)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:

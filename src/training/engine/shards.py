@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from training.engine.distributed import barrier, from_master, gather_objects, many, together
+from training.engine.distributed import agree, barrier, from_master, gather_objects, many, together
 from training.engine.errors import UserError
 from training.engine.files import checksum, flush, read_file, save_atomically
 from training.engine.sharding import is_sharded, spread
 
 SUFFIX = ".shards"
 META = "meta.pt"
+_OLD = ".old"  # behind the name of a checkpoint that another one takes the place of
 _MODEL, _OPTIMIZER = "model", "optimizer"
 
 
@@ -67,24 +68,53 @@ def write_shards(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any], *
     from torch.distributed.checkpoint.api import CheckpointException
 
     temporary = path.with_name(f".{path.name}.{from_master(os.getpid())}")
-    with together():
-        try:
-            dcp.save({k: v.detach() for k, v in tensors.items()}, checkpoint_id=temporary, no_dist=not many())
-        except (CheckpointException, OSError, RuntimeError) as error:
+    try:
+        with together():
+            try:
+                dcp.save({k: v.detach() for k, v in tensors.items()}, checkpoint_id=temporary, no_dist=not many())
+            except (CheckpointException, OSError, RuntimeError) as error:
+                raise UserError(
+                    f"checkpoint {path} cannot be written ({_reason(error)}): free some space or choose another "
+                    f"{folder_flag}"
+                ) from error
+        own = (f"__{rank}_", ".") if rank == 0 else (f"__{rank}_",)
+        mine = {f.name: _settle(f) for f in sorted(temporary.iterdir()) if f.name.startswith(own)}
+        sums = {name: value for part in gather_objects(mine) for name, value in part.items()}
+        with together():
             if rank == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(
-                f"checkpoint {path} cannot be written ({_reason(error)}): free some space or choose another "
-                f"{folder_flag}"
-            ) from error
-    mine = [f for f in sorted(temporary.iterdir()) if f.name.startswith(f"__{rank}_") or rank == 0 and f.name[0] == "."]
-    sums = {name: value for part in gather_objects({f.name: _settle(f) for f in mine}) for name, value in part.items()}
-    with together():
-        if rank == 0:
-            save_atomically(meta | {"shards": sums, "tensors": sorted(tensors)}, temporary / META, folder_flag)
-            shutil.rmtree(path, ignore_errors=True)  # of the same step: a run went back before it and came here again
-            os.replace(temporary, path)
-            flush(path.parent)
+                for name in sums:
+                    if not (temporary / name).is_file():  # each machine has written to a disk of its own
+                        raise UserError(
+                            f"checkpoint {path} cannot be written ({name}, of another process, is not there): choose a "
+                            f"{folder_flag} that all machines share"
+                        )
+                save_atomically(meta | {"shards": sums, "tensors": sorted(tensors)}, temporary / META, folder_flag)
+                _put(temporary, path)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Give a complete checkpoint its name. One of the same step, which a run that went back comes to again, is moved
+    aside for that, and deleted when the new one is there."""
+    old = path.with_name(f".{path.name}{_OLD}")
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(path, old)
+    os.replace(temporary, path)
+    flush(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_back(folder: Path) -> None:
+    """Undo replacements of checkpoints that a killed process has left half done."""
+    for old in folder.glob(f".*{SUFFIX}{_OLD}"):
+        path = folder / old.name[1:].removesuffix(_OLD)
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(old, path)
 
 
 def _settle(file: Path) -> str:
@@ -109,10 +139,11 @@ def read_meta(path: Path) -> dict[str, Any]:
 def verify(path: Path, meta: dict[str, Any]) -> None:
     """See that no file has changed; each process looks at its share. UserError on all where one has."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if many() else (0, 1)
-    with together():
-        for name in sorted(meta["shards"])[rank::world_size]:
-            if checksum(path / name) != meta["shards"][name]:
-                raise UserError(f"checkpoint {path} is damaged (the checksum of {name} is wrong): use an earlier one")
+    share = sorted(meta["shards"])[rank::world_size]
+    mine = [name for name in share if checksum(path / name) != meta["shards"][name]]
+    wrong = [name for part in gather_objects(mine) for name in part]
+    if wrong:
+        raise UserError(f"checkpoint {path} is damaged (the checksum of {wrong[0]} is wrong): use an earlier one")
 
 
 def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -129,6 +160,7 @@ def load_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process reads
 
         values = {k: v.detach() for k, v in tensors.items()}
+        agree()
         try:
             dcp.load(values, storage_reader=_reader(path), no_dist=not many())
         except CheckpointException as error:

@@ -98,7 +98,7 @@ class Stepper:
     def _begin(self, micro: list[Batch], step: int) -> None:
         """The task's preparation, in which it may ask frozen parts of its module."""
         if self.sharded:
-            self.model.inside(lambda: self.task.begin_step(micro, step))
+            self.model.ahead(lambda: self.task.begin_step(micro, step))
         else:
             self.task.begin_step(micro, step)
 

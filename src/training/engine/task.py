@@ -28,12 +28,15 @@ class Progress:
         step_in_epoch: optimizer steps done of the current one.
         step: optimizer steps done in all.
         bad_steps: steps in a row with a loss or gradient that is not finite; they are dropped.
+        usable, skipped: samples of the current epoch so far, of all processes; absent in files of former versions.
     """
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
     bad_steps: int = 0
+    usable: int = 0
+    skipped: int = 0
 
     @property
     def begun(self) -> int:
@@ -50,7 +53,8 @@ class LoopOptions:
         accum_freq: micro-batches of each process in an optimizer step.
         max_steps: end after so many steps in all; 0: after ``epochs``.
         clip_norm: largest norm of the gradient; None: not clipped.
-        max_skipped: share of unusable samples of an epoch at which the run stops.
+        max_skipped: share of unusable samples of an epoch above which the run stops: at its end, or as soon as that
+            is beyond doubt.
         max_bad_steps: steps in a row that are not finite at which the run stops.
         log_every: steps between lines of the log and points of TensorBoard.
         save_every_steps: also save inside epochs; 0: never.
@@ -126,7 +130,8 @@ class Task(ABC):
 
         A batch is a dict. The loop reads three of its entries: ``samples``, the number of usable samples; ``skipped``,
         a list of (file, reason) of unusable ones; ``image_ids``, a list or tensor of ids, for messages. A batch of
-        which nothing is left still comes, with what makes every process take part in the step.
+        which nothing is left still comes, with what makes every process take part in the step. An iterator that can be
+        closed (a generator) is, at the end of the epoch or of the run.
         """
 
     # -- a step -------------------------------------------------------------------------------------------------------
@@ -181,9 +186,9 @@ class Task(ABC):
         """Once, when the module has been placed (and sharded) and before :meth:`optimizer`; parameters are other
         objects than before where they were sharded."""
 
-    def inside(self, call: Callable[[], Any]) -> Any:
-        """Call something that uses the module outside of its forward pass. The loop replaces this method where
-        parameters must be gathered for that."""
+    def inside(self, call: Callable[[], Any], part: nn.Module | None = None) -> Any:
+        """Call something that uses the module, or a ``part`` of it, outside of its forward pass. The loop replaces this
+        method where parameters must be gathered for that: the part's are, for as long as the call takes."""
         return call()
 
     # -- records ------------------------------------------------------------------------------------------------------

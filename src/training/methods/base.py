@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from open_clip.readouts import Unread, build_readout, freeze_unread
 from open_clip.regions import roi_features
 from training.engine.distributed import send_numbers
 from training.engine.flags import flag
+from training.engine.sharding import is_divided
 from training.teachers.build import Teacher
 
 # Input sizes that --multiscale draws from, by the size of the loader. The published ones; other sizes use the ratios
@@ -130,9 +131,13 @@ class Method(nn.Module):
         ``NAME_sum`` for each loss and logged quantity, and ``GROUP`` for each group's items.
         """
         counts = self.counts(batch)
-        losses = self.losses(batch) if self.has_items(counts) else {}
+        counted = self.has_items(counts)
+        # Where blocks are gathered by all processes at once, those with items would wait for this one's passes.
+        losses = self.losses(batch) if counted or is_divided(self) else {}
         terms = [self.weights[n] * v * self.scale[self.group(n)] for n, v in losses.items() if n in self.weights]
         loss = sum(terms[1:], terms[0]) if terms else self.zero_loss()
+        if losses and not counted:
+            loss, losses = 0 * loss, {}
         zero = loss.detach().new_zeros(())
         logged = {name: losses[name].detach() if name in losses else zero for name in self.logged()}
         return {
@@ -142,7 +147,8 @@ class Method(nn.Module):
         }
 
     def has_items(self, counts: dict[str, float]) -> bool:
-        """Whether a batch with these counts is worth a forward pass; otherwise its loss is :meth:`zero_loss`.
+        """Whether a batch with these counts counts for anything; otherwise its loss is 0, with zero gradients, and is
+        not computed unless the model is divided over the processes.
 
         A method whose losses gather over processes always says yes: the others wait for this one.
         """
@@ -176,6 +182,14 @@ class Method(nn.Module):
             side = math.isqrt(kept.shape[1])
             kept = kept.transpose(1, 2).unflatten(2, (side, -1))
         return kept
+
+    def embed_rows(self, encode: Callable[..., Tensor], rows: Tensor) -> Tensor:
+        """The student's embeddings ``[n, D]``, of unit length, by its ``encode_image`` or ``encode_text``.
+
+        Of no rows a dummy is embedded and cut off again: every process makes the same passes, and all that trains gets
+        its gradient, a zero one.
+        """
+        return encode(rows if len(rows) else rows.new_zeros(1, *rows.shape[1:]), normalize=True)[: len(rows)]
 
     def sum_over_processes(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all processes, in place."""
@@ -283,10 +297,13 @@ class RegionMethod(Method):
 
     def embed_regions(self, batch: dict) -> Tensor:
         """The student's embeddings ``[K, D]`` of a batch's boxes, float32, unit length."""
+        boxes, number = batch["boxes"], sum(map(len, batch["boxes"]))
+        if self.extract_type == "v1" and not number:  # it would make no pass; see embed_rows
+            boxes = [boxes[0].new_tensor([[0, 0, 1, 1]]), *boxes[1:]]
         regions = self.student.encode_pseudo_boxes(
-            self.images(batch), batch["boxes"], normalize=True, extract_type=self.extract_type, sizes=self.sizes(batch)
+            self.images(batch), boxes, normalize=True, extract_type=self.extract_type, sizes=self.sizes(batch)
         )
-        return regions.float()
+        return regions[:number].float()
 
     def read(
         self, images: Tensor, projections: Sequence[str] = (), sizes: Sequence[tuple[int, int]] | None = None

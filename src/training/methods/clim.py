@@ -12,6 +12,7 @@ from torch import Tensor
 from open_clip import CLIP
 from open_clip.readouts import Unread
 from training.engine.flags import COUNT, flag
+from training.engine.sharding import is_divided
 from training.methods.base import RegionMethod
 from training.methods.contrast import contrast, rows_of_processes
 from training.methods.registry import Entry, Setting
@@ -80,7 +81,7 @@ class CLIM(RegionMethod):
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """The loss, and how many cells and images find their text, summed over pairs."""
         images = batch["images"]
-        features = self.embed_pairs(images) if len(images) else self.zero_loss().expand(0, self.student.embed_dim)
+        features = self.embed_pairs(images)
         with torch.no_grad():
             texts = self.student.encode_text(batch["texts"], normalize=True) if len(images) else features.detach()
         rows = rows_of_processes(len(features), images.device, self.rank, self.world_size)
@@ -98,13 +99,14 @@ class CLIM(RegionMethod):
                 boxes.append(cells)
                 start += side**2
         parts = []
+        if not pictures and is_divided(self.student):  # other processes may have mosaics: see embed_rows
+            pictures = [images.new_zeros(1, 3, self.mosaic_size, self.mosaic_size)]
+            boxes = [images.new_zeros(0, 4, dtype=torch.float32)]
         if pictures:
             dense, _ = self.read(torch.cat(pictures))
             parts.append(self.pool_regions(dense, {"boxes": boxes}))
-        if start < len(images):
-            parts.append(self.student.encode_image(images[start:], normalize=True).float())
-        elif self.training:  # no single image: what the global reading alone reaches gets its zero gradient
-            parts.append(self.zero_loss().expand(0, self.student.embed_dim))
+        # Without a single image what the global reading alone reaches gets its zero gradient.
+        parts.append(self.embed_rows(self.student.encode_image, images[start:]).float())
         return torch.cat(parts)
 
 

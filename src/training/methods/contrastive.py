@@ -42,12 +42,9 @@ class Contrastive(Method):
         return {"pairs": len(batch["texts"])}
 
     def _embed(self, batch: dict) -> tuple[Tensor, Tensor]:
-        """Image and text embeddings ``[B, D]``, float32, unit length; for no pairs, empty ones with a gradient."""
-        if not len(batch["texts"]):
-            none = self.zero_loss().expand(0, self.student.embed_dim)
-            return none, none
-        images = self.student.encode_image(batch["images"], normalize=True)
-        return images.float(), self.student.encode_text(batch["texts"], normalize=True).float()
+        """Image and text embeddings ``[B, D]``, float32, unit length."""
+        images = self.embed_rows(self.student.encode_image, batch["images"])
+        return images.float(), self.embed_rows(self.student.encode_text, batch["texts"]).float()
 
     def losses(self, batch: dict) -> dict[str, Tensor]:
         """The loss, and how many images find their text, summed over pairs."""

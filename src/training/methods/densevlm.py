@@ -68,9 +68,7 @@ class DenseVLM(RegionMethod):
         """The teacher's logits ``[K, C]``, and which regions count as things and as stuff: the counts hinge on it."""
         super().prepare(batches, seed=seed)
         for batch in batches:
-            regions = self.teacher_classes[:0]
-            if any(map(len, batch["boxes"])):  # of a batch without regions no answer may be kept
-                regions = F.normalize(roi_features(self.ask("dense", batch), batch["boxes"]), dim=-1)
+            regions = F.normalize(roi_features(self.ask("dense", batch), batch["boxes"]), dim=-1)
             batch["teacher_logits"] = self.logits(regions, self.teacher_classes)
             best, label = batch["teacher_logits"].softmax(-1).max(-1)
             sure = best > self.threshold

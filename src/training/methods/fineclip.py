@@ -85,14 +85,12 @@ class FineCLIP(RegionMethod):
         regions = self.pool_regions(self.read(images, sizes=self.sizes(batch))[0], batch)
         out = {}
         if "distance" in self.weights:
-            crops = self.embed_images(batch["crops"]).float() if len(regions) else self.no_rows()
-            out["distance"] = (1 - (regions * crops).sum(-1)).sum()
+            out["distance"] = (1 - (regions * self.embed_images(batch["crops"]).float()).sum(-1)).sum()
         if "captions" in self.weights:
-            chosen = images[batch["captions_of"]]
-            features = self.embed_images(chosen) if len(chosen) else self.no_rows()
+            features = self.embed_images(images[batch["captions_of"]])
             out["captions"] = self._contrast(features, batch["captions"])
         if "region_captions" in self.weights:
-            chosen = regions[batch["region_captions_of"]] if len(batch["region_captions_of"]) else self.no_rows()
+            chosen = regions[batch["region_captions_of"]]
             padding = self.padded_to * len(batch["boxes"]) - len(chosen) if self.padded_to else 0
             out["region_captions"] = self._contrast(chosen, batch["region_captions"], padding)
         return out
@@ -100,11 +98,7 @@ class FineCLIP(RegionMethod):
     def embed_images(self, images: Tensor) -> Tensor:
         """The student's embeddings ``[n, D]`` of crops or images, whose number changes from step to step."""
         with prefer(self.student.visual.changing_kernels):
-            return self.student.encode_image(images, normalize=True)
-
-    def no_rows(self) -> Tensor:
-        """Embeddings ``[0, D]`` of nothing, with a gradient: this process gathers with the others."""
-        return self.zero_loss().expand(0, self.student.embed_dim)
+            return self.embed_rows(self.student.encode_image, images)
 
     def _contrast(self, features: Tensor, tokens: Tensor, padding: int = 0) -> Tensor:
         with torch.no_grad():

@@ -96,12 +96,11 @@ def choose_classes(method: Method, batch: dict, names: Tensor) -> None:
     """Give a batch ``classes [M]`` and their images ``classes_of [M]``: the nearest name of each crop, once an image.
 
     Args:
-        method: its teacher of ``crops`` is asked, once for the batch; not where there is no region.
+        method: its teacher of ``crops`` is asked, once for the batch.
         batch: of the method's loop.
         names: text features ``[C, D]``.
     """
-    some = any(map(len, batch["boxes"]))
-    batch["answers"] = {**batch.get("answers", {}), "crops": method.ask("crops", batch) if some else names[:0]}
+    batch["answers"] = {**batch.get("answers", {}), "crops": method.ask("crops", batch)}
     chosen = (batch["answers"]["crops"].float() @ F.normalize(names, dim=-1).T).argmax(1)
     owner = torch.repeat_interleave(
         torch.arange(len(batch["boxes"]), device=chosen.device),

@@ -21,6 +21,7 @@ from training.data.prepare import View
 from training.engine.attention import prefer_attention
 from training.engine.checkpoint import weights_hash
 from training.engine.errors import UserError
+from training.engine.sharding import is_divided, most_of_processes
 from training.teachers.describe import TeacherSpec
 
 CHUNK = 256  # crops embedded at a time; bounds memory, changes nothing else
@@ -74,15 +75,21 @@ class Teacher(nn.Module):
 
         A CLIP's map is that of its reading; a foundation model's has the patch tokens after the final norm.
         """
-        if not len(pixels):
+        chunks = list(pixels.split(self.chunk)) if len(pixels) else []
+        if is_divided(self.model):  # its blocks are gathered by all processes at once: as many passes for each of them
+            missing = most_of_processes(len(chunks), pixels.device) - len(chunks)
+            chunks += [pixels.new_zeros(1, *pixels.shape[1:])] * missing
+        if not chunks:
             return pixels.new_zeros(0, self.width, *(() if self.spec.emits == "embedding" else self.cells()))
         with torch.inference_mode(), self._as_stored(pixels), prefer_attention(self.attention):
-            if self.spec.emits == "embedding":
-                # In bfloat16 lengths would be off by up to half a percent, and cosines with them.
-                parts = [F.normalize(self.model.encode_image(c).float(), dim=-1) for c in pixels.split(self.chunk)]
-            else:
-                parts = [self._map(p) for p in pixels.split(self.chunk)]
-        return torch.cat(parts)  # outside: the student's backward pass keeps it
+            parts = [self._answer(chunk) for chunk in chunks]
+        return torch.cat(parts)[: len(pixels)]  # outside: the student's backward pass keeps it
+
+    def _answer(self, pixels: Tensor) -> Tensor:
+        if self.spec.emits == "embedding":
+            # In bfloat16 lengths would be off by up to half a percent, and cosines with them.
+            return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+        return self._map(pixels)
 
     def _as_stored(self, pixels: Tensor) -> contextlib.AbstractContextManager:
         """Without autocast where weights and pixels are bfloat16 already: its casts to float32 and back between layers

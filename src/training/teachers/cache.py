@@ -94,7 +94,7 @@ def fill(
         Answers that this process asked for; 0 when the store was complete.
 
     Raises:
-        UserError: the disk is full or not writable.
+        UserError: the disk is full or not writable, or is not the same for all processes.
     """
     with together():
         if dist.is_master:
@@ -105,6 +105,12 @@ def fill(
         for shard, array, answers in _shards(store, missing, dataset, teacher, dist, precision, workers):
             store.write(shard, array)
             asked += answers
+    with together():
+        if missing := store.missing(delete=False):
+            raise UserError(
+                f"{store.where}: process {dist.rank} does not see {len(missing)} of the {store.num_shards} shards that "
+                "all have filled together: give a folder that every machine shares"
+            )
     log.info("teacher cache %s: %d answers asked for now; training runs without the teacher", store.folder, asked)
     return asked
 

@@ -99,6 +99,110 @@ def test_a_task_that_sees_its_own_gpu_only(bare):
     assert init_distributed("cuda").device == torch.device("cuda", 0) and chosen == [0]
 
 
+def test_too_few_gpus_end_all_processes_of_a_machine(bare):
+    """Also the first one, which has a GPU, and which is the one that prints."""
+    import torch
+
+    bare.setattr(torch.cuda, "is_available", lambda: True)
+    bare.setattr(torch.cuda, "device_count", lambda: 2)
+    bare.setattr(torch.cuda, "set_device", lambda index: None)
+    bare.setenv("LOCAL_WORLD_SIZE", "4")
+    for local_rank in "0123":
+        bare.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(UserError, match="process 3 of this machine has no GPU .2 visible.: start fewer"):
+            init_distributed("cuda")
+    bare.setenv("LOCAL_WORLD_SIZE", "2")
+    bare.setenv("LOCAL_RANK", "1")
+    assert init_distributed("cuda").device == torch.device("cuda", 1)
+
+
+def test_nobody_waits_for_a_process_that_has_failed(two_processes):
+    """One fails in a stretch of set-up; the other is already where it waits for it, or in a stretch within."""
+    outputs = two_processes("""
+        import time
+        import torch
+        from torch import nn
+        from training.engine.distributed import barrier, from_master, gather_objects, gather_to_master, on_master
+        from training.engine.distributed import together, wrap
+        from training.engine.errors import UserError
+
+        def within():
+            with together():
+                pass
+
+        waits = {"wrap": lambda: wrap(nn.Linear(1, 1), dist), "barrier": barrier, "together": within,
+                 "on_master": lambda: on_master(lambda: time.sleep(60)), "from_master": lambda: from_master(1),
+                 "gather_objects": lambda: gather_objects(1), "gather_to_master": lambda: gather_to_master(1)}
+        for name, wait in waits.items():
+            for failing in (0, 1):
+                begin = time.monotonic()
+                try:
+                    with together():
+                        if dist.rank == failing:
+                            raise UserError(f"the root is missing ({name})")
+                        wait()
+                    raise AssertionError(name)
+                except UserError as error:
+                    who = "process 1: " if failing else ""
+                    assert str(error) == f"{who}the root is missing ({name})", error
+                    assert error.rank == failing and time.monotonic() - begin < 20, name
+        assert gather_objects(dist.rank) == [0, 1]  # nobody is a step behind
+        wrap(nn.Linear(1, 1), dist)
+        print("all ended")
+    """)
+    assert all(output.endswith("all ended\n") for output in outputs)
+
+
+def test_class_embeddings_and_full_sharding_wait_for_nobody_that_has_failed(two_processes, as_module):
+    common = as_module("tests/training/engine/test_sharding.py").COMMON
+    two_processes(common + """
+import time
+from argparse import Namespace
+from training.class_embeddings import load_or_compute
+from training.engine.distributed import together
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.visual, self.text = Namespace(embed_dim=4), nn.Linear(1, 1)
+
+def embeddings():
+    return load_or_compute(Namespace(), Slow(), lambda texts: torch.zeros(len(texts), 3, dtype=torch.int64), ["cat"],
+                           cache_folder=None, prompts=lambda name: time.sleep(60))
+
+def sharded():
+    usual = LoopOptions(epochs=1, batch_size=4, fsdp=True)
+    Loop(Divided(), usual, dist=dist, precision=make_precision("fp32", dist.device))
+
+for wait in (embeddings, sharded):
+    begin = time.monotonic()
+    try:
+        with together():
+            if dist.rank == 1:
+                raise UserError("the root is missing")
+            wait()
+        raise AssertionError
+    except UserError as error:
+        assert str(error) == "process 1: the root is missing", error
+        assert time.monotonic() - begin < 20
+""")  # fmt: skip
+
+
+def test_a_name_that_is_made_up_is_the_same_on_all_processes(two_processes, tmp_path):
+    """Around the turn of a second, when clocks give different ones."""
+    outputs = two_processes("""
+        import time
+        from training.main import named
+        from training.params import parse_args
+
+        options = parse_args(["--train-data=a.json", "--train-image-root=a", "--model=ViT-B-16", "--device=cpu"])
+        strftime = time.strftime
+        time.strftime = lambda form, *rest: strftime(form, time.gmtime(1e9 + dist.rank))
+        print(named(options).run.name)
+    """)
+    assert outputs[0] == outputs[1] and outputs[0].startswith("2001_09_09-01_46_40-ViT-B-16-")
+
+
 def test_errors_and_values_reach_all_processes(two_processes):
     two_processes("""
         import pytest, torch

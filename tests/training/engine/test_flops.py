@@ -99,3 +99,21 @@ def test_utilisation(monkeypatch):
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == peak
+
+
+def test_float32_is_not_tf32_unless_asked_for(monkeypatch):
+    names = {"NVIDIA H200": (67e12, 494e12), "NVIDIA A100-SXM4-80GB": (19.5e12, 156e12), "NVIDIA B200": (None, 1125e12),
+             "Tesla V100-SXM2-16GB": (15.7e12, 15.7e12), "X": (None, None)}  # fmt: skip
+    for name, (plain, tf32) in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
+        for precision, peak in (("highest", plain), ("high", tf32), ("highest", plain)):
+            torch.set_float32_matmul_precision(precision)
+            assert peak_flops(torch.device("cuda", 0), torch.float32) == peak
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # beside which the older switch cannot be read
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        try:
+            assert peak_flops(torch.device("cuda", 0), torch.float32) == 494e12
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert not torch.backends.cuda.matmul.allow_tf32

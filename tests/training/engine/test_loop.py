@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import sys
+import time
+from itertools import islice
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ import training.engine.loop as loop_module
 from training.engine.checkpoint import find_latest, read_checkpoint
 from training.engine.distributed import Dist
 from training.engine.errors import EXIT_INTERRUPTED, UserError
+from training.engine.journal import Pace
 from training.engine.loop import Loop, LoopOptions, Task
 from training.engine.optim import adamw, decay_groups
 from training.engine.precision import make_precision
@@ -200,8 +205,109 @@ def test_too_many_unusable_samples_stop_the_run(tmp_path):
     task = Line()
     task.skipped = [("a.jpg", "the file is empty")]
     assert train(task, tmp_path / "a", max_skipped=0.125) == 0
-    with pytest.raises(UserError, match="4 of 32 samples of the formula .* --max-skipped 0.1 allows"):
+    with pytest.raises(UserError, match="9 of 72 samples of the formula .* --max-skipped 0.1 allows"):  # 8 of 80 may be
         train(task, tmp_path / "b", max_skipped=0.1)
+
+
+class Holes(Line):
+    """One sample is missing in some of the batches."""
+
+    def __init__(self, holes) -> None:
+        super().__init__()
+        self.holes = holes
+
+    def batches(self, epoch, start):
+        for i, batch in enumerate(super().batches(epoch, start), start):
+            yield batch | ({"samples": 7, "skipped": [("a.jpg", "gone")]} if i in self.holes else {})
+
+
+@pytest.mark.parametrize("of_a_former_version", [False, True])
+def test_unusable_samples_are_counted_over_a_resume(tmp_path, of_a_former_version, reading):
+    """Interrupted a step before the end of an epoch; what is left of it is a handful, of which no share is judged."""
+
+    def interrupted(holes, allowed):
+        task, at, bad = Holes(holes), 8 if reading == "at once" else 7, len(holes - {9})
+        task.hook = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == at else None
+        assert train(task, tmp_path, epochs=1, max_skipped=allowed, log_every=50) == EXIT_INTERRUPTED
+        (file,) = (tmp_path / "checkpoints").iterdir()
+        content = torch.load(file, weights_only=True)
+        assert (content["step"], content["usable"], content["skipped"]) == (9, 72 - bad, bad)
+        if of_a_former_version:
+            torch.save({k: v for k, v in content.items() if k not in ("usable", "skipped")}, file)
+
+    interrupted({9}, 0.1)
+    assert train(Holes({9}), tmp_path, epochs=1, resume="latest", max_skipped=0.1) == 0  # 1 of 80, and of the last 8
+    assert [last(tmp_path, "epoch_1.pt")[name] for name in ("usable", "skipped")] == [0, 0]
+    if of_a_former_version:
+        return
+    (tmp_path / "checkpoints/epoch_1.pt").unlink()
+    interrupted({5, 6, 7, 8, 9}, 0.05)
+    with pytest.raises(UserError, match="5 of 80 samples"):
+        train(Holes({5, 6, 7, 8, 9}), tmp_path, epochs=1, resume="latest", max_skipped=0.05)
+
+
+@pytest.fixture
+def paces(monkeypatch) -> list:
+    """What the loop's lines of the log are means of: (samples, seconds of waiting for data, seconds) of each step."""
+    noted, original = [], Pace.add
+    monkeypatch.setattr(Pace, "add", lambda self, *step: noted.append(step) or original(self, *step))
+    return noted
+
+
+def test_all_samples_are_in_the_speed(tmp_path, paces, reading):
+    """Also those of steps that are read together with a later one."""
+    assert train(Line(), tmp_path, log_every=5) == 0
+    assert [sum(samples for samples, *_ in paces[i : i + 5]) for i in range(0, 20, 5)] == [40] * 4
+
+
+def test_saving_is_no_waiting_for_data(tmp_path, paces):
+    task = Line()
+    task.before_saving = lambda: time.sleep(0.2)
+    assert train(task, tmp_path, save_every_steps=1, max_steps=5) == 0
+    assert sum(waited for _, waited, _ in paces) < 0.2 and sum(whole for *_, whole in paces) < 0.6
+
+
+def test_what_a_report_needs_is_asked_for_before_the_run(tmp_path, monkeypatch):
+    for report, module in (("wandb", "wandb"), ("tensorboard", "torch.utils.tensorboard")):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=f"--report-to {report}: {report} is not installed.*pip install {report}"):
+            Loop(Line(), LoopOptions(epochs=1, batch_size=8, report_to=report), dist=CPU,
+                 precision=make_precision("fp32", CPU.device))  # fmt: skip
+    assert train(Line(), tmp_path, max_steps=1, report_to="none") == 0
+
+
+def test_a_report_that_fails_on_one_process_ends_all(two_processes, tmp_path):
+    two_processes(f"""
+    import sys, types
+    from pathlib import Path
+    import pytest
+    from training.engine.errors import UserError
+    from training.engine.journal import Journal
+
+    def init(**settings):
+        raise RuntimeError("No API key configured.\\nUse wandb login")
+
+    sys.modules["wandb"] = types.SimpleNamespace(init=init)
+    with pytest.raises(UserError, match="--report-to wandb: No API key configured. Use wandb login; mend it"):
+        Journal(Path({str(tmp_path)!r}) if dist.is_master else None, report_to="wandb")
+    """)
+
+
+@pytest.mark.parametrize("run", [{"epochs": 1, "profile": 50}, {"max_steps": 5, "profile": 10}])
+def test_a_profile_is_written_where_the_run_ends_before(tmp_path, run):
+    assert train(Line(), tmp_path, **run) == 0
+    assert json.loads((tmp_path / "profile/trace.json").read_text())["traceEvents"]
+    assert "aten::" in (tmp_path / "profile/operators.txt").read_text()
+
+
+def test_a_profile_that_does_not_begin_says_so_and_follows_in_the_next_epoch(tmp_path, caplog):
+    assert train(Line(), tmp_path / "short", max_steps=2, profile=3) == 0
+    assert "no profile yet: an epoch ended after 2 of the first 3 micro-batches" in caplog.text
+    task = Line()
+    whole = task.batches
+    task.batches_per_epoch, task.batches = 2, lambda epoch, start: islice(whole(epoch, start), 2)
+    assert train(task, tmp_path / "epochs", profile=3) == 0
+    assert (tmp_path / "epochs/profile/trace.json").is_file() and not (tmp_path / "short/profile").exists()
 
 
 def test_resume_refuses_another_run(tmp_path):

@@ -130,6 +130,44 @@ except UserError as error:
 """, seconds=240)  # fmt: skip
 
 
+def test_outside_of_a_step_passes_may_differ(two_processes):
+    """Of a part of the module as well; afterwards blocks are gathered one at a time, and train, as before."""
+    two_processes(COMMON + """
+from training.engine.sharding import Sharded, is_divided, is_sharded, most_of_processes
+
+whole, task = Deep(), Divided()
+task.module.other = Deep()
+task.blocks = lambda: [*task.module.blocks, *task.module.other.blocks]
+module, model = task.module, Sharded(task, dist)
+x = torch.ones(2, 1)
+with torch.no_grad():
+    expected = whole.read(x)
+first, other = module.blocks[0], module.other.blocks[0]
+batch = next(task.batches(0, 0))
+loss = model(batch)["loss"].item()
+
+for passes in ((3, 1), (0, 2)):
+    said = model.inside(lambda: [module.read(x) for _ in range(passes[dist.rank])])
+    assert len(said) == passes[dist.rank] and all(torch.allclose(s, expected) for s in said)
+    assert is_sharded(first[0].weight) and model(batch)["loss"].item() == loss
+
+def look():
+    assert not is_sharded(first[0].weight) and is_sharded(other[0].weight)
+    raise ZeroDivisionError
+
+try:
+    model.inside(look, module.blocks)
+    raise AssertionError
+except ZeroDivisionError:
+    assert is_sharded(first[0].weight)
+
+assert is_divided(module) and is_divided(first) and not is_divided(whole)
+assert most_of_processes(5 - dist.rank, dist.device) == 5
+model(batch)["loss"].backward()
+assert all(is_sharded(p.grad) for p in module.blocks.parameters())
+""")  # fmt: skip
+
+
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
     """A checkpoint as a single process writes it."""

@@ -1,4 +1,5 @@
-"""Two data-parallel processes against one with both batches: equal weights, however unevenly items are spread.
+"""Two processes, with whole models or with divided ones, against one with both batches: equal weights, however unevenly
+items are spread.
 
 Run as a script (``test_processes_agree.py RANK FOLDER``) this file is one of the two processes.
 """
@@ -11,7 +12,10 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +25,9 @@ import torch.nn.functional as F
 import open_clip
 from open_clip.factory import build_model
 from training.engine.distributed import Dist, wrap
-from training.methods import Setting, list_methods, make_method
-from training.models import build_optimizer
+from training.engine.sharding import Sharded, total_norm, whole_state
+from training.methods import Method, Setting, list_methods, make_method
+from training.models import build_optimizer, separable_blocks, undecayed_names
 from training.options import OptimOptions
 from training.teachers.build import build_teacher
 from training.teachers.describe import TeacherSpec
@@ -43,7 +48,8 @@ class Case:
 
     Attributes:
         method: its name.
-        counts: regions of each image (pairs of each batch) by [process][micro-batch][image], the same in every step.
+        counts: regions of each image (pairs of each batch) by [process][micro-batch][image], the same in every step; of
+            a micro-batch without images nothing usable was left.
         flags: of the method.
         lock: groups that train; None for all.
     """
@@ -66,6 +72,7 @@ class Case:
 
 
 SPREAD = [[[5, 1], [0, 0]], [[2, 0], [1, 4]]]  # one micro-batch has no region
+LOST = [[[], [5, 1]], [[2, 0], [1, 4]]]  # one has no image
 CASES = {
     "clipself": Case("clipself", [[[5, 1]], [[2, 0]]]),
     "clipself accumulated": Case("clipself", [[[5, 1], [3, 2]], [[0, 0], [1, 4]]]),
@@ -94,6 +101,14 @@ CASES = {
     "fineclip, regions alone": Case("fineclip", SPREAD, {"cosine_weight": 0.0, "caption_weight": 0.0}),
     "mixrc": Case("mixrc", SPREAD, {"names": "names.json", "alignment_weight": 0.5, "semantic_weight": 0.2,
                                     "threshold": 0.01, "logit_temperature": 0.2}),
+    "clipself, nothing left of a batch": Case("clipself", LOST),
+    "clipself v1, nothing left of a batch": Case("clipself", LOST, {"extract_type": "v1"}, vit=True),
+    "synclip, nothing left of a batch": Case("synclip", LOST, {"readout": "csa", "context_weight": 0.1}),
+    "sc, nothing left of a batch": Case("sc", LOST),
+    "fineclip, nothing left of a batch": Case("fineclip", LOST),
+    "mixrc, nothing left of a batch": Case("mixrc", LOST, {"names": "names.json", "alignment_weight": 0.5,
+                                                           "semantic_weight": 0.2, "threshold": 0.01,
+                                                           "logit_temperature": 0.2}),
     "clim": Case("clim", [[4], [3]], {"mosaics": (2,), "mosaic_size": SIZE}),
     "nothing at all": Case("clipself", [[[0, 0]], [[0, 0]]]),
 }
@@ -112,28 +127,31 @@ def make_batch(case: Case, step: int, process: int, micro: int) -> dict:
 
     if case.paired:
         return {"images": random(counts, 3, CROP, CROP), "texts": words(counts)}
-    total, images = sum(counts), len(counts)
+    total, images, usable = sum(counts), max(len(counts), 1), bool(counts)
     corner, side = (torch.rand(total, 2, generator=generator) * 0.5 for _ in range(2))
     some = torch.arange(0, total, 2)  # every other region has a caption
     side_cells = SIZE // SIZES["patch_size"]
-    pixels = random(images, 3, SIZE, SIZE)
+    pixels = random(images, 3, SIZE, SIZE) * usable  # black where nothing is left
     return {
-        "images": pixels, "start": pixels, "samples": images,
-        "boxes": list(torch.cat([corner, corner + side + 0.1], dim=1).clamp(max=1).split(counts)),
+        "images": pixels, "start": pixels, "samples": len(counts),
+        "boxes": list(torch.cat([corner, corner + side + 0.1], dim=1).clamp(max=1).split(counts or [0])),
         "crops": (crops := random(total, 3, CROP, CROP)), "cells": crops,
         "labels": torch.randint(0, CLASSES, (total,), generator=generator),
-        "classes": torch.randint(0, CLASSES, (3,), generator=generator), "classes_of": torch.tensor([0, 0, images - 1]),
-        "captions": words(1), "captions_of": torch.tensor([process % images]),
+        "classes": torch.randint(0, CLASSES, (3,), generator=generator)[: 3 * usable],
+        "classes_of": torch.tensor([0, 0, images - 1])[: 3 * usable],
+        "captions": words(1)[:usable], "captions_of": torch.tensor([process % images])[:usable],
         "region_captions": words(len(some)), "region_captions_of": some,
         "answers": {"vfm": random(images, side_cells**2, 10), "dense": random(images, 25, DIM + 8)},
     }  # fmt: skip
 
 
 def join(batches: list[dict]) -> dict:
-    """One batch of several."""
+    """One batch of several, without those of which nothing is left."""
     joined: dict = {}
     images = regions = 0
     for batch in batches:
+        if batch.get("samples") == 0:
+            continue
         for name, value in batch.items():
             if name.endswith("_of"):
                 value = value + (regions if name.startswith("region") else images)
@@ -176,13 +194,25 @@ def prepare(case: Case, process: int | None, folder: Path):
     return make_method(case.method, setting, **flags), world
 
 
-def train(case: Case, process: int | None, folder: Path) -> tuple[dict[str, torch.Tensor], list[float]]:
+def divide(method: Method, where: Dist) -> Sharded:
+    """The method under full sharding, as :class:`training.trainer.Distillation` has it."""
+    asked = [(method.student, None), *((t.model, t.spec.readout) for t in method.teachers.values())]
+    blocks = [block for model, readout in asked for block in separable_blocks(model, readout)]
+    for teacher in method.teachers.values():
+        teacher.chunk = 3  # crops at a time: processes differ in how many times that is
+    return Sharded(SimpleNamespace(module=method, blocks=lambda: blocks, whole_parts=list), where)
+
+
+def train(
+    case: Case, process: int | None, folder: Path, *, divided: bool = False
+) -> tuple[dict[str, torch.Tensor], list[float]]:
     """(state dict after a few steps, loss of each step); ``process`` None has the batches of all processes."""
     method, world = prepare(case, process, folder)
-    student = method.student
+    student, undecayed = method.student, undecayed_names(method.student)
+    where = Dist(process or 0, world, 0, torch.device("cpu"), world > 1)
+    model = (divide if divided else wrap)(method, where).train()
     # AdamW's own eps would blow rounding noise in near-zero gradients up to a full step.
-    optimizer = build_optimizer(OptimOptions(lr=1e-3, eps=1e-3), "tiny", student)
-    model = wrap(method, Dist(process or 0, world, 0, torch.device("cpu"), world > 1)).train()
+    optimizer = build_optimizer(OptimOptions(lr=1e-3, eps=1e-3), "tiny", student, undecayed)
     losses = []
     for step in range(STEPS):
         micro = [
@@ -191,7 +221,11 @@ def train(case: Case, process: int | None, folder: Path) -> tuple[dict[str, torc
             else make_batch(case, step, process, m)
             for m in range(case.accumulate)
         ]
-        method.begin_step(micro, seed=step)
+        begin = partial(method.begin_step, micro, seed=step)
+        if divided:
+            model.ahead(begin)
+        else:
+            begin()
         loss = torch.zeros(())
         for m, batch in enumerate(micro):
             inner = world > 1 and m + 1 < len(micro)
@@ -202,19 +236,25 @@ def train(case: Case, process: int | None, folder: Path) -> tuple[dict[str, torc
         if world > 1:
             dist.all_reduce(loss)
         losses.append(loss.item() / world)
+        if divided:
+            model.average_whole()
         trainable = [p for p in student.parameters() if p.requires_grad]
         assert all(p.grad is not None for p in trainable) == method.reaches_all
         if case.clip is not None:
-            assert torch.nn.utils.clip_grad_norm_(trainable, case.clip) > case.clip
+            norm = total_norm([p.grad for p in trainable])
+            torch.nn.utils.clip_grads_with_norm_(trainable, case.clip, norm)
+            assert norm > case.clip
         optimizer.step()
         optimizer.zero_grad()
         method.end_step()
-    return student.state_dict(), losses
+    return whole_state(student.state_dict()), losses
 
 
-def worker(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    torch.save({name: train(case, rank, folder) for name, case in CASES.items()}, folder / f"{rank}.pt")
+def worker(rank: int, folder: Path, kind: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / kind}", rank=rank, world_size=2,
+                            timeout=timedelta(seconds=60))  # fmt: skip
+    found = {name: train(case, rank, folder, divided=kind == "divided") for name, case in CASES.items()}
+    torch.save(found, folder / f"{kind}{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -226,14 +266,16 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def of_processes(folder) -> list[dict]:
+@pytest.fixture(scope="module", params=["whole", "divided"])
+def of_processes(request, folder) -> list[dict]:
     """What each of the two processes ended with, by case."""
+    if request.param == "divided" and not hasattr(torch.cpu.Stream, "record_event"):
+        pytest.skip("this torch divides no model on CPUs")
     environment = {**os.environ, "PYTHONPATH": str(Path(open_clip.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(folder)], env=environment, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            [sys.executable, __file__, str(rank), str(folder), request.param], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
         for rank in range(2)
     ]  # fmt: skip
@@ -244,7 +286,7 @@ def of_processes(folder) -> list[dict]:
     finally:
         for process in running:
             process.kill()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"{request.param}{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -275,4 +317,4 @@ def test_every_method_is_among_the_cases():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    worker(int(sys.argv[1]), Path(sys.argv[2]))
+    worker(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,9 @@ from training.data.options import RegionOptions
 from training.data.regions import Proposals
 from training.engine.data.annotations import load_annotations
 from training.engine.data.store import TeacherStore
+from training.engine.distributed import init_distributed
 from training.engine.errors import UserError
+from training.teachers import cache
 
 
 @pytest.fixture
@@ -107,6 +112,61 @@ def test_damaged_shards_are_made_anew(program, proposals, tmp_path):
     shard.write_bytes(damaged)
     assert run(program, proposals, name="second", cache_teacher=cache, epochs=1) == 0
     assert shard.read_bytes() == good
+
+
+def test_a_dry_run_fills_no_cache_and_uses_a_full_one(program, proposals, tmp_path, monkeypatch):
+    calls, original, cache = [], CLIP.encode_image, tmp_path / "cache"
+    monkeypatch.setattr(CLIP, "encode_image", lambda *a, **k: calls.append(1) or original(*a, **k))
+    assert run(program, proposals, "--dry-run", name="dry", cache_teacher=cache) == 0
+    assert len(calls) == 4 and not cache.exists()
+    assert run(program, proposals, name="first", cache_teacher=cache, epochs=1) == 0
+    calls.clear()
+    assert run(program, proposals, "--dry-run", name="dry", cache_teacher=cache) == 0
+    assert not calls
+    (shard,) = (cache / "crops").glob("shard-*.npy")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert run(program, proposals, "--dry-run", name="dry", cache_teacher=cache) == 0
+    assert len(calls) == 4 and shard.is_file() and not (program.logs / "dry").exists()
+
+
+def test_a_full_cache_may_lie_on_a_disk_that_can_only_be_read(program, proposals, tmp_path, monkeypatch, capsys):
+    cache = tmp_path / "cache"
+    assert run(program, proposals, name="first", cache_teacher=cache, epochs=1) == 0
+    left = cache / "crops/.shard-00000.4711"
+    left.touch()
+    os.utime(left, (0, 0))
+
+    def read_only(path, *_, **__):
+        assert cache in path.parents
+        raise OSError(30, "Read-only file system")
+
+    unlink = Path.unlink
+    monkeypatch.setattr("training.engine.data.keyed.write_atomically", read_only)
+    monkeypatch.setattr(Path, "unlink", lambda p, **k: (read_only if cache in p.parents else unlink)(p, **k))
+    assert run(program, proposals, name="second", cache_teacher=cache, epochs=1) == 0
+    (shard,) = (cache / "crops").glob("shard-*.npy")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert run(program, proposals, name="third", cache_teacher=cache, epochs=1) == 2
+    assert f"{cache / 'crops'} cannot be written ([Errno 30] Read-only file system)" in capsys.readouterr().err
+
+
+def fill_apart(rank: int, port: int, folder: Path) -> None:
+    """One of two processes of which each has a folder of its own, as on two machines that share no disk."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port)}  # fmt: skip
+    where = init_distributed("cpu", timeout_s=60)
+    store = TeacherStore(folder / str(rank), np.arange(21), 4, {"weights": "w"}, shard_images=5)
+    store.create()
+    cache._shards = lambda store, missing, *_: ((s, np.zeros(store.shape(s), np.float16), 5) for s in missing)
+    with pytest.raises(UserError, match="0: process 0 does not see 2 of the 4 shards .* that every machine shares"):
+        cache.fill(store, None, None, dist=where, precision=None)
+
+
+def test_processes_that_share_no_folder_are_told(in_processes, tmp_path):
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    in_processes(fill_apart, 2, port, tmp_path)
 
 
 def test_unreadable_images_are_counted_as_without_a_cache(program, proposals, scenes, tmp_path, caplog):

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
+import uuid
 from dataclasses import fields
 from pathlib import Path
 
@@ -122,7 +122,11 @@ def _load(path: str, flag: str, cache_dir: str | None, masks: bool, labelled: bo
     except OSError as error:
         log.warning("annotation cache %s cannot be written (%s): the json is read each time", folder, error)
         return annotations, False
-    return _read_cache(folder, path), True
+    try:
+        return _read_cache(folder, path), True
+    except Exception as error:  # one that could not be replaced, such as another user's that is closed to this one
+        log.warning("annotation cache %s cannot be read (%s): the json is read each time", folder, error)
+        return annotations, False
 
 
 def _check_share(annotations: Annotations, path: str, flag: str) -> None:
@@ -145,7 +149,8 @@ _ARRAYS = tuple(f.name for f in fields(Annotations) if f.name not in (*_LISTS, "
 def _write_cache(annotations: Annotations, folder: Path) -> None:
     """Arrays as ``.npy`` files in a folder that appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".annotations-"))
+    temporary = folder.parent / f".annotations-{uuid.uuid4().hex}"
+    temporary.mkdir()  # open to whom the umask allows, not as tempfile makes it: several users may share a cache
     try:
         sums = {}
         for name in _ARRAYS:

@@ -6,6 +6,7 @@ region that training may meet (an embedding of its crop), or one for each cell o
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from training.engine.data.annotations import Annotations
-from training.engine.data.keyed import check_key, write_key, writing
+from training.engine.data.keyed import NAME, check_key, write_key, writing
 from training.engine.errors import UserError
 
 FORMAT = 2
@@ -91,6 +92,12 @@ class TeacherStore:
         start = self.offsets[self.images_of(shard).start]
         return np.array(self._map(shard)[self.offsets[image] - start : self.offsets[image + 1] - start])
 
+    def nothing(self) -> np.ndarray:
+        """float16 answers for a batch of which nothing is left: no rows, or zeros in place of one image's map."""
+        if self.unit == "region":
+            return np.zeros((0, self.width), np.float16)
+        return np.zeros((1, int(self.offsets[1]), self.width), np.float16)
+
     def _map(self, shard: int) -> np.ndarray:
         """A shard as a memory map.
 
@@ -115,14 +122,19 @@ class TeacherStore:
                 found[int(number)] = max(found.get(int(number), (-1, file)), (file.stat().st_mtime_ns, file))
         self._files = {shard: file for shard, (_, file) in found.items()}
 
-    def missing(self, shards: Iterable[int] | None = None, *, read: bool = False) -> list[int]:
-        """Shards, of all or of some, that are not there. Damaged ones are deleted, and so missing.
+    def missing(self, shards: Iterable[int] | None = None, *, read: bool = False, delete: bool = True) -> list[int]:
+        """Shards, of all or of some, that are not there, or damaged.
 
         Args:
             read: see :meth:`is_complete`.
+            delete: damaged ones, so that they can be made anew.
+
+        Raises:
+            UserError: a damaged one cannot be deleted.
         """
         self.look()
-        return [s for s in (range(self.num_shards) if shards is None else shards) if not self._is_good(s, read)]
+        every = range(self.num_shards) if shards is None else shards
+        return [s for s in every if not self._is_good(s, read, delete)]
 
     def is_complete(self, shard: int, *, read: bool = True) -> bool:
         """Whether a shard is there and undamaged. A damaged one is deleted.
@@ -133,7 +145,7 @@ class TeacherStore:
         self.look()
         return self._is_good(shard, read)
 
-    def _is_good(self, shard: int, read: bool) -> bool:
+    def _is_good(self, shard: int, read: bool, delete: bool = True) -> bool:
         file = self._files.get(shard)
         if file is None:
             return False
@@ -144,17 +156,23 @@ class TeacherStore:
             good = good and (not read or _digest(file) == file.stem.split("-")[2])
         except (OSError, ValueError):
             good = False
-        if not good:
-            file.unlink(missing_ok=True)
+        if not good and delete:
+            with writing(self.where):
+                file.unlink(missing_ok=True)
             self._files.pop(shard)
         return good
 
     # -- writing ------------------------------------------------------------------------------------------------------
 
     def create(self) -> None:
-        """Make the folder and say in it what it is for, if that has not been done; leftovers of killed writers go."""
-        with writing(self.where):
-            write_key(self.folder, self.key)
+        """Make the folder and say in it what it is for, if that has not been done; leftovers of killed writers go.
+
+        Nothing is written where nothing need be: a complete store may lie on a disk that can only be read.
+        """
+        if not (self.folder / NAME).is_file():  # it was compared when this was made
+            with writing(self.where):
+                write_key(self.folder, self.key)
+        with contextlib.suppress(OSError):  # they are in nobody's way
             for left in self.folder.glob(".shard-*"):
                 if time.time() - left.stat().st_mtime > LEFT_OVER:
                     left.unlink(missing_ok=True)

@@ -255,6 +255,32 @@ def test_unwritable_cache_only_warns(tmp_path, caplog):
     assert sorted(os.listdir(tmp_path)) == ["a.json", "file"]
 
 
+def test_a_cache_is_as_open_as_the_umask_says(tmp_path):
+    """Several users may share one."""
+    path = write(tmp_path / "a.json", COCO)
+    for umask in (0o022, 0o002, 0o077):
+        before = os.umask(umask)
+        try:
+            load_annotations(path, cache_dir=str(tmp_path / f"{umask:o}"))
+        finally:
+            os.umask(before)
+        (folder,) = (tmp_path / f"{umask:o}").iterdir()
+        assert folder.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_a_cache_of_somebody_else_that_is_closed_only_warns(tmp_path, caplog, monkeypatch):
+    path, cache = write(tmp_path / "a.json", COCO), str(tmp_path / "cache")
+    load_annotations(path, cache_dir=cache)
+
+    def closed(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("training.engine.data.annotations._read_cache", closed)
+    monkeypatch.setattr("training.engine.data.annotations.shutil.rmtree", lambda *_, **__: None)
+    check_coco(load_annotations(path, cache_dir=cache))
+    assert "cannot be read ([Errno 13] Permission denied): the json is read each time" in caplog.text
+
+
 def test_large_files_are_cached_by_default(tmp_path, monkeypatch):
     path, folder = write(tmp_path / "a.json", COCO), tmp_path / "default"
     monkeypatch.setattr("training.engine.data.annotations.CACHE_FOLDER", folder)
