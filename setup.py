@@ -10,12 +10,13 @@ requirements = [
     line.strip() for line in (root / "requirements.txt").read_text().splitlines() if line.strip() and line[0] != "#"
 ]
 version = re.search(r'__version__ = "(.+)"', (root / "src/open_clip/version.py").read_text()).group(1)
-DETECTION = ["faster-coco-eval", "tomli; python_version < '3.11'"]
+DETECTION = ["faster-coco-eval"]
 # What programs need beyond the requirements, by what they are for.
 extras = {
     "fvit": DETECTION,
     "vild": DETECTION,
-    "glip": [*DETECTION, "transformers", "pyyaml"],  # BERT
+    "glip": [*DETECTION, "transformers>=4.48", "pyyaml"],  # BERT
+    "segmentation": ["scipy"],  # labels of PASCAL Context and SBD as they are published (.mat)
     "hf": ["transformers", "tokenizers"],  # tokenizers of SigLIP, CLIPA and other models of the hub
     "page": ["gradio"],
     "notebook": ["jupyter"],  # docs/first_steps.ipynb

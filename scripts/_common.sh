@@ -2,29 +2,29 @@
 #
 #   NPROC          processes on this machine; by default one per visible GPU, or 1 without a GPU
 #   NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT   several machines, as for torchrun
-#   DATA           folder of COCO (default data/coco);  LVIS: folder of LVIS annotations (default data/lvis_v1)
+#   MAX_RESTARTS   how often a run that dies is started again, from its newest checkpoint (default 0)
+#   DATA           folder of COCO (default data/coco; for segment_*.sh see _segment.sh);  LVIS: folder of LVIS (default
+#                  data/lvis_v1), with its annotations in annotations/ or in itself
 #   CHECKPOINTS    folder of the start models (default checkpoints)
 #   REGIONS, VFM   recipes of salient regions: the file of these (default coco_salient_regions.json in DATA; several
 #                  machines share it), and the timm trunk that finds them
-#   PYTHON         interpreter; by default that of the virtual environment, if there is one
+#   PYTHON, CLIPSELF_VENV   which Python runs: see _python.sh
 #   CLIPSELF_DOCS_SMOKE  when set, two steps on small inputs instead of the schedule: to see that a command runs
-#   CLIPSELF_VENV  folder of that environment (default .venv)
+#
+# Relative paths, in variables and in further arguments, are meant from the folder that the command is given in; defaults (data,
+# checkpoints, logs) are the clone's.
 
-# A relative one is meant from where the command was given.
-if [ -n "${CLIPSELF_VENV:-}" ] && [ -d "$CLIPSELF_VENV" ]; then CLIPSELF_VENV="$(cd "$CLIPSELF_VENV" && pwd)"; fi
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-if [ -z "${PYTHON:-}" ]; then
-    PYTHON="${CLIPSELF_VENV:-.venv}/bin/python"
-    if [ ! -x "$PYTHON" ]; then
-        if [ -n "${CLIPSELF_VENV:-}" ]; then echo "error: CLIPSELF_VENV: there is no $PYTHON" >&2; exit 2; fi
-        PYTHON=python
-    fi
-fi
-DATA="${DATA:-data/coco}"
-LVIS="${LVIS:-data/lvis_v1}"
-CHECKPOINTS="${CHECKPOINTS:-checkpoints}"
-export PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}"
+CLONE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/"
+source "${CLONE}scripts/_python.sh"
+choose_python "${CLONE%/}"
+export PYTHONPATH="${CLONE}src${PYTHONPATH:+:$PYTHONPATH}"
+if [ "$CLONE" -ef . ]; then CLONE=; fi  # from here on what stands before a path in the clone
+DATA="${DATA:-${CLONE}data/coco}"
+LVIS="${LVIS:-${CLONE}data/lvis_v1}"
+CHECKPOINTS="${CHECKPOINTS:-${CLONE}checkpoints}"
+REGIONS="${REGIONS:-$DATA/coco_salient_regions.json}"
+LVIS_TRAIN="$LVIS/annotations/lvis_v1_train.json"
+if [ ! -f "$LVIS_TRAIN" ] && [ -f "$LVIS/lvis_v1_train.json" ]; then LVIS_TRAIN="$LVIS/lvis_v1_train.json"; fi
 
 visible_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
@@ -42,7 +42,7 @@ run_training() {
     if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
         set -- "$@" --max-steps 2 --max-boxes 4 --workers 0 --det-image-size 112 --eval-image-sizes 112
     fi
-    run_module training.main "$@"
+    run_module training.main ${CLONE:+--logs "${CLONE}logs"} "$@"
 }
 
 # run_module MODULE ARGUMENTS...: a program under torchrun, in place of this shell.
@@ -62,7 +62,7 @@ run_module() {
         local cores; cores=$(getconf _NPROCESSORS_ONLN)
         export OMP_NUM_THREADS=$(( cores / processes > 0 ? cores / processes : 1 ))
     fi
-    if [ "$processes" = 1 ] && [ "$nodes" = 1 ]; then
+    if [ "$processes" = 1 ] && [ "$nodes" = 1 ] && [ "${MAX_RESTARTS:-0}" = 0 ]; then
         exec "$PYTHON" -m "$module" "$@"
     fi
     # Restarted processes must not meet the addresses of the former ones in a store that torchrun kept.
@@ -77,14 +77,14 @@ use_vitb16() {
     MODEL_ARGS=(--model EVA02-CLIP-B-16 --pretrained eva --cache-dir "$CHECKPOINTS/EVA02_CLIP_B_psz16_s8B.pt"
         --det-image-size 1024 --downsample-factor 16)
     BLOCKS=12
-    class_embeddings metadata/coco_panoptic_clip_hand_craft_EVACLIP_ViTB16.npy
+    class_embeddings "${CLONE}metadata/coco_panoptic_clip_hand_craft_EVACLIP_ViTB16.npy"
 }
 
 use_vitl14() {
     MODEL_ARGS=(--model EVA02-CLIP-L-14-336 --pretrained eva --cache-dir "$CHECKPOINTS/EVA02_CLIP_L_336_psz14_s6B.pt"
         --det-image-size 896 --downsample-factor 14)
     BLOCKS=24
-    class_embeddings metadata/coco_panoptic_clip_hand_craft_EVACLIP_ViTL14x336.npy
+    class_embeddings "${CLONE}metadata/coco_panoptic_clip_hand_craft_EVACLIP_ViTL14x336.npy"
 }
 
 # The file of the published repository when it is there; otherwise the program computes the embeddings once.
@@ -97,7 +97,7 @@ VAL_ARGS=(--val-data "$DATA/annotations/panoptic_val2017.json" --val-image-root 
 
 # Embeddings of the 4764 nouns: read when they are there, else computed from the category names of the annotations.
 NOUN_ARGS=()
-for file in "$DATA"/coco_pseudo_4764_embeddings.npy metadata/coco_pseudo_4764_embeddings.npy; do
+for file in "$DATA"/coco_pseudo_4764_embeddings.npy "${CLONE}"metadata/coco_pseudo_4764_embeddings.npy; do
     if [ -f "$file" ]; then NOUN_ARGS=(--train-embed-path "$file"); fi
 done
 
@@ -108,20 +108,45 @@ recipe_args() {
         --log-every-n-steps 100)
 }
 
-# salient_regions ARGUMENTS...: what stands out in the training images, in the file REGIONS: found by a foundation model
-# unless it is there, or the recipe's arguments ask for nothing but help.
-salient_regions() {
-    local argument
+# train_on_salient_regions ARGUMENTS...: training on what stands out in the training images, which is in the file REGIONS: found by
+# a foundation model unless it is there. The arguments are checked first; those that only ask for help find nothing, and neither
+# do those that train on another file.
+train_on_salient_regions() {
+    local argument search model=(${VFM:+--vfm "$VFM"})
     for argument in "$@"; do
-        case "$argument" in -h | --help) REGIONS=; return ;; esac
+        case "$argument" in -h | --help | --help-all) run_training "$@" ;; esac  # does not return
     done
-    local model=(${VFM:+--vfm "$VFM"})
-    if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
-        model=(--vfm test_vit.r160_in1k --vfm-weights random --cells 4 --workers 0)
+    if [ ! -f "$REGIONS" ]; then
+        search="$("$PYTHON" - "$REGIONS" "$@" <<'PROGRAM'
+import sys
+
+from training.engine.errors import UserError, run_program
+from training.params import parse_args
+
+
+def main() -> None:
+    regions, *arguments = sys.argv[1:]
+    options = parse_args(arguments)
+    if options.data.train_data != regions:
+        return
+    if options.run.dry_run:
+        raise UserError(
+            f"--dry-run: {regions} is not there, and finding the regions takes hours: make it first, by the recipe "
+            "without --dry-run or python -m training.propose, or name one with REGIONS"
+        )
+    print("search")
+
+
+sys.exit(run_program(main))
+PROGRAM
+        )" || exit 2
+        if [ -n "${CLIPSELF_DOCS_SMOKE:-}" ]; then
+            model=(--vfm test_vit.r160_in1k --vfm-weights random --cells 4 --workers 0)
+        fi
+        if [ "$search" = search ]; then  # in a shell of its own, whose place the program takes
+            ( run_module training.propose ${model[@]+"${model[@]}"} --images "$DATA/annotations/instances_train2017.json" \
+                --image-root "$DATA/train2017" --out "$REGIONS" --least-score 0.25 )
+        fi
     fi
-    REGIONS="${REGIONS:-$DATA/coco_salient_regions.json}"
-    if [ ! -f "$REGIONS" ]; then  # in a shell of its own, whose place the program takes
-        ( run_module training.propose "${model[@]}" --images "$DATA/annotations/instances_train2017.json" \
-            --image-root "$DATA/train2017" --out "$REGIONS" --least-score 0.25 )
-    fi
+    run_training "$@"
 }

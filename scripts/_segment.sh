@@ -1,21 +1,23 @@
 # Sourced by segment_*.sh: scores of dense labels on one data set, a line per reading, all readings from one pass.
 #
 #   MODEL, PRETRAINED   the model and its weights (default EVA02-CLIP-B-16 with checkpoints/EVA02_CLIP_B_psz16_s8B.pt)
-#   DATA                folder that the data set was unpacked into (default data)
+#   DATA                folder that data sets were unpacked into (default data), each below it as data/README.md shows; COCO's
+#                       photographs are looked for in DATA and in DATA/coco. The training recipes' DATA is COCO's own folder
 #   PROTOCOL            own, maskclip, sclip, naclip, clearclip or proxyclip (default sclip)
 #   READOUTS            dense readings (default: the model's own, which its weights name, as "own", and eight by name)
 #   OUT                 folder of results (default logs/segment); a run that was cut short goes on there. Of
 #                       logs/my_run/checkpoints/clipself.pt they are in OUT/DATASET-PROTOCOL-my_run-clipself
-#   NPROC, PYTHON       as for the training recipes
-# Further arguments go to "python -m ovseg.evaluate".
+#   NPROC, PYTHON, CLIPSELF_VENV   as for the training recipes
+# Further arguments go to "python -m ovseg.evaluate". Relative paths are meant from the folder that the command is given in.
 
-DATA="${DATA:-data}"  # before _common.sh, whose default is that of the training recipes
+data="${DATA:-}"  # _common.sh has the default of the training recipes
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
+DATA="${data:-${CLONE}data}"
 
 MODEL="${MODEL:-EVA02-CLIP-B-16}"
 PROTOCOL="${PROTOCOL:-sclip}"
 READOUTS="${READOUTS:-own value value_bare vanilla sclip sclip_bare clearclip kk_bare naclip}"
-OUT="${OUT:-logs/segment}"
+OUT="${OUT:-${CLONE}logs/segment}"
 WEIGHTS=(--pretrained "${PRETRAINED:-eva}")
 if [ -z "${PRETRAINED:-}" ]; then WEIGHTS+=(--cache-dir "$CHECKPOINTS/EVA02_CLIP_B_psz16_s8B.pt"); fi
 

@@ -1,5 +1,9 @@
-# Sourced, in the clone's folder, by the quick start and by what builds on it: their argument, their scenes, their clock.
-# $cores is the number of the machine's; $begin, when it began, may be set anew.
+# Sourced by the quick start and by what builds on it: their folders, their argument, their scenes, their clock.
+# They go on in the clone's folder. $cores is the number of the machine's; $begin, when it began, may be set anew.
+
+source "$(dirname "${BASH_SOURCE[0]}")/_python.sh"
+from_here OUT QUICKSTART CLIPSELF_VENV PYTHON
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 cores="$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"
 begin=$SECONDS
@@ -39,12 +43,64 @@ need_quickstart() {
 has_scenes() { [ "$(cat "$1/complete" 2>/dev/null)" = "$(state_of_scenes "${@:2}")" ]; }
 state_of_scenes() { echo "$(cat src/training/scenes/*.py | cksum) $*"; }
 
-# make_scenes FOLDER ARGUMENTS...: generates them where it does not.
+# What the generator and the studies leave in a folder of scenes: nothing else is ever deleted there. The generator's own mark,
+# which it writes before anything else, comes last, so that a folder whose deletion was broken off is still known.
+SCENES=(complete train2017 val2017 pairs glip annotations scenes.json)
+
+# made_here FOLDER: whether the generator or make_scenes says in it that they made it (former generators: in an annotation file).
+made_here() {
+    local begin='"info":{"description":"generated scenes"'
+    grep -qs '"description":"generated scenes"' "$1/scenes.json" || has_begun "$1" ||
+        [[ "$(head -c 100 "$1/annotations/instances_train2017.json" 2>/dev/null)" == "{$begin"* ]]
+}
+has_begun() { grep -Eqs '^[0-9]+ [0-9]+ .*--train [0-9]' "$1/complete"; }
+
+# refuse FILE: ends, with exit status 2, as it would have to delete what it did not make.
+refuse() {
+    echo "error: $1 is there, and nothing says that this script made it: it is left alone; name another folder with OUT" >&2
+    exit 2
+}
+
+# check_scenes FOLDER: refuses one that holds anything but scenes of the generator.
+check_scenes() {
+    local entry known
+    if [ -e "$1" ] && [ ! -d "$1" ]; then refuse "$1"; fi
+    for entry in "$1"/*; do
+        if [ ! -e "$entry" ] && [ ! -L "$entry" ]; then continue; fi  # the pattern itself: the folder is empty
+        for known in "${SCENES[@]}"; do
+            if [ "${entry##*/}" = "$known" ] && made_here "$1"; then continue 2; fi
+        done
+        refuse "$entry"
+    done
+}
+
+# take_folder OUT PATTERN...: OUT is where this script works. It deletes there what has one of these names, and may: it refuses,
+# at its first run in OUT, any that is there already.
+take_folder() {
+    local out="$1" mark="$1/.made_by_script" pattern found
+    shift
+    if grep -qsxF -- "$*" "$mark"; then return; fi
+    if ! has_begun "$out/data" && ! has_begun "$out/a"; then  # former runs left no mark, but complete scenes
+        for pattern in "$@"; do
+            for found in "$out"/$pattern; do
+                if [ -e "$found" ] || [ -L "$found" ]; then refuse "$found"; fi
+            done
+        done
+    fi
+    { mkdir -p "$out" && echo "$*" >>"$mark"; } 2>/dev/null || {
+        echo "error: OUT $out cannot be written: name another folder with OUT" >&2
+        exit 2
+    }
+}
+
+# make_scenes FOLDER ARGUMENTS...: generates them where it does not. Scenes of other arguments, or unfinished ones, go first.
 make_scenes() {
     local folder="$1"
     shift
     if has_scenes "$folder" "$@"; then return; fi
-    rm -rf "$folder"
+    check_scenes "$folder"
+    local name
+    for name in "${SCENES[@]}"; do rm -rf -- "${folder:?}/$name"; done
     OMP_NUM_THREADS=1 "$PY" -m training.scenes --out "$folder" --workers "$cores" "$@"
     state_of_scenes "$@" >"$folder/complete"
 }

@@ -1,9 +1,15 @@
 # Sourced by the entry points: one virtual environment, .venv in the clone, made and filled once.
 #   source scripts/_venv.sh; ensure_venv [EXTRA]     EXTRA: a key of setup.py's extras_require, such as test
-# Afterwards $PY is the environment's Python. PYTHON names another base interpreter, CLIPSELF_VENV another folder.
+# Afterwards $PY is the environment's Python, whatever environment is active. CLIPSELF_VENV names another folder, PYTHON the
+# interpreter that a new environment is made from (default python3).
+
+source "$(dirname "${BASH_SOURCE[0]}")/_python.sh"
 
 ensure_venv() {
-    local extra="${1:-}" base="${PYTHON:-python3}" root venv stamp state
+    local extra="${1:-}" base root venv stamp state
+    from_here CLIPSELF_VENV
+    if [ -n "${PYTHON:-}" ]; then named_python; fi
+    base="${PYTHON:-python3}"
     root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
     venv="${CLIPSELF_VENV:-$root/.venv}"
     PY="$venv/bin/python"
@@ -21,6 +27,10 @@ ensure_venv() {
             echo "error: '$base -m venv' failed; install the venv module (Debian and Ubuntu: apt install python3-venv)" >&2
             return 2
         }
+    elif [ -n "${PYTHON:-}" ] && [ ! "$PYTHON" -ef "$PY" ]; then
+        echo "note: $PY runs: PYTHON is what a new environment is made from; name a new one with CLIPSELF_VENV=FOLDER" >&2
+    else
+        note_active "$venv"
     fi
     # The stamp holds what was installed, and from which folder: a changed requirement or a moved clone installs again.
     state="$root $(cat "$root/setup.py" "$root/requirements.txt" | cksum)"

@@ -5,13 +5,18 @@
 #   bash scripts/quickstart.sh            results in quickstart/: report.png and the two experiments under logs/
 #   bash scripts/quickstart.sh --smoke    the same with a handful of images and steps, to see that everything runs
 #   OUT=DIR                               another folder
+#   CLIPSELF_VENV=DIR, PYTHON=FILE        another environment than .venv; the interpreter to make it from: see _venv.sh
 #
-# Running it again uses the generated data again when it is complete, and trains anew.
+# Running it again uses the generated data again when it is complete, and trains anew: its own scenes (OUT/data) and runs
+# (OUT/logs/start, OUT/logs/clipself) are deleted then, and what it did not make is refused. A relative OUT is meant from the
+# folder that the command is given in; the default, quickstart, is in the clone.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-source scripts/_study.sh
+source "$(dirname "${BASH_SOURCE[0]}")/_study.sh"
 take_smoke "${1:-}"
 OUT="${OUT:-quickstart${smoke:+/smoke}}"
+data="$OUT/data" logs="$OUT/logs"
+check_scenes "$data"
+take_folder "$OUT" logs/start logs/clipself
 
 # Sizes. One step of the first training takes about 0.7 s on 2 cores, one of the second about 0.45 s.
 train=2000 val=150 pairs=3000
@@ -38,13 +43,11 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 4 ? cores : 4))}"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 
 stage "generate data"
-data="$OUT/data"
 scene_args=(--train "$train" --val "$val" --pairs "$pairs" --size 128 --pair-size 64 --things 16 --stuff 6 --pattern-names
     --min-object 0.28 --max-object 0.5 --max-objects 4 --seed 0)
 if has_scenes "$data" "${scene_args[@]}"; then echo "Using the data in $data"; fi
 make_scenes "$data" "${scene_args[@]}"
-logs="$OUT/logs"
-rm -rf "$logs/start" "$logs/clipself"
+rm -rf -- "$logs/start" "$logs/clipself"
 
 evaluation=(--val-data "$data/annotations/panoptic_val2017.json" --val-image-root "$data/val2017"
     --det-image-size 128 --eval-image-sizes 128)

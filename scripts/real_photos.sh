@@ -7,6 +7,7 @@
 #   STEPS, SIZE         optimizer steps (default 300), side of the dense input in pixels (default: 32 patches, 512 for B/16)
 #   OUT                 folder of the results (default logs/real_photos); SHOW, photographs that are drawn (default 12)
 #   DEVICE              cuda or cpu (default: a GPU where there is one);  PYTHON, CLIPSELF_VENV as for the recipes
+# Relative paths are meant from the folder that the command is given in.
 #
 # Fewer than a hundred photographs teach little that holds for others; these ones are shown as the model learns them.
 set -euo pipefail
@@ -17,15 +18,13 @@ fi
 photos="$(realpath -m "$1")"
 shift
 if [ ! -d "$photos" ]; then echo "error: $photos is no folder: give one with photographs" >&2; exit 2; fi
-for name in OUT PRETRAINED MODEL; do  # relative ones are meant from where the command was given
-    value="${!name:-}"
-    if [ -n "$value" ] && { [ "$name" = OUT ] || [ -f "$value" ]; }; then printf -v "$name" '%s' "$(realpath -m "$value")"; fi
-done
+number="${SHOW:-12}"
+case "$number" in "" | *[!0-9]* | 0) echo "error: SHOW is \"$number\": give the number of photographs to draw, 1 or more" >&2; exit 2 ;; esac
 source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 
 MODEL="${MODEL:-EVA02-CLIP-B-16}"
 PRETRAINED="${PRETRAINED-$CHECKPOINTS/EVA02_CLIP_B_psz16_s8B.pt}"
-OUT="${OUT:-logs/real_photos}"
+OUT="${OUT:-${CLONE}logs/real_photos}"
 steps="${STEPS:-300}"
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
 if [ -e "$OUT/distilled" ]; then
@@ -35,24 +34,35 @@ fi
 model=(--model "$MODEL")
 place=()
 if [ -n "${DEVICE:-}" ]; then place=(--device "$DEVICE"); fi
-# Patch size and number of blocks are the model's.
-read -r patch blocks < <("$PYTHON" - "$MODEL" <<'PROGRAM'
+# Patch size and number of blocks are the model's; photographs are listed as the training lists them, and the first ones drawn.
+mapfile -t -d "" told < <("$PYTHON" - "$MODEL" "$photos" "$number" <<'PROGRAM'
+import logging
+import os
 import sys
+from pathlib import Path
 
 import open_clip
+from training.engine.data.folder import list_images
 from training.engine.errors import as_user_error, run_program
 from training.models import model_name
 
 
 def main() -> None:
+    model, photos, number = sys.argv[1:]
+    logging.disable(logging.WARNING)  # that this one has random weights is as it should be
     with as_user_error():
-        visual = open_clip.create_model(model_name(sys.argv[1]), pretrained=None, device="meta").visual
-    print(visual.patch_size, len(visual.trunk.blocks))
+        visual = open_clip.create_model(model_name(model), pretrained=None, device="meta").visual
+    _, names, folder = list_images(Path(photos), "", "DIR")
+    told = [str(visual.patch_size), str(len(visual.trunk.blocks))]
+    told += [os.path.join(folder, name) for name in names[: int(number)]]
+    sys.stdout.buffer.write(b"".join(os.fsencode(text) + b"\0" for text in told))
 
 
 sys.exit(run_program(main))
 PROGRAM
-) || exit 2
+)
+if [ ${#told[@]} -lt 3 ]; then exit 2; fi  # the program has said why
+patch="${told[0]}" blocks="${told[1]}" shown=("${told[@]:2}")
 size="${SIZE:-$((32 * patch))}"
 
 echo "== distil on $photos: $steps steps at $size pixels"
@@ -62,11 +72,9 @@ echo "== distil on $photos: $steps steps at $size pixels"
     --log-every-n-steps 50 --save-frequency 0 --logs "$OUT" --name distilled "${place[@]+"${place[@]}"}"
 
 echo "== draw"
-list="$(find -L "$photos" -type f \( -iname '*.jpg' -o -iname '*.jpeg' -o -iname '*.png' -o -iname '*.webp' \) | sort)"
-mapfile -t shown < <(head -n "${SHOW:-12}" <<< "$list")
 classes=()
 if [ $# -gt 0 ]; then classes=(--classes "$@"); fi
-"$PYTHON" tools/show.py "${shown[@]}" "${model[@]}" --pretrained "$PRETRAINED" "$OUT/distilled/checkpoints/clipself.pt" \
+"$PYTHON" "${CLONE}tools/show.py" "${shown[@]}" "${model[@]}" --pretrained "$PRETRAINED" "$OUT/distilled/checkpoints/clipself.pt" \
     --short-side "$size" --out "$OUT/pictures" "${classes[@]+"${classes[@]}"}" "${place[@]+"${place[@]}"}"
 echo
 echo "Pictures: $OUT/pictures (a row before, a row after)    Model: $OUT/distilled/checkpoints/clipself.pt"

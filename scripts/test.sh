@@ -5,8 +5,11 @@
 #   bash scripts/test.sh tests/open_clip -x       a part of them
 #   bash scripts/test.sh -n 0 --pdb tests/ovseg   one after the other, for a debugger
 # Files of tests are shared among as many processes as there are cores, 4 at most; slow tests, some of which measure, run
-# one after the other.
+# one after the other. They run in the clone's folder, which paths in arguments are relative to; CLIPSELF_VENV, CLIPSELF_GOLDEN
+# and PYTHON (see _venv.sh) are relative to the folder that the command is given in.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/_python.sh"
+from_here CLIPSELF_VENV CLIPSELF_GOLDEN PYTHON
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.sh
 ensure_venv test

@@ -6,5 +6,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/_common.sh"
 use_vitb16
 recipe_args
 run_training --dataset-type grid_distill --name clipself_lvis_image_patches_eva_vitb16 --alpha 0.7 \
-    --train-data "$LVIS/lvis_v1_train.json" --train-image-root "$DATA" \
+    --train-data "$LVIS_TRAIN" --train-image-root "$DATA" \
     "${MODEL_ARGS[@]}" "${RECIPE_ARGS[@]}" "${VAL_ARGS[@]}" "$@"

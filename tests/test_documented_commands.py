@@ -291,8 +291,8 @@ def clone(tmp_path_factory) -> Path:
         (coco / name).write_text(json.dumps(instances))
     for image in instances["images"]:
         image["file_name"] = f"train2017/{image['file_name']}"
-    (root / "data" / "lvis_v1").mkdir()
-    (root / "data" / "lvis_v1" / "lvis_v1_train.json").write_text(json.dumps(instances))
+    (root / "data" / "lvis_v1" / "annotations").mkdir(parents=True)
+    (root / "data" / "lvis_v1" / "annotations" / "lvis_v1_train.json").write_text(json.dumps(instances))
     shutil.copytree(coco / "train2017", root / "my_images")
     shutil.copy(next((root / "my_images").glob("*.jpg")), root / "my_images" / "a.jpg")
     (root / "my_classes.txt").write_text("dog\nsky\n")

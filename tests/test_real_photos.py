@@ -35,7 +35,7 @@ def run(*arguments: str, folder: Path, **environment: str) -> subprocess.Complet
 
 def test_photographs_in_pictures_out(tmp_path):
     rng = np.random.default_rng(0)
-    for name in ("one.jpg", "holiday/two.png", "holiday/three.jpg"):
+    for name in ("one.jpg", "holiday/two.png", "holiday/three.jpg", "four.BMP", ".hidden.jpg"):
         file = tmp_path / "photos" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(file)
@@ -44,10 +44,11 @@ def test_photographs_in_pictures_out(tmp_path):
     done = run("photos", "dog", "traffic light", folder=tmp_path, **small)
     assert done.returncode == 0, done.stderr[-3000:]
     pictures = sorted(p.relative_to(tmp_path / "out" / "pictures") for p in (tmp_path / "out/pictures").rglob("*.png"))
-    assert [p.name for p in pictures] == ["one.png", "three.png", "two.png"]
+    assert [p.name for p in pictures] == ["four.png", "one.png", "three.png", "two.png"]
     assert (tmp_path / "out" / "distilled" / "checkpoints" / "clipself.pt").is_file()
     width, height = Image.open(tmp_path / "out" / "pictures" / pictures[0]).size
     assert width > height > 300  # two rows of panels
+    assert "4 images" in (tmp_path / "out" / "distilled" / "out.log").read_text()  # drawn is what was trained on
     # A second run does not write over the first.
     again = run("photos", folder=tmp_path, **small)
     assert again.returncode == 2 and "exists" in again.stderr
@@ -59,6 +60,8 @@ def test_mistakes_are_one_line(tmp_path):
         (["nowhere"], {}, "is no folder"),
         ([], {}, "usage:"),
         (["photos"], {"MODEL": "EVA02-CLIP-B16"}, "did you mean"),
+        (["photos"], {}, "no image below this folder"),
+        (["photos"], {"SHOW": "0"}, "SHOW"),
     ]:
         done = run(*arguments, folder=tmp_path, OUT="out", **environment)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr

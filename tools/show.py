@@ -243,6 +243,8 @@ def run(args: argparse.Namespace) -> list[Path]:
     query = parse_query(args.query) if args.query else None
     if not 0 <= args.opacity <= 1 or args.similar < 0:
         raise UserError(f"--opacity {args.opacity} --similar {args.similar}: from 0 to 1, and 0 or more")
+    if "" in args.images:
+        raise UserError("an image is an empty word, which is no file: is a shell variable unset?")
     files = list_images(args.images)
     targets = _targets(args.output, files)
     first = _read(files[0][0])  # before the models are loaded

@@ -7,8 +7,12 @@
 #   bash F-ViT/scripts/demo.sh --full     three seeds of both, and a row for each of our own choices alone (19 runs)
 #   bash F-ViT/scripts/demo.sh --smoke    a few rows with a handful of images, to see that everything runs
 #   QUICKSTART=DIR OUT=DIR                the quick start's folder; another folder for the results
+#   CLIPSELF_VENV=DIR, PYTHON=FILE        another environment than .venv; the interpreter to make it from: see scripts/_venv.sh
+#
+# Relative folders are meant from where the command is given; defaults are in the clone. Scenes in OUT/data are made anew where
+# they are not complete; what is there and was not made by this script is refused.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/_study.sh"
 
 smoke= full=
 case "${1:-}" in
@@ -20,7 +24,7 @@ case "${1:-}" in
 esac
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-F-ViT/work_dirs/demo${smoke:+_smoke}}"
-source scripts/_study.sh
+check_scenes "$out/data"
 train=1200 val=250 epochs=2
 if [ -n "$smoke" ]; then train=16 val=8 epochs=1; fi
 

@@ -1,12 +1,13 @@
 """Class-agnostic proposals, and region-text pairs, for images of your own with a trained detector.
 
     python tools/make_proposals.py CONFIG CHECKPOINT --images data/coco/annotations/instances_train2017.json \\
-        --image-root data/coco/train2017 --out data/coco --name coco [--nouns nouns.txt]
+        --image-root data/coco/train2017 --out data/coco --name mine [--nouns nouns.txt]
 
 Writes ``NAME_proposals.json`` (boxes for CLIPSelf's region-proposal training). With ``--nouns`` (one name a line) also
 ``NAME_pseudo_N.json``, where each box has the noun that CLIP finds most like its crop, and
 ``NAME_pseudo_N_embeddings.npy``, the N nouns' embeddings: the training data of RegionCLIP. ``--images`` is a folder,
-or a COCO or LVIS json whose image ids are kept. torchrun shares the work among processes.
+or a COCO or LVIS json whose image ids are kept. Files that are there are replaced with ``--force`` alone:
+``coco_proposals.json`` in ``data/coco`` is the published file. torchrun shares the work among processes.
 """
 
 import sys

@@ -7,14 +7,19 @@
 #   bash GLIP/scripts/study.sh            results in GLIP/work_dirs/study: result.md, and pictures
 #   bash GLIP/scripts/study.sh --smoke    the same with a handful of images and steps, to see that everything runs
 #   QUICKSTART=DIR OUT=DIR SEEDS="0 1"    the quick start's folder; another folder for the results; the seeds
+#   CLIPSELF_VENV=DIR, PYTHON=FILE        another environment than .venv; the interpreter to make it from: see scripts/_venv.sh
+#
+# Relative folders are meant from where the command is given; defaults are in the clone. Running it again trains anew: its own
+# scenes (OUT/a, OUT/b, unless they are complete) and runs are deleted; what is there and was not made by this script is refused.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-source scripts/_study.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/_study.sh"
 take_smoke "${1:-}"
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-GLIP/work_dirs/study${smoke:+_smoke}}"
 seeds="${SEEDS:-0 1}"
+check_scenes "$out/a"
+check_scenes "$out/b"
+take_folder "$out" 'trained_*' 'untrained_*' 'scratch_*' 'tune_*'
 train=4000 val=400 steps=1800 train_b=600 val_b=150 tune_steps=100 shots="1 3 10 0"
 if [ -n "$smoke" ]; then train=40 val=12 steps=4 train_b=24 val_b=8 tune_steps=2 shots="1 0" seeds="0"; fi
 
@@ -25,7 +30,6 @@ start="$quickstart/logs/clipself/checkpoints/clipself.pt"
 known="$quickstart/data/annotations/instances_train2017.json"
 need_quickstart "$quickstart" "the towers" "$start" "$known"
 begin=$SECONDS
-mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 
 stage "generate scenes"

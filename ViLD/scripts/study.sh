@@ -7,26 +7,29 @@
 #   bash ViLD/scripts/study.sh            results in ViLD/work_dirs/study: result.md, result.json and pictures
 #   bash ViLD/scripts/study.sh --smoke    the same with a handful of images and steps, to see that everything runs
 #   QUICKSTART=DIR OUT=DIR SEEDS="0 1"    the quick start's folder; another folder for the results; the seeds
+#   CLIPSELF_VENV=DIR, PYTHON=FILE        another environment than .venv; the interpreter to make it from: see scripts/_venv.sh
 #
-# An interrupted study goes on where it was.
+# An interrupted study goes on where it was. Relative folders are meant from where the command is given; defaults are in the clone.
+# Where scenes change, its own OUT/data and OUT/seed_* are deleted; what is there and was not made by this script is refused.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-
-source scripts/_study.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../scripts/_study.sh"
 take_smoke "${1:-}"
 quickstart="${QUICKSTART:-quickstart}"
 out="${OUT:-ViLD/work_dirs/study${smoke:+_smoke}}"
 seeds="${SEEDS:-0 1}"
+data="$out/data"
+check_scenes "$data"
+take_folder "$out" 'seed_*'
 train=1200 val=250 proposer_steps=400 steps=400 warmup=30
 if [ -n "$smoke" ]; then train=24 val=12 proposer_steps=8 steps=4 warmup=1; fi
 
 source scripts/_venv.sh
 ensure_venv vild
-export PYTHON="$PY" PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=passive DEVICE=cpu
 teacher="$quickstart/logs/start/checkpoints/clipself.pt"
 need_quickstart "$quickstart" "the teacher" "$teacher"
+# After the quick start, which has as many threads as it likes.
+export PYTHON="$PY" PYTHONPATH="src${PYTHONPATH:+:$PYTHONPATH}" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=passive DEVICE=cpu
 begin=$SECONDS
-mkdir -p "$out"
 out="$(cd "$out" && pwd)"
 
 stage "generate scenes"

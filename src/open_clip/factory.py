@@ -145,6 +145,10 @@ def _force(
         config["text_cfg"]["context_length"] = context_length
 
 
+def _names_a_start(file: str | Path) -> bool:
+    return Path(file).name.startswith("EVA")
+
+
 def _weights_file(
     source: Source, pretrained: str | Path | None, cache_dir: str | Path | None, config: dict
 ) -> Path | None:
@@ -159,10 +163,11 @@ def _weights_file(
             raise ValueError('pretrained="eva" takes the checkpoint file in cache_dir: give cache_dir=FILE')
         if not Path(cache_dir).is_file():
             tags = pretrained_weights.list_pretrained_tags_by_model(source.place)
-            tag = f', or download it by its tag: pretrained="{tags[0]}"' if tags else ""
+            # A tag's weights are start models, no substitute for a distilled one that is missing.
+            tag = f', or download it by its tag: pretrained="{tags[0]}"' if tags and _names_a_start(cache_dir) else ""
             raise FileNotFoundError(
                 f'checkpoint {cache_dir} (cache_dir of pretrained="eva") does not exist: checkpoints/README.md says '
-                f"where to get it{tag}"
+                f"where to get it, or which recipe makes it{tag}"
             )
         return Path(cache_dir)
     name = source.place

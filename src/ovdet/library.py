@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ Picture = str | Path | Tensor | np.ndarray | Image.Image
 class LoadedDetector:
     """A detector that is ready to detect classes of one's choice.
 
+    Several threads may call it, each with classes of its own: the network has one vocabulary, so batches take turns at
+    it, and each is detected with the classes of its own call.
+
     Args:
         detector: in eval mode on its device; see :func:`ovdet.testing.detect`.
         config: its config; sections ``data``, ``train`` (the precision) and ``test`` are read.
@@ -45,7 +49,7 @@ class LoadedDetector:
         base, novel: the classes that it was trained with, and those held out then.
 
     Attributes:
-        base, novel: as above; classes: the names that it detects now; attributes: those that it tells apart.
+        base, novel: as above; classes: the names that were chosen last; attributes: those that it tells apart.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class LoadedDetector:
         self.attributes: tuple[str, ...] = ()
         self.precision = choose_precision(config.train, device, training=False)
         self._set_classes, self._set_attributes = set_classes, set_attributes
+        self._turn = threading.Lock()  # whoever holds it has the network's vocabulary
+        self._held: dict[str, tuple[str, ...]] = {"classes": (), "attributes": ()}  # that vocabulary
 
     def use_classes(self, names: Sequence[str]) -> None:
         """Detect these classes from now on; their embeddings are computed once and cached.
@@ -71,6 +77,10 @@ class LoadedDetector:
         Raises:
             ValueError: no name, one twice, or something else than names.
         """
+        self._choose(names)
+
+    def _choose(self, names: Sequence[str]) -> tuple[str, ...]:
+        """:meth:`use_classes`; gives the names."""
         if isinstance(names, str):
             raise ValueError(f"classes are the text {names!r}: give a list of names, such as {names.split(',')}")
         names = tuple(names)
@@ -79,9 +89,10 @@ class LoadedDetector:
             raise ValueError(f"classes hold {strangers[0]!r}, which is no name: give a list of texts")
         if not names or len(set(names)) < len(names):
             raise ValueError(f"classes are {list(names)}: give at least one, and none twice")
-        if names != self.classes:
-            self._set_classes(names)
+        with self._turn:
+            self._hold(names, self.attributes)
             self.classes = names
+        return names
 
     def use_attributes(self, attributes: Sequence[str]) -> None:
         """Tell these attributes apart from now on (none: no longer): every class may have each of them.
@@ -89,16 +100,17 @@ class LoadedDetector:
         ``names`` of detections are then "green apple", and scores the joint ones of class and attribute.
 
         Raises:
-            ValueError: one twice, or a detector that cannot.
+            ValueError: one twice, one text in place of a list, or a detector that cannot.
         """
+        if isinstance(attributes, str):
+            raise ValueError(f"attributes are the text {attributes!r}: give a list, such as {attributes.split(',')}")
         attributes = tuple(attributes)
         if len(set(attributes)) < len(attributes):
             raise ValueError(f"attributes are {list(attributes)}: give none twice")
-        if self._set_attributes is None:
-            if attributes:
-                raise ValueError("this detector tells no attributes apart: name them in the classes (\"green apple\")")
-        elif attributes != self.attributes:
-            self._set_attributes(attributes)
+        if attributes and self._set_attributes is None:
+            raise ValueError("this detector tells no attributes apart: name them in the classes (\"green apple\")")
+        with self._turn:
+            self._hold(self.classes, attributes)
             self.attributes = attributes
 
     def __call__(
@@ -122,10 +134,10 @@ class LoadedDetector:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: give 1 or more")
-        self.use_classes(classes)
+        names = self._choose(classes)
         if isinstance(images, (str, Path, Tensor, np.ndarray, Image.Image)):
             images = [images]
-        return list(self._found(self._batches(iter(images), batch_size)))
+        return list(self._found(self._batches(iter(images), batch_size), names, self.attributes))
 
     def _batches(self, images: Iterator[Picture], batch_size: int) -> Iterator[dict[str, Any]]:
         """Batches of images, read as they are needed: there may be more than fit into memory."""
@@ -149,7 +161,7 @@ class LoadedDetector:
         on_skipped: Callable[[list[tuple[str, str]], int], None] | None = None,
         wrap: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     ) -> Iterator[dict[str, Any]]:
-        """Detections of image files, read by worker processes, of the classes in use.
+        """Detections of image files, read by worker processes, of the classes in use when it is called.
 
         What :meth:`__call__` gives, with ``index`` (of the path) and, where asked for, ``pixels`` (the upright image).
 
@@ -164,19 +176,43 @@ class LoadedDetector:
         loader = test_loader(
             dataset, batch_size=batch_size, workers=workers, rank=0, world_size=1, pin=self.device.type == "cuda"
         )
-        yield from self._found(wrap(loader), on_skipped=on_skipped)
 
-    def _found(self, batches: Iterable[dict[str, Any]], **options: Any) -> Iterator[dict[str, Any]]:
+        def batches() -> Iterator[dict[str, Any]]:
+            for batch in wrap(loader):  # begins with the first result that is asked for
+                if on_skipped is not None:
+                    on_skipped(batch["skipped"], len(batch["indices"]))
+                yield batch
+
+        return self._found(batches(), self.classes, self.attributes)
+
+    def _hold(self, classes: tuple[str, ...], attributes: tuple[str, ...]) -> None:
+        """See that the network has this vocabulary. For whoever holds :attr:`_turn`."""
+        wanted = {"classes": (classes, self._set_classes), "attributes": (attributes, self._set_attributes)}
+        for kind, (names, choose) in wanted.items():
+            if names != self._held[kind]:
+                choose(names)
+                self._held[kind] = names
+
+    def _found(
+        self, batches: Iterable[dict[str, Any]], classes: tuple[str, ...], attributes: tuple[str, ...]
+    ) -> Iterator[dict[str, Any]]:
+        """Detections with a vocabulary of their own, whichever others are asked for between two batches."""
         test = self.config.test
-        for found in detect(
-            self.detector, batches, device=self.device, precision=self.precision, mask_threshold=test.mask_threshold,
-            repeat_edges=test.mask_edges == "repeated", **options,
-        ):  # fmt: skip
-            found["size"] = found.pop("original")
-            names = [self.classes[label] for label in found["labels"]]
-            if "attributes" in found:
-                names = [f"{self.attributes[a]} {n}" for a, n in zip(found["attributes"], names, strict=True)]
-            yield found | {"names": names}
+        for batch in batches:  # read outside of the turn
+            with self._turn:
+                self._hold(classes, attributes)
+                results = list(
+                    detect(
+                        self.detector, [batch], device=self.device, precision=self.precision,
+                        mask_threshold=test.mask_threshold, repeat_edges=test.mask_edges == "repeated",
+                    )
+                )  # fmt: skip
+            for found in results:
+                found["size"] = found.pop("original")
+                names = [classes[label] for label in found["labels"]]
+                if "attributes" in found:
+                    names = [f"{attributes[a]} {n}" for a, n in zip(found["attributes"], names, strict=True)]
+                yield found | {"names": names}
 
 
 def load_detector(

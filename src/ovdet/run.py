@@ -14,6 +14,7 @@ from torch import nn
 from ovdet.config import config_to_dict, format_config
 from ovdet.data.annotations import load
 from ovdet.data.dataset import TrainDataset, ViewOptions
+from ovdet.evaluation.coco import evaluator_classes
 from ovdet.files import FORMAT, detector_content
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS, DetectionTask, loop_options
@@ -67,7 +68,13 @@ def sample_settings(config: Any) -> dict[str, Any]:
 
 
 def ap_on_validation(config: Any, data: RunData, dist: Dist) -> Validate:
-    """AP of boxes and, of a config with masks, of masks; see :func:`ovdet.testing.test`."""
+    """AP of boxes and, of a config with masks, of masks; see :func:`ovdet.testing.test`.
+
+    Raises:
+        UserError: the run is to compute AP, and the package that does is not installed.
+    """
+    if data.validation is not None and config.train.eval_every:
+        evaluator_classes()  # not after the first epoch
     kinds = ["bbox", "segm"] if config.model.masks else ["bbox"]
 
     def validate(detector: nn.Module, place: Path) -> dict[str, dict[str, float]]:

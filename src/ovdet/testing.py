@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from ovdet.data.annotations import read_json
 from ovdet.data.dataset import TestDataset
 from ovdet.data.loader import test_loader
 from ovdet.evaluation.arrays import Detections, Truth
-from ovdet.evaluation.coco import evaluate, format_table, write_results
+from ovdet.evaluation.coco import evaluate, evaluator_classes, format_table, write_results
 from ovdet.parts.masks import encode_pasted
 from ovdet.precision import choose_precision
+from ovdet.results import write_metrics
 from ovdet.vocabulary import Vocabulary
 from training.engine.data.records import Annotations
 from training.engine.distributed import Dist, from_master, gather_to_master
 from training.engine.errors import UserError
-from training.engine.files import write_json
 from training.engine.precision import Precision
 from training.engine.skips import SkipPolicy
 
@@ -213,6 +213,7 @@ def test(
     dist: Dist,
     kinds: Sequence[str],
     folder: Path | None = None,
+    about: Mapping[str, Any] | None = None,
     level: int = logging.INFO,
 ) -> dict[str, dict[str, float]]:
     """Detect on the validation set and compute AP; every process calls it and gets the metrics.
@@ -223,18 +224,23 @@ def test(
         annotations: of the validation set; for mask AP read with their masks.
         kinds: ``"bbox"``, ``"segm"``.
         folder: where process 0 writes ``results.{kind}.json`` (COCO results) and ``metrics.json``; None: nowhere.
+        about: what was tested; stands in ``metrics.json`` as ``run``, beside the kinds.
         level: of the table in the log, for a program that prints it itself.
 
     Raises:
-        UserError: too many unusable images, or masks asked of a detector or file that has none.
+        UserError: too many unusable images, masks asked of a detector or file that has none, or the package that
+            computes AP is not installed.
     """
+    evaluator_classes()
     if "segm" in kinds and getattr(detector, "mask_head", None) is None:
         raise UserError("--eval segm needs a detector with masks: use a config with model.masks=true, or --eval bbox")
     images = Images.of_validation(config, annotations, title="detecting", dist=dist)
     was_training = detector.training
     detector.eval()
     found = images.detections(detector)
-    metrics = score(config, found, images.policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
+    metrics = score(
+        config, found, images.policy, annotations, vocabulary, kinds=kinds, folder=folder, about=about, level=level
+    )
     detector.train(was_training)
     return metrics
 
@@ -251,13 +257,14 @@ def score(
     *,
     kinds: Sequence[str],
     folder: Path | None = None,
+    about: Mapping[str, Any] | None = None,
     level: int = logging.INFO,
 ) -> dict[str, dict[str, float]]:
     """AP of the detections of all processes; every process calls it with its own and gets the metrics.
 
     Args:
         images: as :func:`detect` gives them; policy: has counted this process's images once they are through.
-        annotations, vocabulary, kinds, folder, level: see :func:`test`.
+        annotations, vocabulary, kinds, folder, about, level: see :func:`test`.
 
     Raises:
         UserError: too many unusable images.
@@ -271,7 +278,7 @@ def score(
             policy.count(sum(part[1] for part in parts), sum(part[2] for part in parts))
             policy.judge(at_end=True)
             found = Detections.merge([part[0] for part in parts])
-            outcome = _score(config, found, annotations, vocabulary, kinds, folder, level)
+            outcome = _score(config, found, annotations, vocabulary, kinds, folder, about, level)
         except UserError as error:
             outcome = str(error)
     outcome = from_master(outcome)
@@ -287,6 +294,7 @@ def _score(
     vocabulary: Vocabulary,
     kinds: Sequence[str],
     folder: Path | None,
+    about: Mapping[str, Any] | None,
     level: int,
 ) -> dict[str, dict[str, float]]:
     path, protocol = config.locate(config.data.val_annotations), config.data.protocol
@@ -300,6 +308,6 @@ def _score(
             truth, found, kind=kind, protocol=protocol, novel=novel if len(novel) < len(vocabulary.names) else ()
         )
     if folder is not None:
-        write_json(folder / "metrics.json", metrics)
+        write_metrics(folder, metrics, about)
     log.log(level, "AP in %% on %s\n%s", path, format_table(metrics, protocol))
     return metrics

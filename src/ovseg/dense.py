@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip.padding import Sizes
 from open_clip.readouts import Readout
 from ovseg.external import ExternalModel
 from training.engine.errors import UserError
@@ -25,7 +26,8 @@ class DenseReader:
         keys: also give the last block's keys.
 
     Raises:
-        UserError: an unknown reading, one outside the joint space, or ``proxyclip`` without another model.
+        UserError: an unknown reading, one outside the joint space, ``proxyclip`` without another model, or another
+            model that no reading follows.
     """
 
     def __init__(
@@ -48,10 +50,16 @@ class DenseReader:
             if reading.name == PROXY and external is None:
                 raise UserError(f"the reading {PROXY} follows another model: name one with --external")
             self.readings[name] = reading
+        if external is not None and all(reading.name != PROXY for reading in self.readings.values()):
+            raise UserError(f"--external does nothing: only the reading {PROXY} follows another model; leave it out")
 
     @torch.no_grad()
-    def __call__(self, windows: Tensor) -> tuple[dict[str | None, Tensor], Tensor | None]:
+    def __call__(self, windows: Tensor, sizes: Sizes | None = None) -> tuple[dict[str | None, Tensor], Tensor | None]:
         """Read normalised windows ``[n, 3, H, W]``, sides multiples of the patch.
+
+        Args:
+            sizes: per window the pixels (height, width) that its image takes, top left. A tower that drops padding
+                reads the image alone, and maps and keys repeat its border on the rest; others read all of it.
 
         Returns:
             Unit-length maps ``[n, D, h, w]`` by reading (on the other model's grid for ``proxyclip``), and keys
@@ -60,7 +68,7 @@ class DenseReader:
         tower = self.tower
         last = len(tower.trunk.blocks) - 1
         blocks = {i for reading in self.readings.values() for i in reading.blocks(tower)}
-        inputs = tower.block_inputs(windows, blocks | ({last} if self.keys else set()))
+        inputs = tower.block_inputs(windows, blocks | ({last} if self.keys else set()), sizes)
         maps = {}
         for name, reading in self.readings.items():
             if reading.name == PROXY:

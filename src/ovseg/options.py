@@ -23,6 +23,7 @@ from ovseg.segment import Segmenter
 from training.engine.checkpoint import warn_of_student
 from training.engine.distributed import together
 from training.engine.errors import UserError, as_user_error, reason_of
+from training.engine.flags import spelling
 from training.engine.precision import make_precision
 
 log = logging.getLogger(__name__)
@@ -242,6 +243,29 @@ def add_class_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--classes-from", default="", help="text file with a name per line, or a COCO-style json")
     group.add_argument("--background", default="", metavar="WORDS", help='add a class for the rest, e.g. "wall|sky"')
+
+
+#: What is said of one kind of photographs and does nothing for the other.
+_OF_IMAGES = ("classes", "classes_from", "background")
+_OF_DATASET = ("data_root", "image_root", "words")
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """See that photographs are named one way, and that every option says something of them.
+
+    Raises:
+        UserError: neither or both of ``--images`` and ``--dataset``, or an option that belongs to the other one.
+    """
+    if bool(args.images) == bool(args.dataset):
+        raise UserError("give photographs with --images, or a data set with --dataset and --data-root")
+    given = [spelling(name) for name in (_OF_DATASET if args.images else _OF_IMAGES) if getattr(args, name)]
+    if given and args.images:
+        raise UserError(f"{given[0]} does nothing with --images: it is said of a --dataset; leave it out")
+    if given:
+        raise UserError(
+            f"{given[0]} does nothing with --dataset {args.dataset}, which has classes of its own: leave it out, or "
+            "give photographs with --images"
+        )
 
 
 def classes_from(args: argparse.Namespace) -> ClassList:

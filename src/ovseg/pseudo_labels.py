@@ -39,6 +39,7 @@ from ovseg.options import (
     add_model_options,
     add_protocol_options,
     build_segmenter,
+    check_sources,
     classes_from,
     embeddings_digest,
     name_unused,
@@ -190,8 +191,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def _sources(args: argparse.Namespace) -> tuple[list[tuple[str, Path]], ClassList, SegmentationSet | None]:
     """Photographs with the names of their PNGs, the classes, and the data set if there is one."""
-    if bool(args.images) == bool(args.dataset):
-        raise UserError("give photographs with --images, or a data set with --dataset and --data-root")
+    check_sources(args)
     if args.images:
         if args.keep_seen:
             raise UserError("--keep-seen needs annotations: a --dataset with unseen classes")

@@ -42,7 +42,7 @@ from training.engine.data.samples import Skipped
 from training.engine.data.workers import Loader, start_worker
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, init_distributed, together
 from training.engine.errors import UserError, run_program
-from training.engine.files import write_json
+from training.engine.files import check_writable, write_json
 from training.engine.flags import COUNT, NATURAL, PATH, SHARE, Parser
 from training.engine.journal import setup_logging
 from training.engine.pictures import distinct_colours
@@ -262,6 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     with together():
+        if dist.is_master:
+            check_writable(args.out, "--out")
         ids, names, root = list_images(args.images, args.image_root)
         merge_tree(np.ones((1, 2, 1)))  # scikit-learn is asked for before anything is read
         dtype = make_precision(args.precision, dist.device).input_dtype

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from ovdet.fvit.assemble import load_vit, make_detector, read_config
 from ovdet.listing import list_images, place_pictures, read_names
 from ovdet.visualize import LEGIBLE, draw_detections
 from ovdet.vocabulary import make_vocabulary
+from training.engine.data.keyed import write_key
 from training.engine.errors import UserError
 from training.scenes.generate import SceneOptions, write_dataset
 
@@ -105,6 +108,18 @@ def test_make_proposals(detector_file: tuple, tmp_path: Path, monkeypatch: pytes
     )  # fmt: skip
     again = load_annotations(str(tmp_path / "folder" / "coco_proposals.json"), key="k")
     assert np.array_equal(again.boxes, proposals.boxes)
+    # What is there may be the published file: it is refused before any work, and replaced when one says so.
+    args = SimpleNamespace(out=tmp_path / "folder", name="coco", force=False)
+    before = (tmp_path / "folder" / "coco_proposals.json").stat().st_mtime_ns
+    with pytest.raises(UserError, match="coco_proposals.json exists: choose another --name or --out, or add --force"):
+        tool.main([str(config), "nowhere.pt", "--images", "nowhere", "--out", str(args.out), "--device", "cpu"])
+    assert (tmp_path / "folder" / "coco_proposals.json").stat().st_mtime_ns == before
+    args.force = True
+    assert tool.targets_of(args, []) == [tmp_path / "folder" / "coco_proposals.json"]
+    with pytest.raises(UserError, match="mine_pseudo_3_embeddings.npy exists"):
+        for name in ("mine_proposals.json", "mine_pseudo_3.json"):
+            (tmp_path / name).unlink()
+        tool.targets_of(SimpleNamespace(out=tmp_path, name="mine", force=False), ["a", "b", "c"])
     with pytest.raises(UserError, match="no image below this folder"):
         tool.list_images(tmp_path / "folder", "")
     with pytest.raises(UserError, match="empty"):
@@ -209,6 +224,81 @@ def test_library_call(detector_file: tuple, tmp_path: Path, monkeypatch: pytest.
             detector(images[:1], bad)
     with pytest.raises(ValueError, match="uint8 RGB"):
         detector(np.zeros((4, 4)), ["grass"])
+
+
+def test_results_of_another_test_are_kept(detector_file: tuple, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """By default each config has a folder of its own; in any folder another test's results are not replaced."""
+    data, config, checkpoint = detector_file
+    (tmp_path / "d.pt").write_bytes(checkpoint.read_bytes())
+    (tmp_path / "other.toml").write_text(f'inherit = "{config}"\n[test]\nscore = 0.5\n')
+    embeddings = f"data.embeddings={checkpoint.parent / 'e.npy'}"
+    values = [f"data.val_annotations={data}/annotations/instances_val2017.json", f"data.val_images={data}/val2017"]
+    test = program("test")
+
+    def run(name: Path, *more: str) -> None:
+        test.main([str(name), str(tmp_path / "d.pt"), "--device", "cpu", "--eval", "bbox", *values, embeddings, *more])
+
+    run(config)
+    run(tmp_path / "other.toml")
+    own, other = tmp_path / "d_tiny_test", tmp_path / "d_other_test"
+    tested = {folder: json.loads((folder / "metrics.json").read_text()) for folder in (own, other)}
+    for folder, name in ((own, "tiny.toml"), (other, "other.toml")):
+        annotations = f"{data}/annotations/instances_val2017.json"
+        about = {"config": name, "checkpoint": str(tmp_path / "d.pt"), "annotations": annotations}
+        assert tested[folder]["run"] == about and tested[folder]["bbox"].keys() > {"AP", "AP50"}
+    before = (own / "results.bbox.json").read_bytes()
+    for more, message in (
+        (["test.score=0.2"], r"other test.score \(test.score: 0.01, now 0.2\); give another folder"),
+        (["--out", str(other)], r"other test.score \(test.score: 0.5, now 0.01\)"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            run(config, *more)
+        assert "\n" not in str(error.value)
+    # Another file under the same name is another test, the same one elsewhere is not; nor is how it is computed.
+    embedding = np.load(checkpoint.parent / "e.npy")
+    for name, table in (("same", embedding), ("others", embedding[::-1])):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "e.npy", table)
+    embeddings = f"data.embeddings={tmp_path / 'others' / 'e.npy'}"
+    with pytest.raises(UserError, match=r"other data.embeddings \(data.embeddings: e.npy \("):
+        run(config)
+    assert (own / "results.bbox.json").read_bytes() == before
+    embeddings, written = f"data.embeddings={tmp_path / 'same' / 'e.npy'}", (own / "metrics.json").stat().st_mtime_ns
+    run(config, "test.batch_size=2", "train.lr=1")
+    assert (own / "metrics.json").stat().st_mtime_ns > written and "AP50" in capsys.readouterr().out
+    # Results that nobody can tell whose they are; and a folder with something else in it.
+    (own / "key.json").unlink()
+    with pytest.raises(UserError, match="results of another run .there is no key.json"):
+        run(config)
+    run(config, "--out", str(tmp_path / "same"))
+    # A key alone is of a test that was interrupted; among other files it is somebody's who needs it.
+    write_key(tmp_path / "cut", {"weights": "others"})
+    run(config, "--out", str(tmp_path / "cut"))
+    write_key(tmp_path / "store", {"teacher": "x"})
+    (tmp_path / "store" / "shard-00000.npy").touch()
+    with pytest.raises(UserError, match="store was made with other .*teacher"):
+        run(config, "--out", str(tmp_path / "store"))
+
+
+def test_detecting_needs_no_package_that_computes_ap(detector_file: tuple):
+    data, config, checkpoint = detector_file
+    image = sorted((data / "val2017").iterdir())[0]
+    code = f"""
+import sys
+sys.modules["faster_coco_eval"] = None
+import ovdet
+from ovdet.fvit.commands import test
+import ovdet.glip.assemble, ovdet.vild.assemble
+detector = ovdet.load_detector({str(checkpoint)!r}, device="cpu", overrides=["test.score=0.0"])
+print(len(detector({str(image)!r}, ["sky"])))
+sys.argv = ["test.py", {str(config)!r}, "nowhere.pt"]
+sys.exit(test.run())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "src"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2 and done.stdout == "1\n" and len(errors) == 1, done.stderr[-2000:]
+    assert "pip install 'open_clip_torch[fvit]'" in errors[0]
 
 
 def test_names_and_files_of_command_lines(

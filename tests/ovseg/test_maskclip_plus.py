@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 
 import open_clip
+from ovseg.data.sets import Unusable
+from ovseg.dense import DenseReader
 from ovseg.maskclip_plus import __main__ as program
 from ovseg.maskclip_plus import task
-from ovseg.maskclip_plus.data import Photographs
+from ovseg.maskclip_plus.data import Augmentation, Photographs, TrainingSamples, collate
 from ovseg.maskclip_plus.fill import TO_FILL, fill_labels, give_labels, mark_unlabelled
 from ovseg.maskclip_plus.losses import distillation_loss, segmentation_loss
 from ovseg.maskclip_plus.network import Student, class_logits
@@ -116,6 +118,49 @@ def test_scores_are_made_in_float32_under_autocast(guided, monkeypatch):
     ]
     for original, args, result in calls:
         assert result.dtype == torch.float32 and torch.equal(result, original(*args))
+
+
+@pytest.mark.parametrize("smooth", [None, 1.0])
+def test_a_teacher_that_drops_padding_reads_the_photograph_alone(smooth, monkeypatch):
+    """Whatever fills a sample up to the square: as if the photograph stood there by itself."""
+    teaching = small_teaching(task.Recipe(smooth=smooth))
+    (teacher,), seen = teaching._teacher, []
+    teacher.visual.set_drop_padding(True)
+    fill = task.fill_labels
+
+    def noted(labels, scores, *arguments, **options):
+        seen.append(scores)
+        return fill(labels, scores, *arguments, **options)
+
+    monkeypatch.setattr(task, "fill_labels", noted)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    batch = {"images": images, "labels": torch.zeros(2, 64, 64, dtype=torch.uint8), "sizes": [(40, 64), (64, 24)]}
+    teaching(batch)
+    batch["images"] = images.clone()
+    batch["images"][0, :, 40:], batch["images"][1, :, :, 24:] = 0, 255
+    teaching(batch)
+    torch.testing.assert_close(seen[0], seen[1], rtol=0, atol=1e-5)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (teacher.visual.image_mean, teacher.visual.image_std))
+    reader = DenseReader(teacher, [None], keys=True)
+    for scores, image, (height, width) in zip(seen[0], images, batch["sizes"], strict=True):
+        maps, keys = reader(((image[:, :height, :width] / 255 - mean) / std)[None])
+        alone = class_logits(maps[None], teaching.student.embeddings)
+        alone = key_smoothing(alone, keys, smooth) if smooth else alone
+        torch.testing.assert_close(scores[None, :, : height // 8, : width // 8], alone, rtol=1e-4, atol=1e-4)
+        assert torch.equal(scores[:, -1, -1], scores[:, height // 8 - 1, width // 8 - 1])  # the border, repeated
+
+
+def test_samples_say_what_of_them_is_a_photograph():
+    class Small:
+        def __getitem__(self, index):
+            image = torch.zeros(3, 30, 60, dtype=torch.uint8)
+            return {"image": image, "labels": torch.zeros(30, 60, dtype=torch.uint8), "index": index}
+
+    augmentation = Augmentation(crop=32, long_side=40, short_side=40, scales=(1.0, 1.0), recolour=False)
+    sample = TrainingSamples(Small(), augmentation, seed=0)[0, 0]
+    assert sample["size"] == (20, 32) and (sample["labels"][:20] == 0).all() and (sample["labels"][20:] == 255).all()
+    assert collate([sample, Unusable("x", "y")], 32)["sizes"] == [(20, 32)] * 2
+    assert collate([Unusable("x", "y")], 32)["sizes"] == [(32, 32)]
 
 
 def test_processes_draw_their_own_dropout():

@@ -189,8 +189,51 @@ def test_pseudo_labels_of_unseen_classes_are_unseen(model, tmp_path, capsys):
     assert record["classes"] == list(classes.names) and record["filled"] == unseen
 
 
+def test_options_that_would_do_nothing_are_refused(model, scenes, tmp_path, capsys):
+    """Classes are those of a data set, or they are named: what is said of the other kind changes nothing."""
+    (tmp_path / "names.txt").write_text("person\ncat\n")
+    dataset = [*model, "--dataset", "panoptic", "--data-root", str(scenes), "--split", "val"]
+    photographs = [*model, "--images", str(scenes / "val2017"), "--classes", "person,cat"]
+    for program, out in (
+        (pseudo_labels, ["--out", str(tmp_path / "out")]), (maskclip_plus, ["--logs", str(tmp_path), "--name", "out"])
+    ):  # fmt: skip
+        for arguments, flag, more in (
+            (dataset, "--classes", ["person"]),
+            (dataset, "--classes-from", [str(tmp_path / "names.txt")]),
+            (dataset, "--background", ["wall|sky"]),
+            (photographs, "--words", ["sclip"]),
+            (photographs, "--image-root", [str(scenes)]),
+        ):
+            assert program.main([*arguments, flag, *more, *out]) == 2
+            errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+            kind = "--dataset panoptic" if arguments is dataset else "--images"
+            assert len(errors) == 1 and f"{flag} does nothing with {kind}" in errors[0] and "leave it out" in errors[0]
+            assert not (tmp_path / "out").exists()
+
+
+def test_a_student_is_taught_by_the_similarities_of_another_model(model, golden, scenes, tmp_path, capsys):
+    """--external reaches the reading that follows it; where none does, or patches do not fit, it is refused."""
+    patch = json.loads((golden / "vit_quickgelu" / "config.json").read_text())["vision_cfg"]["patch_size"]
+    common = flags(model, scenes, "--split", "val", "--steps", "1", "--backbone", "lraspp_mobilenet_v3_large")
+    common += ["--batch-size", "2", "--logs", str(tmp_path)]
+    follows, other = ["--readout", "proxyclip"], ["--external", "test_convnext:random"]  # cells of 32 pixels
+    fits = ["--crop", "64"]
+    assert maskclip_plus.main([*common, *fits, *follows, *other, "--name", "run"]) == 0
+    assert json.loads((tmp_path / "run" / "params.json").read_text())["external"] == other[1]
+    capsys.readouterr()
+    for more, message in (
+        ([*fits, *follows], "the reading proxyclip follows another model: name one with --external"),
+        ([*fits, *other], "--external does nothing: only the reading proxyclip follows another model; leave it out"),
+        (["--crop", str(3 * patch), *follows, *other], f"--crop {3 * patch}: no multiple of the patch size {patch} of"),
+        ([*fits, *follows, *other, "--smooth", "1"], "--smooth: the reading proxyclip lies on the grid of --external"),
+        ([*fits, *follows, *other, "--drop-padding"], "reads the padding of samples, which this teacher leaves out"),
+    ):
+        assert maskclip_plus.main([*common, *more, "--name", "x"]) == 2
+        assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_student_trains_stops_goes_on_and_is_read_again(model, golden, scenes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("training.engine.checkpoint.prune", lambda *_: None)  # the one inside the epoch is needed
+    monkeypatch.setattr("training.engine.checkpoint.prune", lambda *_, **__: None)  # the one inside the epoch is needed
     patch = json.loads((golden / "vit_quickgelu" / "config.json").read_text())["vision_cfg"]["patch_size"]
     crop = str(2 * patch)
     common = flags(model, scenes, "--split", "val", "--crop", crop, "--batch-size", "2", "--templates", "plain")

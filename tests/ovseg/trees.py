@@ -82,6 +82,18 @@ def coco(root: Path) -> dict:
     return {"coco_stuff171": (1, [0, 79, 80, 255]), "coco_object": (1, [1, 80, 0, 0])}
 
 
+def coco_of_the_recipes(root: Path) -> dict:
+    """Below ``coco``, where the training recipes have it, label maps included."""
+    return coco(root / "coco")
+
+
+def coco_beside_label_maps(root: Path) -> dict:
+    """Label maps were unpacked beside it."""
+    found = coco(root / "coco")
+    (root / "coco" / "stuffthingmaps").rename(root / "stuffthingmaps")
+    return found
+
+
 def coco_converted(root: Path) -> dict:
     """The layout of the published programs, with both kinds of converted files."""
     write_image(root / "images" / "val2017" / "000000000139.jpg")
@@ -123,7 +135,13 @@ def panoptic(root: Path) -> dict:
     return {"panoptic": (1, [0, 1, 255, 0])}
 
 
+def panoptic_of_the_recipes(root: Path) -> dict:
+    """Below ``coco``, as above."""
+    return panoptic(root / "coco")
+
+
 #: Each draws a tree below a folder and says, per data set, how many images there are and the labels of the stripes.
 TREES: list[Callable[[Path], dict]] = [
-    voc, context, context_as_downloaded, ade, coco, coco_converted, cityscapes, cityscapes_converted, panoptic,
+    voc, context, context_as_downloaded, ade, coco, coco_of_the_recipes, coco_beside_label_maps, coco_converted,
+    cityscapes, cityscapes_converted, panoptic, panoptic_of_the_recipes,
 ]  # fmt: skip

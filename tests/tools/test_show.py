@@ -94,6 +94,7 @@ def test_pictures_of_a_golden_model(tool, golden, tmp_path, capsys):
         ([str(image), *common, "--classes", "cat"], f"(3, {width})"),
         ([str(image), *common, "--pretrained", "a.pt", "a.pt"], "the same checkpoint twice"),
         ([str(tmp_path / "none"), *common], "no such file or folder"),
+        (["", *common], "an empty word"),
         ([str(image), *common, "--query", "500000,3"], "outside a photograph"),
         ([str(image), *common, "--pretrained", str(image)], image.name),
     ]:

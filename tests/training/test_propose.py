@@ -140,6 +140,12 @@ def test_faulty_input_is_told_in_one_line(photos, tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             propose.main([*FLAGS, *arguments, *out])
+    # A file that cannot be written is told before the first image is read; folders that are missing are no fault.
+    monkeypatch.setattr(propose, "find", lambda *args, **kwargs: pytest.fail("images are looked at"))
+    for place, message in ((folder, "is a folder: give a file"), (file / "out.json", "cannot be written"),
+                           (Path("/proc/new/out.json"), "cannot be written")):  # fmt: skip
+        with pytest.raises(UserError, match=f"--out {place} {message}"):
+            propose.main([*FLAGS, "--images", str(folder), "--max-skipped", "0.5", "--out", str(place)])
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     with pytest.raises(UserError, match=r"scikit-learn: pip install"):
         propose.main([*FLAGS, "--images", str(folder), *out])

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core.coco import COCO
-from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from ovdet.evaluation.arrays import KINDS, Detections, Truth
 from ovdet.evaluation.lvis import FREQUENCIES, LVIS_DETECTIONS, best_per_image, judged_pairs
@@ -21,13 +19,33 @@ from ovdet.evaluation.voc import voc_metrics
 from training.engine.errors import UserError
 from training.engine.files import write_parts
 
-__all__ = ["KINDS", "PROTOCOLS", "evaluate", "evaluate_detections", "format_table", "write_results"]
+__all__ = [
+    "KINDS", "PROTOCOLS", "evaluate", "evaluate_detections", "evaluator_classes", "format_table", "write_results"
+]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
 PROTOCOLS = ("coco", "voc", "lvis")
 AREAS = {"s": "small", "m": "medium", "l": "large"}
 CLASSES_AT_ONCE = 64  # the evaluator keeps an entry for every pair of image and class, 24 million in LVIS val
+
+
+def evaluator_classes() -> tuple[type, type]:
+    """The evaluator's classes of annotations and of evaluation. Detecting goes without them, so they load on demand.
+
+    What detects for an AP calls it first: else hours of detecting would end in what it raises.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        from faster_coco_eval.core.coco import COCO
+        from faster_coco_eval.core.faster_eval_api import COCOeval_faster
+    except ImportError as error:
+        raise UserError(
+            f"AP is computed with the package faster-coco-eval ({error}): pip install 'open_clip_torch[fvit]' brings it"
+        ) from error
+    return COCO, COCOeval_faster
 
 
 def evaluate_detections(
@@ -116,14 +134,13 @@ def accumulate(
     Classes do not influence one another once the detections are chosen, so they are judged some at a time, and only
     these exist as the dicts that the evaluator takes.
     """
-    parts = []
+    parts, (coco, faster) = [], evaluator_classes()
     for start in range(0, len(truth.names), CLASSES_AT_ONCE):
         labels = range(start, min(start + CLASSES_AT_ONCE, len(truth.names)))
-        gold, rows = _part(truth, found, kept, labels, kind, lvis=lvis)
+        content, rows = _part(truth, found, kept, labels, kind, lvis=lvis)
+        gold = coco(content)
         results = list(found.records(truth, rows, boxes=kind == "bbox", masks=kind == "segm"))
-        evaluator = COCOeval_faster(
-            gold, gold.loadRes(results), kind, print_function=log.debug, lvis_style=lvis
-        )  # fmt: skip
+        evaluator = faster(gold, gold.loadRes(results), kind, print_function=log.debug, lvis_style=lvis)
         if most is not None:
             evaluator.params.maxDets = [most]
         evaluator.evaluate()
@@ -135,8 +152,8 @@ def accumulate(
 
 def _part(
     truth: Truth, found: Detections, kept: np.ndarray, labels: range, kind: str, *, lvis: bool
-) -> tuple[COCO, Iterable[int]]:
-    """Truth of some classes for the evaluator, and the rows of the detections to judge.
+) -> tuple[dict[str, Any], Iterable[int]]:
+    """Truth of some classes as the evaluator's json, and the rows of the detections to judge.
 
     With LVIS, images that say nothing about these classes are left out, and detections that the image does not judge.
     """
@@ -147,17 +164,15 @@ def _part(
         judged = judged_pairs(truth, objects, labels)
         rows = [r for r in rows if (int(found.image[r]), int(found.label[r])) in judged]
         images = sorted({image for image, _ in judged}) or [0]  # the evaluator does not take none
-    gold = COCO(
-        {
-            "images": [_image(truth, i, labels, lvis=lvis) for i in images],
-            "annotations": [_object(truth, row, number, kind) for number, row in enumerate(objects, 1)],
-            "categories": [
-                {"id": int(truth.category_ids[c]), "name": truth.names[c], "frequency": truth.frequencies[c]}
-                for c in labels
-            ],
-        }
-    )
-    return gold, rows
+    content = {
+        "images": [_image(truth, i, labels, lvis=lvis) for i in images],
+        "annotations": [_object(truth, row, number, kind) for number, row in enumerate(objects, 1)],
+        "categories": [
+            {"id": int(truth.category_ids[c]), "name": truth.names[c], "frequency": truth.frequencies[c]}
+            for c in labels
+        ],
+    }
+    return content, rows
 
 
 def _image(truth: Truth, row: int, labels: range, *, lvis: bool) -> dict[str, Any]:

@@ -53,15 +53,19 @@ class Grounder:
         """Classes as prompts, encoded; those asked last are kept.
 
         Raises:
+            ValueError: one text in place of a list of names.
             UserError: no class, or a name that cannot be written.
         """
-        key = tuple(names)
-        if self._classes is None or self._classes[0] != key:
+        if isinstance(names, str):
+            raise ValueError(f"classes are the text {names!r}: give a list of names, such as {names.split(',')}")
+        key, last = tuple(names), self._classes
+        if last is None or last[0] != key:
             test = self.config.test
-            prompts = make_prompts(names, self.model.tokenizer, chunk=test.chunk, separator=test.separator)
+            prompts = make_prompts(key, self.model.tokenizer, chunk=test.chunk, separator=test.separator)
             with self.precision.autocast():
-                self._classes = key, encode_prompts(self.model, prompts)
-        return self._classes[1]
+                last = key, encode_prompts(self.model, prompts)
+            self._classes = last
+        return last[1]  # not what another thread may have asked for meanwhile
 
     def caption(
         self, text: str, phrases: Phrases = None, *, tagger: str = "rule", tagger_data: str | Path | None = None
@@ -74,8 +78,11 @@ class Grounder:
             tagger, tagger_data: see :func:`ovdet.glip.phrases.noun_phrases`.
 
         Raises:
+            ValueError: one text in place of a list of phrases.
             UserError: no phrases, phrases that are not in the caption, or too long a text.
         """
+        if isinstance(phrases, str):
+            raise ValueError(f"phrases are the text {phrases!r}: give a list of them, such as {[phrases]}")
         if phrases is None:
             found = ph.noun_phrases(text, tagger, tagger_data)
         elif all(isinstance(p, str) for p in phrases):
@@ -112,18 +119,22 @@ class Grounder:
             batch_size: images at a time.
 
         Returns:
-            Per image ``boxes`` float32 ``[N, 4]`` (xyxy in pixels of the upright image), ``scores`` ``[N]``,
-            ``labels`` ``[N]`` (rows of ``classes``), ``names`` (N of them) and ``size`` (height, width).
+            Per image ``boxes`` float32 ``[N, 4]`` (xyxy in pixels of the image, which is turned as its EXIF
+            orientation says where ``data.exif`` is set), ``scores`` ``[N]``, ``labels`` ``[N]`` (rows of ``classes``),
+            ``names`` (N of them) and ``size`` (height, width).
 
         Raises:
             ImageError: an image that cannot be read.
-            ValueError: an array that is no image.
+            ValueError: an array that is no image, a batch size below 1, or see :meth:`classes`.
             UserError: see :meth:`classes`.
         """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: give 1 or more")
+        classes = classes if isinstance(classes, str) else tuple(classes)
+        query = self.classes(classes)  # before many images are read
         if isinstance(images, (str, Path, Tensor, np.ndarray, Image.Image)):
             images = [images]
-        pixels = [as_pixels(picture) for picture in images]
-        query = self.classes(classes)
+        pixels = [as_pixels(picture, exif=self.config.data.exif) for picture in images]
         names = [clean_name(c).strip() if isinstance(c, str) else c.text.strip() for c in classes]
         results = []
         for start in range(0, len(pixels), batch_size):
@@ -138,7 +149,7 @@ class Grounder:
             What :meth:`__call__` gives for an image; labels are rows of ``phrases``, a list of
             :class:`ovdet.glip.phrases.Phrase`, which is in the result as well.
         """
-        pixels = as_pixels(image)
+        pixels = as_pixels(image, exif=self.config.data.exif)
         found, query = self.caption(caption, phrases, **tagger)
         (result,) = self.find([pixels], query)
         return _named(result, [p.text for p in found], pixels) | {"phrases": found}

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ovdet.data.images import read_image
 from ovdet.glip.data.dataset import pad_images
 from ovdet.glip.data.records import is_id
 from ovdet.glip.data.transforms import resized_view, target_size
@@ -26,7 +27,7 @@ from ovdet.glip.inference import find_own
 from ovdet.glip.model import GLIP, Prompt
 from ovdet.glip.phrases import Phrase, caption_prompt, noun_phrases
 from ovdet.glip.views import Views
-from training.engine.data.images import ImageError, read_image, resolve
+from training.engine.data.images import ImageError, resolve
 from training.engine.data.parsing import image_file_name, read_json
 from training.engine.errors import UserError
 from training.engine.files import write_atomically, write_json
@@ -54,7 +55,7 @@ class LabelOptions:
         score: boxes must exceed it, after NMS.
         tagger: what finds noun phrases.
         shard: captions of a shard; seed, limit: of the choice of captions (0: all, in their order).
-        shorter, longest: size of the images.
+        shorter, longest: size of the images; exif: turn them as their EXIF orientation says.
     """
 
     score: float = 0.5
@@ -64,6 +65,7 @@ class LabelOptions:
     seed: int = 0
     shorter: int = 800
     longest: int = 1333
+    exif: bool = False
 
 
 def read_captions(path: str | Path) -> list[Caption]:
@@ -153,7 +155,7 @@ class Labeller:
         """See that the folder belongs to this very labelling; with ``write`` it is made."""
         manifest = self.folder / MANIFEST
         if manifest.is_file():
-            before = json.loads(manifest.read_text()).get("identity", {})
+            before = {"exif": False} | json.loads(manifest.read_text()).get("identity", {})  # once there was no choice
             differing = [k for k, v in self.identity.items() if before.get(k) != v]
             if differing:
                 key = differing[0]
@@ -215,7 +217,7 @@ class Labeller:
             counts["dropped: more tokens than the text encoder takes"] += 1
             return None
         try:
-            image = read_image(resolve(self.root, caption.image))
+            image = read_image(resolve(self.root, caption.image), exif=self.options.exif)
         except ImageError as error:
             log.warning("skipped %s", error)
             counts["dropped: image cannot be read"] += 1

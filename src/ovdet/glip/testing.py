@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ovdet.data.annotations import check_image_root
 from ovdet.data.loader import test_loader
 from ovdet.evaluation.arrays import Detections
-from ovdet.evaluation.coco import evaluate, write_results
+from ovdet.evaluation.coco import evaluate, evaluator_classes, write_results
 from ovdet.glip.config import GlipConfig
 from ovdet.glip.data.classes import is_background
 from ovdet.glip.data.dataset import Collate, TestDataset
@@ -30,11 +30,11 @@ from ovdet.glip.phrases import Phrase, caption_prompt
 from ovdet.glip.prompts import ClassPrompt, clean_name, knowledge_texts, make_prompts, read_knowledge
 from ovdet.glip.tokens import Tokenizer
 from ovdet.glip.views import Views
+from ovdet.results import write_metrics
 from ovdet.testing import read_truth
 from training.engine.data.annotations import load_annotations
 from training.engine.distributed import Dist, all_reduce_sum, gather_to_master, on_master
 from training.engine.errors import UserError
-from training.engine.files import write_json
 from training.engine.precision import Precision
 from training.engine.skips import SkipPolicy
 
@@ -102,10 +102,11 @@ class ClassTest:
         tokenizer, divisor: of the model, see :class:`ovdet.glip.image.ImageEncoder`.
 
     Raises:
-        UserError: missing or faulty files.
+        UserError: missing or faulty files, or the package that computes AP is not installed.
     """
 
     def __init__(self, config: GlipConfig, tokenizer: Tokenizer, divisor: int, dist: Dist) -> None:
+        evaluator_classes()
         data = config.data
         self.config, self.dist, self.path = config, dist, config.locate(data.val_annotations)
         annotations = load_annotations(self.path, flag="data.val_annotations", labelled=True)
@@ -147,8 +148,13 @@ class ClassTest:
             return encode_prompts(model, self.prompts)
         return encode_knowledge(model, self.knowledge, self.config.test.knowledge_pooling, self.labels)
 
-    def __call__(self, model: GLIP, precision: Precision, folder: Path | None = None) -> dict[str, float]:
+    def __call__(
+        self, model: GLIP, precision: Precision, folder: Path | None = None, about: Mapping[str, Any] | None = None
+    ) -> dict[str, float]:
         """Metrics, on every process; with a folder process 0 writes ``results.bbox.json`` and ``metrics.json``.
+
+        Args:
+            about: what was tested; stands in ``metrics.json`` as ``run``.
 
         Raises:
             UserError: too many images could not be read, or nothing can be written.
@@ -162,7 +168,7 @@ class ClassTest:
                 metrics = evaluate(self.truth, found, novel=self.config.data.novel)
             if folder is not None:
                 write_results(folder / "results.bbox.json", self.truth, found, kind="bbox")
-                write_json(folder / "metrics.json", metrics)
+                write_metrics(folder, metrics, about)
             return metrics
 
         return on_master(judge)
@@ -217,7 +223,9 @@ class PhraseTest:
         return caption_prompt(caption, phrases, tokenizer)
 
     @torch.no_grad()
-    def __call__(self, model: GLIP, precision: Precision, folder: Path | None = None) -> dict[str, float]:
+    def __call__(
+        self, model: GLIP, precision: Precision, folder: Path | None = None, about: Mapping[str, Any] | None = None
+    ) -> dict[str, float]:
         """Recalls of all phrases and by their type (``"R@1"``, ``"R@1 people"``), on every process."""
         options, looks, mine = selection(self.config), views(self.config), []
         with precision.autocast():
@@ -240,7 +248,7 @@ class PhraseTest:
                 for kind, value in kinds.items()
             }
             if folder is not None:
-                write_json(folder / "metrics.json", metrics)
+                write_metrics(folder, metrics, about)
             return metrics
 
         return on_master(judge)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ovdet.evaluation.coco import evaluator_classes
 from ovdet.parts.scores import fuse, select_detections
 from ovdet.precision import choose_precision
 from ovdet.testing import Images, found_in, score, to_original
@@ -105,15 +104,18 @@ def test_crops(
     vocabulary: Vocabulary,
     *,
     dist: Dist,
-    kinds: Sequence[str],
-    folder: Path | None = None,
-    level: int = logging.INFO,
+    **options: Any,
 ) -> dict[str, dict[str, float]]:
-    """AP of a reference row on the validation set; every process calls it. See :func:`ovdet.testing.test`."""
+    """AP of a reference row on the validation set; every process calls it. See :func:`ovdet.testing.test`.
+
+    Args:
+        options: ``kinds``, ``folder``, ``about`` and ``level``.
+    """
+    evaluator_classes()
     images = Images.of_validation(config, annotations, title="judging crops", dist=dist, keep_pixels=True)
     detector.eval()
     found = detect_with_crops(detector, judge, images, config=config, device=dist.device)
-    return score(config, found, images.policy, annotations, vocabulary, kinds=kinds, folder=folder, level=level)
+    return score(config, found, images.policy, annotations, vocabulary, **options)
 
 
 test_crops.__test__ = False

@@ -139,13 +139,17 @@ def _ade(name: str, root: Path, split: str) -> Pairs:
 
 
 def _coco(name: str, root: Path, split: str) -> Pairs:
-    """COCO-Stuff's label maps (``stuffthingmaps``, pixel = COCO id - 1), or the files converted from them."""
+    """COCO-Stuff's label maps (``stuffthingmaps``, pixel = COCO id - 1), or the files converted from them.
+
+    Photographs and label maps may lie in the root or in its ``coco``, where the training recipes have COCO.
+    """
     split = split if split.endswith("2017") else f"{split}2017"
-    image_folders = [root / p / split for p in ("", "images", "coco_stuff164k/images")]
+    image_folders = [root / p / split for p in ("", "images", "coco_stuff164k/images", "coco", "coco/images")]
     images = next((p for p in image_folders if p.is_dir()), None)
     if images is None:
-        raise UserError(f"--data-root {root}: no folder {split} or images/{split} with COCO's photographs")
-    places = ("stuffthingmaps", "annotations", "annotations/stuffthingmaps", "coco_stuff164k/annotations")
+        raise UserError(f"--data-root {root}: no folder {split}, images/{split} or coco/{split} of photographs")
+    places = ["stuffthingmaps", "annotations", "annotations/stuffthingmaps", "coco_stuff164k/annotations"]
+    places += [f"coco/{place}" for place in places[:3]]
     converted = {"coco_stuff171": "_labelTrainIds.png", "coco_object": "_instanceTrainIds.png"}[name]
     content = read_class_file(name)
     tables = {
@@ -163,7 +167,7 @@ def _coco(name: str, root: Path, split: str) -> Pairs:
         ids = [f.name.removesuffix(ending) for f in chosen]
         if ids:
             return Pairs([str(images / f"{i}.jpg") for i in ids], [str(f) for f in chosen], read)
-    raise UserError(f"--data-root {root}: no label maps in stuffthingmaps/{split} or annotations/{split}")
+    raise UserError(f"--data-root {root}: no label maps in stuffthingmaps/{split} or annotations/{split}, nor in coco")
 
 
 def _cityscapes(name: str, root: Path, split: str) -> Pairs:
@@ -197,10 +201,11 @@ LAYOUTS: dict[str, Callable[[str, Path, str], Pairs]] = {
 def panoptic_pairs(root: Path, split: str, image_root: str | Path | None) -> tuple[ClassList, Pairs]:
     """COCO panoptic turned semantic: every segment has the label of its category, void is 255."""
     if root.is_dir():
-        files = [root / "annotations" / f"panoptic_{s}.json" for s in (split, f"{split}2017")]
+        places = (root / "annotations", root / "coco" / "annotations")
+        files = [place / f"panoptic_{s}.json" for place in places for s in (split, f"{split}2017")]
         file = next((f for f in files if f.is_file()), None)
         if file is None:
-            raise UserError(f"--data-root {root}: neither {files[0]} nor {files[1].name}")
+            raise UserError(f"--data-root {root}: neither {files[0]} nor {files[1].name}, nor one of them in coco")
     else:
         file = root
     folder = Path(image_root) if image_root else file.parent.parent / file.stem.removeprefix("panoptic_")

@@ -38,13 +38,16 @@ from open_clip import CLIP
 from open_clip.identity import identity
 from ovseg.classes import ClassList, embed_words
 from ovseg.data.sets import DATASETS, SegmentationSet, open_dataset
+from ovseg.dense import DenseReader
 from ovseg.evaluate import evaluate, format_table, results_of
+from ovseg.external import ExternalModel, load_external
 from ovseg.maskclip_plus.data import Augmentation, Photographs, TrainingData, TrainingSamples
 from ovseg.maskclip_plus.network import BACKBONES, Student, StudentSegmenter
 from ovseg.maskclip_plus.task import MaskClipPlus, Recipe, Teaching
 from ovseg.options import (
     add_class_options,
     add_model_options,
+    check_sources,
     classes_from,
     embeddings_digest,
     load_model,
@@ -168,8 +171,7 @@ def open_data(args: argparse.Namespace) -> tuple[SegmentationSet | Photographs, 
     Raises:
         UserError: neither or both of --dataset and --images, or a setting that they do not allow.
     """
-    if bool(args.images) == bool(args.dataset):
-        raise UserError("give photographs with --images, or a data set with --dataset and --data-root")
+    check_sources(args)
     if args.images:
         if args.setting == "zero-shot":
             raise UserError("--setting zero-shot needs annotations of the seen classes: use --dataset")
@@ -202,6 +204,41 @@ def filled_classes(args: argparse.Namespace, classes: ClassList) -> list[int]:
     return unseen
 
 
+def open_external(
+    args: argparse.Namespace, teacher: CLIP, recipe: Recipe, crop: int, name: str
+) -> ExternalModel | None:
+    """The model of ``--external``, or None. What does not go together is said now, not in the first step.
+
+    Args:
+        crop: side of a sample; name: of the teacher's model, for messages.
+
+    Raises:
+        UserError: no such model, a reading that does not follow it (or lacks it), or patches that do not fit.
+    """
+    visual = teacher.visual
+    external = load_external(args.external, next(visual.parameters()).device) if args.external else None
+    DenseReader(teacher, [recipe.readout], external=external)
+    patches = [(visual.patch_size, name)]
+    if external is not None:
+        patches += [(external.patch_size, f"--external {args.external}")]
+        if visual.drop_padding:
+            raise UserError(
+                f"--external {args.external} reads the padding of samples, which this teacher leaves out: use another "
+                "--readout, or weights without --drop-padding"
+            )
+        if recipe.smooth is not None and external.patch_size != visual.patch_size:
+            raise UserError(
+                f"--smooth: the reading proxyclip lies on the grid of --external {args.external}, the keys on that of "
+                f"{name}; leave it out, or use an external model with patches of {visual.patch_size} pixels"
+            )
+    multiple = math.lcm(*(size for size, _ in patches))
+    if crop % multiple:
+        whose = " and ".join(f"{size} of {model}" for size, model in patches)
+        near = max(round(crop / multiple), 1) * multiple
+        raise UserError(f"--crop {crop}: no multiple of the patch size {whose}; use {near}")
+    return external
+
+
 def class_vectors(words: Tensor, classes: ClassList) -> Tensor:
     """One unit vector per class ``[C, D]``: the mean of its words' embeddings ``[words, D]``."""
     sums = words.new_zeros(len(classes), words.shape[1]).index_add_(0, classes.word_classes, words)
@@ -224,6 +261,7 @@ def about_run(
     return {
         "classes": list(classes.names), "--words": args.words, "--templates": args.templates,
         "--embed-path": embeddings_digest(args), "--dataset": args.dataset, "--unseen": unseen,
+        "--external": args.external,
         "the training images": images_in_short(data), "--backbone": args.backbone, "--crop": size.crop,
         "--short-side": size.short_side, "--seed": args.seed, "the teacher": identity(teacher.visual),
     }  # fmt: skip
@@ -293,10 +331,7 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         data, classes = open_data(args)
         filled = filled_classes(args, classes)
         teacher, name = load_model(args, args.pretrained, dist.device)
-        patch = teacher.visual.patch_size
-        if augmentation.crop % patch:
-            near = max(round(augmentation.crop / patch), 1) * patch
-            raise UserError(f"--crop {augmentation.crop}: no multiple of the patch size {patch} of {name}; use {near}")
+        external = open_external(args, teacher, recipe, augmentation.crop, name)
     words = embed_words(
         teacher, tokenizer_of(args, name), classes, templates=args.templates, embed_path=args.embed_path,
         device=dist.device, progress=dist.is_master,
@@ -310,7 +345,7 @@ def run(args: argparse.Namespace, dist: Dist) -> int:
         student = Student(class_vectors(words, classes), backbone=args.backbone, background=learned)
         if args.backbone_weights:
             student.load_backbone(args.backbone_weights)
-        teaching = Teaching(student.to(dist.device), teacher, recipe, filled)
+        teaching = Teaching(student.to(dist.device), teacher, recipe, filled, external)
         batches = TrainingData(
             TrainingSamples(data, augmentation, args.seed), batch_size=args.batch_size, workers=args.workers, dist=dist
         )

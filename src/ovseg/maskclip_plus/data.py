@@ -47,11 +47,12 @@ class Augmentation:
     flip: float = 0.5
     recolour: bool = True
 
-    def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """Draw a sample of an image uint8 ``[3, H, W]`` and its labels uint8 ``[H, W]``, with torch's generator.
 
         Returns:
-            uint8 ``[3, crop, crop]`` and ``[crop, crop]``; padded pixels have the label 255.
+            uint8 ``[3, crop, crop]`` and ``[crop, crop]``; padded pixels have the label 255. And the pixels (height,
+            width) that the image takes of them, top left.
         """
         factor = self.scales[0] + float(torch.rand(())) * (self.scales[1] - self.scales[0])
         limits = max(int(self.long_side * factor), 1), max(int(self.short_side * factor), 1)
@@ -69,7 +70,7 @@ class Augmentation:
         truth = torch.full((self.crop, self.crop), IGNORE, dtype=torch.uint8)
         square[:, : image.shape[1], : image.shape[2]] = image
         truth[: labels.shape[0], : labels.shape[1]] = labels
-        return square, truth
+        return square, truth, tuple(labels.shape)
 
 
 class Photographs(Dataset):
@@ -119,12 +120,13 @@ class TrainingSamples(Dataset):
             return item
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(process_seed(self.seed, epoch, index))
-            image, labels = self.augmentation(item["image"], item["labels"])
-        return {"image": image, "labels": labels, "index": index}
+            image, labels, size = self.augmentation(item["image"], item["labels"])
+        return {"image": image, "labels": labels, "size": size, "index": index}
 
 
 def collate(samples: Sequence[dict[str, Any] | Unusable], crop: int) -> dict[str, Any]:
-    """A batch: ``images`` uint8 ``[B, 3, c, c]``, ``labels`` uint8 ``[B, c, c]``, and what the engine's loop reads.
+    """A batch: ``images`` uint8 ``[B, 3, c, c]``, ``labels`` uint8 ``[B, c, c]``, ``sizes`` (height, width) without the
+    padding, and what the engine's loop reads.
 
     An unusable sample is replaced by a usable one of the batch whose labels are all 255, so that the statistics of
     normalisation layers have B images; without any, by plain grey.
@@ -132,14 +134,16 @@ def collate(samples: Sequence[dict[str, Any] | Unusable], crop: int) -> dict[str
     good = [s for s in samples if not isinstance(s, Unusable)]
     bad = [s for s in samples if isinstance(s, Unusable)]
     fatal = [s for s in bad if s.fatal]
-    images, labels = [s["image"] for s in good], [s["labels"] for s in good]
+    images, labels, sizes = ([s[key] for s in good] for key in ("image", "labels", "size"))
     grey = torch.tensor(PADDING, dtype=torch.uint8).view(3, 1, 1).expand(3, crop, crop)
     for _ in bad:
         images.append(images[0] if good else grey)
+        sizes.append(sizes[0] if good else (crop, crop))
         labels.append(torch.full((crop, crop), IGNORE, dtype=torch.uint8))
     return {
         "images": torch.stack(images),
         "labels": torch.stack(labels),
+        "sizes": sizes,
         "samples": len(good),
         "skipped": [(s.file, s.reason) for s in bad],
         "image_ids": [s["index"] for s in good],

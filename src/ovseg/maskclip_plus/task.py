@@ -7,10 +7,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from open_clip.padding import Canvas, Sizes
 from open_clip.transform import normalize
 from ovseg.dense import DenseReader
+from ovseg.external import ExternalModel
 from ovseg.maskclip_plus.data import TrainingData
 from ovseg.maskclip_plus.fill import fill_labels, mark_unlabelled
 from ovseg.maskclip_plus.losses import distillation_loss, segmentation_loss
@@ -71,20 +74,29 @@ class Teaching(nn.Module):
 
     Args:
         student: learns.
-        teacher: CLIP, in eval mode; its preparation constants are the student's too.
+        teacher: CLIP, in eval mode; its preparation constants are the student's too. One that drops padding reads the
+            photographs alone, without what fills their samples up to squares.
         recipe: how.
         classes: labels that are filled in.
+        external: another model, for the reading ``proxyclip``.
 
     Attributes:
         guided: whether CLIP fills in the labels of this step, or the student does.
         share: micro-batches of the step.
     """
 
-    def __init__(self, student: Student, teacher: nn.Module, recipe: Recipe, classes: Sequence[int]) -> None:
+    def __init__(
+        self,
+        student: Student,
+        teacher: nn.Module,
+        recipe: Recipe,
+        classes: Sequence[int],
+        external: ExternalModel | None = None,
+    ) -> None:
         super().__init__()
         self.student, self.recipe, self.classes = student, recipe, list(classes)
         self._teacher = (teacher,)  # in a tuple: neither trained, nor saved, nor wrapped
-        self._reader = DenseReader(teacher, [recipe.readout], keys=recipe.smooth is not None)
+        self._reader = DenseReader(teacher, [recipe.readout], external=external, keys=recipe.smooth is not None)
         self.guided, self.share = True, 1
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -99,22 +111,22 @@ class Teaching(nn.Module):
         targets = mark_unlabelled(batch["labels"], unseen)
         dense = keys = None
         if self.guided or recipe.distil:
-            maps, keys = self._reader(pixels)
+            maps, keys = self._reader(pixels, batch.get("sizes"))
             dense = maps[recipe.readout].float()
         features = self.student.features(pixels).float()
         # Autocast would cast the products with the class embeddings down again, and in bfloat16 (8 bits) the cosines of
         # classes that are alike are equal: labels would be those of whichever stands first.
         with torch.autocast(pixels.device.type, enabled=False):
-            return self._losses(targets, features, dense, keys)
+            return self._losses(targets, features, dense, keys, batch.get("sizes"))
 
     def _losses(
-        self, targets: Tensor, features: Tensor, dense: Tensor | None, keys: Tensor | None
+        self, targets: Tensor, features: Tensor, dense: Tensor | None, keys: Tensor | None, sizes: Sizes | None
     ) -> dict[str, Tensor]:
         """Losses of float32 features, and of the teacher's dense map and keys where they are needed."""
         recipe = self.recipe
         logits = class_logits(features, self.student.classifier())
         if self.guided:
-            scores, smoothed = self._teacher_scores(dense, keys)
+            scores, smoothed = self._teacher_scores(dense, keys, sizes)
         else:
             scores, smoothed = logits.detach()[:, self.classes], False
         scale = 100.0 if self.guided else 1.0
@@ -131,14 +143,25 @@ class Teaching(nn.Module):
         return {"loss": loss, **out}
 
     @torch.no_grad()
-    def _teacher_scores(self, dense: Tensor, keys: Tensor | None) -> tuple[Tensor, bool]:
+    def _teacher_scores(self, dense: Tensor, keys: Tensor | None, sizes: Sizes | None) -> tuple[Tensor, bool]:
         """Scores ``[B, U, h, w]`` of the classes to be filled in, and whether they are sums of probabilities."""
         scores = class_logits(dense, self.student.embeddings[self.classes])
         if self.recipe.denoise is not None:
             scores = prompt_denoising(scores, self.recipe.denoise)
         if self.recipe.smooth is None:
             return scores, False
-        return key_smoothing(scores, keys.float(), self.recipe.smooth, self.recipe.key_form), True
+        options = self.recipe.smooth, self.recipe.key_form
+        visual, grid = self._teacher[0].visual, tuple(scores.shape[-2:])
+        canvas = Canvas.of(sizes if visual.drop_padding else None, len(scores), grid, visual.patch_size)
+        if canvas.full:
+            return key_smoothing(scores, keys.float(), *options), True
+        smoothed = []
+        for score, key, (rows, columns) in zip(scores, keys.float(), canvas.taken, strict=True):
+            # The border that is repeated on the padding must not be counted as often.
+            own = key.unflatten(0, grid)[None, :rows, :columns].flatten(1, 2)
+            part = key_smoothing(score[None, :, :rows, :columns], own, *options)
+            smoothed.append(F.pad(part, (0, grid[1] - columns, 0, grid[0] - rows), mode="replicate"))
+        return torch.cat(smoothed), True
 
 
 class MaskClipPlus(Task):

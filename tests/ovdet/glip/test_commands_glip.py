@@ -248,8 +248,9 @@ def test_prepared_choices_of_images_and_prompts_of_a_set_are_taken(wild: Path, t
 
 
 def test_many_data_sets_are_tested_and_tuned(
-    checkpoint: Path, wild: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
+    checkpoint: Path, wild: Path, tiny: Callable[..., GLIP], tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
     out = tmp_path / "out"
     common = [str(wild), "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu"]
     fast = ["data.workers=0", "data.sizes=[64]", "train.warmup_steps=1"]
@@ -271,6 +272,23 @@ def test_many_data_sets_are_tested_and_tuned(
     stamp = (run / "test" / "metrics.json").stat().st_mtime_ns
     assert odinw.run([*common, *fast, *tune]) == 0
     assert (run / "test" / "metrics.json").stat().st_mtime_ns == stamp
+    # Nor is it taken for that of another model, other settings, or other prompts; and nothing of it is lost.
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "Ponds.json").write_text('{"fish": {"suffix": ", which is flat"}}')
+    other = tmp_path / "other.pt"
+    torch.save(torch.load(checkpoint) | {"model": tiny(seed=4).state_dict()}, other)
+    for more, what in (
+        (["--checkpoint", str(other)], "Ponds/zero_shot was made with other weights"),
+        (["test.score=0.9"], "Ponds/zero_shot was made with other test.score (test.score: 0.05, now 0.9)"),
+        (["--prompts", str(tmp_path / "prompts")], "Ponds/zero_shot was made with other data.prompts"),
+        ([*tune, "--checkpoint", str(other)], "Ponds/language_prompt_v2_1_3 was made with other weights"),
+        (["train.batch_size=3", *tune], "Ponds/language_prompt_v2_1_3 was made with other train.batch_size"),
+    ):
+        capsys.readouterr()
+        assert odinw.run([*common, *fast, *more]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        assert len(errors) == 1 and what in errors[0] and "give another folder, or delete this one" in errors[0]
+    assert (run / "test" / "metrics.json").stat().st_mtime_ns == stamp
     capsys.readouterr()
     assert odinw.run([*common, "--shots", "1"]) == 2 and "--shots needs --mode" in capsys.readouterr().err
     assert odinw.run([*common, "--sets", "Seas"]) == 2 and "lacks Seas" in capsys.readouterr().err
@@ -287,6 +305,13 @@ def test_a_file_is_a_detector(checkpoint: Path, photo: Path, tiny: Callable[...,
     assert detector.model.encoded_texts == texts, "the same classes are encoded once"
     grounded = detector.ground(photo, "a dog near a red ball", ["dog", "red ball"])
     assert [p.text for p in grounded["phrases"]] == ["dog", "red ball"] and (np.diff(grounded["scores"]) <= 0).all()
+    with pytest.raises(ValueError, match=r"classes are the text 'cat, dog': give a list of names"):
+        detector(photo, "cat, dog")
+    with pytest.raises(ValueError, match=r"phrases are the text 'dog': give a list of them, such as \['dog'\]"):
+        detector.ground(photo, "a dog near a red ball", "dog")
+    for size in (0, -1):
+        with pytest.raises(ValueError, match=f"batch_size is {size}: give 1 or more"):
+            detector(photo, ["dog"], batch_size=size)
     # A released file has no config of its own.
     released = {"model": write_state(tiny(seed=3).state_dict(), "glip", fusion=True)}
     torch.save(released, tmp_path / "released.pth")
@@ -295,6 +320,36 @@ def test_a_file_is_a_detector(checkpoint: Path, photo: Path, tiny: Callable[...,
     (tmp_path / "config.toml").write_text(format_config(config))
     same = load_published(tmp_path / "released.pth", tmp_path / "config.toml", device="cpu")
     assert np.allclose(same(photo, ["dog", "red_ball"])[0]["scores"], found[0]["scores"], atol=1e-5)
+
+
+def test_images_are_turned_as_the_config_says(
+    checkpoint: Path, photo: Path, captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """By default they are not: annotations mostly mean images as they are stored."""
+    lying, exif = Image.open(photo), Image.Exif()
+    exif[0x0112] = 6  # of a camera that was held upright
+    lying.save(photo, exif=exif)
+    for given, size in (([], (48, 80)), (["data.exif=true"], (80, 48))):
+        detector = ovdet.load_detector(checkpoint, device="cpu", overrides=["test.score=0.0", *given])
+        for picture in (photo, Image.open(photo)):
+            assert detector(picture, ["dog"])[0]["size"] == size and detector.ground(picture, "a dog")["size"] == size
+        out = tmp_path / f"drawn{len(given)}"
+        assert run(checkpoint, photo, out, "--classes", "dog", *(["--set", *given] if given else [])) == 0
+        with Image.open(out / "a.png") as drawn:
+            assert (drawn.width > drawn.height) == (size[1] > size[0])
+        folder = tmp_path / f"labels{len(given)}"
+        words = [str(captions), "--images", str(photo.parent), "--checkpoint", str(checkpoint), "--score", "0"]
+        assert label.run([*words, "--out", str(folder), "--device", "cpu", *given]) == 0
+        edges = np.concatenate([r.reshape(-1, 4).max(0)[None] for r in _boxes(folder)]).max(0)
+        assert edges[2] <= size[1] and edges[3] <= size[0] and edges[2 + (size[0] > size[1])] > 48
+    capsys.readouterr()
+    assert label.run([*words, "--out", str(tmp_path / "labels0"), "--device", "cpu", "data.exif=true"]) == 2
+    assert "was made with exif False, now it is True" in capsys.readouterr().err
+
+
+def _boxes(folder: Path) -> list[np.ndarray]:
+    lines = (folder / "shard_000000.jsonl").read_text().splitlines()
+    return [np.array(json.loads(line)["bboxes"]) for line in lines]
 
 
 def test_settings_that_differ_from_the_training_are_named(checkpoint: Path, caplog: pytest.LogCaptureFixture):

@@ -199,7 +199,15 @@ def test_a_run_learns_writes_and_is_tested(config_file: Path, tmp_path: Path, ca
     results = json.loads((tmp_path / "out" / "results.bbox.json").read_text())
     assert {r["category_id"] for r in results} <= {1, 2} and {r["image_id"] for r in results} <= set(range(1, 7))
     assert test_command.run([str(folder / "model_last.pt"), "--ema", "--device", "cpu"]) == 0
-    assert (folder / "model_last_test" / "metrics.json").is_file()
+    averaged = json.loads((folder / "model_last_ema_test" / "metrics.json").read_text())
+    assert averaged["run"]["ema"] and averaged["run"]["checkpoint"] == str(folder / "model_last.pt")
+    # Another test's results are not replaced, as those of other weights or settings are.
+    for more, what in ((["--ema"], "weights"), (["test.nms=0.1"], "test.nms")):
+        capsys.readouterr()
+        out = ["--device", "cpu", "--out", str(tmp_path / "out")]
+        assert test_command.run([str(folder / "model_last.pt"), *out, *more]) == 2
+        assert f"out was made with other {what} (" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     # What is known of the classes, in place of their names.
     (tmp_path / "known.yaml").write_text("dog: {def_wiki: big and red}\ncat: {clean_name: a cat}\n")
     more = [f"test.knowledge={tmp_path / 'known.yaml'}", "--out", str(tmp_path / "known"), "--device", "cpu"]

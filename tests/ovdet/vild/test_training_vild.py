@@ -143,7 +143,7 @@ def test_one_and_two_processes_test_alike(scenes, trained: Path, tmp_path: Path)
         )  # fmt: skip
     for name in ("metrics.json", "results.bbox.json", "results.segm.json"):
         assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text()
-    assert set(json.loads((tmp_path / "1" / "metrics.json").read_text())) == {"bbox", "segm"}
+    assert set(json.loads((tmp_path / "1" / "metrics.json").read_text())) == {"bbox", "segm", "run"}
 
 
 def test_reference_rows(scenes, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -156,11 +156,18 @@ def test_reference_rows(scenes, trained: Path, tmp_path: Path, capsys: pytest.Ca
         ("clip-objectness", proposer, scenes.proposer),
         ("text-clip", str(trained), ()),
     ):
-        test_command.main([*common, file, *overrides, "--crops", row, "--out", str(tmp_path / row)])
-        found = json.loads((tmp_path / row / "results.bbox.json").read_text())
+        copy = tmp_path / row / "latest.pt"
+        copy.parent.mkdir()
+        copy.write_bytes(Path(file).read_bytes())
+        test_command.main([*common, str(copy), *overrides, "--crops", row])
+        folder = tmp_path / row / f"latest_tiny_{row}_test"  # not that of the detector's own scores
+        found = json.loads((folder / "results.bbox.json").read_text())
+        assert json.loads((folder / "metrics.json").read_text())["run"]["crops"] == row
         best[row] = max(r["score"] for r in found)
         assert "AP50 novel" in capsys.readouterr().out
     assert len(set(best.values())) == 3
+    with pytest.raises(UserError, match=r"made with other crops \(crops: text-clip, now clip\)"):
+        test_command.main([*common, file, "--crops", "clip", "--out", str(folder)])
     with pytest.raises(UserError, match="network that proposes regions"):
         test_command.main([*common, proposer, *scenes.proposer])
     with pytest.raises(UserError, match="give one, or --crops clip"):

@@ -1,12 +1,13 @@
 """Class-agnostic proposals, and region-text pairs, for images of your own with a trained detector.
 
     python tools/make_proposals.py CONFIG CHECKPOINT --images data/coco/annotations/instances_train2017.json \\
-        --image-root data/coco/train2017 --out data/coco --name coco [--nouns nouns.txt]
+        --image-root data/coco/train2017 --out data/coco --name mine [--nouns nouns.txt]
 
 Writes ``NAME_proposals.json`` (boxes for CLIPSelf's region-proposal training). With ``--nouns`` (one name a line) also
 ``NAME_pseudo_N.json``, where each box has the noun that CLIP finds most like its crop, and
 ``NAME_pseudo_N_embeddings.npy``, the N nouns' embeddings: the training data of RegionCLIP. ``--images`` is a folder,
-or a COCO or LVIS json whose image ids are kept. torchrun shares the work among processes.
+or a COCO or LVIS json whose image ids are kept. Files that are there are replaced with ``--force`` alone:
+``coco_proposals.json`` in ``data/coco`` is the published file. torchrun shares the work among processes.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from ovdet.data.images import read_image
 from ovdet.fvit.assemble import load_into, load_vit, read_config
 from ovdet.fvit.config import FViTConfig
 from ovdet.fvit.detector import build_detector
-from ovdet.listing import read_names
+from ovdet.listing import check_folder, read_names
 from ovdet.precision import choose_precision
 from ovdet.task import FLAGS
 from ovdet.testing import Images
@@ -157,6 +158,22 @@ def check_flags(args: argparse.Namespace) -> None:
             setattr(args, name, default)
 
 
+def targets_of(args: argparse.Namespace, nouns: Sequence[str]) -> list[Path]:
+    """Files that are to be written: proposals and, with nouns, region-text pairs and the nouns' embeddings.
+
+    Raises:
+        UserError: one of them is there and ``--force`` is not given, or the folder is a file.
+    """
+    check_folder(args.out, "--out")
+    stem = f"{args.name}_pseudo_{len(nouns)}"
+    names = [f"{args.name}_proposals.json", *([f"{stem}.json", f"{stem}_embeddings.npy"] if nouns else [])]
+    targets = [args.out / name for name in names]
+    there = [target for target in targets if target.exists()]
+    if there and not args.force:
+        raise UserError(f"{there[0]} exists: choose another --name or --out, or add --force")
+    return targets
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and write the files. UserError for faulty input."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -167,6 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--image-root", default="", help="folder of the json's images")
     parser.add_argument("--out", type=PATH, required=True, help="folder to write to")
     parser.add_argument("--name", default="coco", help="the files' names begin with it")
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     parser.add_argument("--most", type=COUNT, default=100, help="proposals per image")
     parser.add_argument("--score", type=SHARE, default=0.0, help="smallest objectness of a proposal")
     parser.add_argument("--nouns", type=PATH, help="text with one noun a line: write region-text pairs as well")
@@ -182,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     setup_logging(dist.rank)
     with together():
         nouns = read_nouns(args.nouns)
+        targets = targets_of(args, nouns)
         ids, names, root = list_images(args.images, args.image_root)
         vit = judge = load_vit(config)
         if args.clip:
@@ -199,7 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = gather_to_master(found)
     if parts is not None:
         everything = sorted((image for part in parts for image in part), key=lambda image: image["index"])
-        _write(everything, ids, names, nouns, embeddings, args)
+        _write(everything, ids, names, nouns, embeddings, args, targets)
 
 
 def _write(
@@ -209,20 +228,19 @@ def _write(
     nouns: list[str],
     embeddings: Tensor | None,
     args: Any,
+    targets: Sequence[Path],
 ) -> None:
     plain = [{k: v for k, v in image.items() if k not in ("nouns", "cosine")} for image in found]
-    outputs = {args.out / f"{args.name}_proposals.json": boxes_file(plain, ids, names, ["object"])}
+    outputs = {targets[0]: boxes_file(plain, ids, names, ["object"])}
     if embeddings is not None:
         pairs = [best_pairs(image, args.pairs, args.cosine) for image in found]
-        stem = f"{args.name}_pseudo_{len(nouns)}"
-        outputs[args.out / f"{stem}.json"] = boxes_file(pairs, ids, names, nouns)
+        outputs[targets[1]] = boxes_file(pairs, ids, names, nouns)
     for path, content in outputs.items():
         write_json(path, content)
         print(f"{path}: {len(content['images'])} images, {len(content['annotations'])} boxes")
     if embeddings is not None:
-        path = args.out / f"{stem}_embeddings.npy"
-        np.save(path, embeddings.numpy().astype(np.float32))
-        print(f"{path}: {tuple(embeddings.shape)}")
+        np.save(targets[2], embeddings.numpy().astype(np.float32))
+        print(f"{targets[2]}: {tuple(embeddings.shape)}")
 
 
 def run() -> int:

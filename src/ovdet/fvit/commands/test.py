@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ovdet.commands.test import parse_test
+from ovdet.commands.test import about_test, parse_test
 from ovdet.data.annotations import load
 from ovdet.evaluation.coco import format_table
 from ovdet.fvit.assemble import load_into, load_vit, make_detector, read_config
+from ovdet.results import claim
 from ovdet.task import FLAGS
 from ovdet.testing import test
 from ovdet.vocabulary import make_vocabulary
@@ -27,10 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         vocabulary = make_vocabulary(config, annotations)
         vit = load_vit(config)
     detector = make_detector(config, vit, vocabulary, device=dist.device, progress=dist.is_master)
-    load_into(args.checkpoint, detector, config, vit)
+    content = load_into(args.checkpoint, detector, config, vit)
+    claim(args.out, config, content["detector"], vit=vit.identity["hash"])
     metrics = test(
-        config, detector, annotations, vocabulary, dist=dist, kinds=kinds, folder=args.out, level=logging.DEBUG
-    )
+        config, detector, annotations, vocabulary, dist=dist, kinds=kinds, folder=args.out,
+        about=about_test(args, config), level=logging.DEBUG,
+    )  # fmt: skip
     if dist.is_master:
         print(format_table(metrics, config.data.protocol))
 

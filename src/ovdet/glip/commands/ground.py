@@ -135,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = 0
     for name, target in zip(images, targets, strict=True):
         try:
-            image = read_image(name)
+            image = read_image(name, exif=config.data.exif)
         except ImageError as error:
             print(f"skipped {error}")
             failed += 1

@@ -56,8 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     options = LabelOptions(
-        args.score, args.tagger, args.shard, args.limit, args.seed, config.data.test_size, config.data.longest
-    )
+        args.score, args.tagger, args.shard, args.limit, args.seed, config.data.test_size, config.data.longest,
+        exif=config.data.exif,
+    )  # fmt: skip
     with together():
         captions = choose(read_captions(args.captions), options)
         model = load_model(config, args.checkpoint)

@@ -18,7 +18,10 @@ from ovdet.glip.run import train
 from ovdet.glip.task import BEST, FLAGS
 from ovdet.glip.testing import open_test
 from ovdet.precision import choose_precision
-from training.engine.distributed import Dist, barrier, init_distributed, together
+from ovdet.results import METRICS, settings_of
+from training.engine.checkpoint import weights_hash
+from training.engine.data.keyed import check_key, write_key, writing
+from training.engine.distributed import Dist, barrier, init_distributed, on_master, together
 from training.engine.errors import UserError, run_program
 from training.engine.files import write_json
 from training.engine.flags import PATH, Parser
@@ -111,23 +114,52 @@ def tuned_config(
     return with_values(config, values | test_values(wild, "valid" if "valid" in wild.splits else "test"))
 
 
+def take_up(folder: Path, key: dict[str, Any]) -> None:
+    """Take up the folder of a set's run, or make it; every process calls it.
+
+    Args:
+        key: what the results in it depend on. Numbers of another model would stand in the averages of this one.
+
+    Raises:
+        UserError: the folder holds a run with another key, or one of a former version, which kept none.
+    """
+
+    def take() -> None:
+        where = f"--out {folder}"
+        check_key(folder, key, where)
+        with writing(where):
+            write_key(folder, key)
+
+    on_master(take)
+
+
 def run_set(
-    wild: WildSet, config: GlipConfig, args: argparse.Namespace, dist: Dist, shots: int, seed: int
+    wild: WildSet, config: GlipConfig, args: argparse.Namespace, dist: Dist, shots: int, seed: int, weights: str
 ) -> tuple[dict[str, float], Path]:
-    """Metrics on the test split of a set, and the folder that holds them; what is there already is not run again."""
+    """Metrics on the test split of a set, and the folder that holds them; what is there already is not run again.
+
+    Args:
+        weights: hash of those that are tested or tuned.
+
+    Raises:
+        UserError: the folder holds a run of other weights or settings.
+    """
     folder = args.out / wild.name / (f"{args.mode}_{shots}_{seed}" if args.mode else "zero_shot")
-    if (folder / "test" / "metrics.json").is_file():
-        return json.loads((folder / "test" / "metrics.json").read_text()), folder / "test"
     own = test_values(wild, "test", args.prompts)
-    checkpoint, test_config = args.checkpoint, with_values(config, own)
+    run, test_config = None, with_values(config, own)
     if args.mode:
         run = tuned_config(test_config, wild, args.mode, shots, seed, args.checkpoint, args.overrides)
+        test_config = with_values(run, own)
+    take_up(folder, {"weights": weights, **settings_of(test_config, training=run is not None)})
+    if (folder / "test" / METRICS).is_file():
+        return json.loads((folder / "test" / METRICS).read_text()), folder / "test"
+    checkpoint = args.checkpoint
+    if run is not None:
         started = (folder / "run" / "checkpoints").is_dir()
         status = train(run, dist, folder / "run", save_every_steps=1000, resume=started)
         if status:
             raise SystemExit(status)
         checkpoint = str(folder / "run" / BEST)
-        test_config = with_values(run, own)
     with together():
         model = load_model(test_config, checkpoint).to(dist.device)
         test = open_test(test_config, model.tokenizer, model.image.divisor, dist)
@@ -143,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     dist = init_distributed(args.device)
     setup_logging(dist.rank)
     sets = find_sets(args.root, args.sets)
+    with together():
+        weights = weights_hash(load_model(config, args.checkpoint).state_dict())
     for shots in args.shots:
         seeds = args.seeds if args.mode and shots else args.seeds[:1]
         results: dict[str, dict[int, dict[str, float]]] = {}
@@ -154,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     wild.name,
                     f"{args.mode}, {shots or 'all'} shots, seed {seed}" if args.mode else "zero shot",
                 )
-                metrics, folder = run_set(wild, config, args, dist, shots, seed)
+                metrics, folder = run_set(wild, config, args, dist, shots, seed, weights)
                 results.setdefault(wild.name, {})[seed] = metrics
                 if dist.is_master:
                     found = json.loads((folder / "results.bbox.json").read_text())

@@ -6,10 +6,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ovdet.commands.test import about_test
 from ovdet.glip.assemble import config_for, load_model
 from ovdet.glip.task import FLAGS
 from ovdet.glip.testing import format_metrics, open_test
 from ovdet.precision import choose_precision
+from ovdet.results import claim, default_folder
 from training.engine.distributed import init_distributed, together
 from training.engine.errors import run_program
 from training.engine.flags import PATH, Parser
@@ -23,7 +25,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", help="config values: section.key=value")
     parser.add_argument("--config", help="the variant and the data; default: the config in the checkpoint")
     parser.add_argument("--ema", action="store_true", help="the averaged weights in the checkpoint")
-    parser.add_argument("--out", type=PATH, help="folder of results and metrics; default: beside CHECKPOINT")
+    parser.add_argument("--out", type=PATH, help="folder of results; default: by CHECKPOINT and CONFIG")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     return parser.parse_intermixed_args(argv)
 
@@ -38,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     with together():
         model = load_model(config, args.checkpoint, ema=args.ema).to(dist.device)
         test = open_test(config, model.tokenizer, model.image.divisor, dist)
-    checkpoint = Path(args.checkpoint)
-    metrics = test(model, precision, args.out or checkpoint.parent / f"{checkpoint.stem}_test")
+    named = Path(args.config).stem if args.config else None
+    out = args.out or default_folder(args.checkpoint, named, "ema" if args.ema else None)
+    claim(out, config, model.state_dict())
+    metrics = test(model, precision, out, about_test(args, config))
     if dist.is_master:
         print(format_metrics(metrics))
     return 0

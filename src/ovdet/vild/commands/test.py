@@ -9,10 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ovdet.commands.test import parse_test
+from ovdet.commands.test import about_test, parse_test
 from ovdet.data.annotations import load
 from ovdet.evaluation.coco import format_table
 from ovdet.precision import choose_precision
+from ovdet.results import claim
 from ovdet.sections import TrainConfig
 from ovdet.task import FLAGS
 from ovdet.testing import test
@@ -47,10 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     detector = make_detector(
         config, teacher, learned(config, vocabulary), device=dist.device, trained=True, progress=dist.is_master
     )
-    load_into(args.checkpoint, detector, config, teacher)
-    settings = {"dist": dist, "kinds": kinds, "folder": args.out, "level": logging.DEBUG}
+    content = load_into(args.checkpoint, detector, config, teacher)
     if args.crops:
         teacher = teacher or load_teacher(config, needed=True)
+    whose = teacher.identity["hash"] if teacher is not None else ""
+    claim(args.out, config, content["detector"], teacher=whose, crops=args.crops or "")
+    settings = {
+        "dist": dist, "kinds": kinds, "folder": args.out, "about": about_test(args, config), "level": logging.DEBUG
+    }  # fmt: skip
+    if args.crops:
         table = vocabulary_table(config, teacher, vocabulary.names, device=dist.device, progress=dist.is_master)
         precision = choose_precision(TrainConfig(precision=config.teacher.precision), dist.device, training=False)
         embedder = Embedder(teacher.model, config.teacher, device=dist.device, precision=precision)
