@@ -382,7 +382,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = SMOKE if args.smoke else Plan()
     plan.seeds, plan.steps = args.seeds or plan.seeds, args.steps or plan.steps
     rows = ranking_rows.chosen(args.methods, ablations=args.ablations)
-    ranking_rows.check_packages(rows)
+    ranking_rows.check_packages({row: METHODS[row] for row in rows})
     out = args.out.resolve()
     start = None if args.smoke or args.start == "train" else Path(args.start).resolve()
     if start and not start.is_file():

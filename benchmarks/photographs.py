@@ -33,7 +33,7 @@ from foundation import TRUNK, weights_file  # noqa: E402
 from photo_head import make_model  # noqa: E402
 from program_runs import claim_folder, run_python, without  # noqa: E402
 from ranking import summary  # noqa: E402
-from ranking_rows import CROPS, PROPOSED, kept_answers, row_name  # noqa: E402
+from ranking_rows import CROPS, PROPOSED, check_packages, kept_answers, row_name  # noqa: E402
 from segments import by_colour, by_model, image_aucs  # noqa: E402
 
 import open_clip  # noqa: E402
@@ -275,6 +275,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--jobs", type=int, default=2, help="runs at a time (2)")
     add("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args(argv)
+    check_packages({row: ROWS[row] for row in args.methods})
     try:
         Photographs(args).run()
     except (FileNotFoundError, ValueError) as error:

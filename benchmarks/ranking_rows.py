@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,9 +68,13 @@ def chosen(names: Collection[str] | None, *, ablations: bool) -> list[str]:
     return [row for row in METHODS if row in wanted]
 
 
-def check_packages(rows: Collection[str]) -> None:
-    """SystemExit where rows need a package that is not installed: hours before they would stop for it."""
-    proposed = [row for row in rows if "{data}/proposed.json" in METHODS[row]]
+def check_packages(rows: Mapping[str, Sequence[str]]) -> None:
+    """SystemExit where rows need a package that is not installed: hours before they would stop for it.
+
+    Args:
+        rows: their flags.
+    """
+    proposed = [row for row, flags in rows.items() if "{data}/proposed.json" in flags]
     if proposed and find_spec("sklearn") is None:
         raise SystemExit(f'error: {proposed[0]} needs scikit-learn: pip install -e ".[proposals]", or leave it out')
 

@@ -20,6 +20,7 @@ import open_clip
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import methods  # noqa: E402
+import photographs  # noqa: E402
 import program_runs  # noqa: E402
 import ranking  # noqa: E402
 import ranking_rows  # noqa: E402
@@ -231,9 +232,14 @@ def test_which_rows_are_run():
 
 def test_a_missing_package_is_told_of_at_once(monkeypatch):
     monkeypatch.setattr(ranking_rows, "find_spec", lambda name: None)
-    ranking_rows.check_packages(["clipself", "sc"])
-    with pytest.raises(SystemExit, match="clipself, proposed needs scikit-learn"):
-        ranking_rows.check_packages(["clipself", "clipself, proposed"])
+    ranking_rows.check_packages({row: methods.METHODS[row] for row in ("clipself", "sc")})
+    for program in (methods, photographs):
+        flags = ["--out", "never", "--methods", "clipself, proposed"]
+        if program is photographs:
+            flags += [f"--{n}=x" for n in ("train-annotations", "train-images", "val-annotations", "val-images")]
+            flags += ["--embeddings=x"]
+        with pytest.raises(SystemExit, match="clipself, proposed needs scikit-learn"):
+            program.main(flags)
 
 
 @pytest.mark.slow
